@@ -1,0 +1,40 @@
+"""Draw pictures and labels from the model, given nothing, a picture of a digit, a label, or both.
+
+Writes sample_image.png, a grid of the pictures' means, and sample_text.txt, the most probable label of each, in the
+same order.
+"""
+
+import torch
+
+from mvae import checkpoint, cli, pictures
+
+import datasets
+from model import build_model
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = cli.sampling_parser(__doc__)
+    label = {"choices": datasets.CLASSES, "metavar": "LABEL"}
+    parser.add_argument("--condition-on-image", **label, help="a held-out picture of this digit, chosen by --seed")
+    parser.add_argument("--condition-on-text", **label, help="this label, 0 to 9")
+    args = parser.parse_args()
+    device = cli.device(args.cuda)
+    model, settings = checkpoint.load_model(args.model_path, "mnist", build_model, device)
+    torch.manual_seed(args.seed)
+    given = {}
+    if args.condition_on_image is not None:
+        wanted = datasets.CLASSES.index(args.condition_on_image)
+        given["image"] = datasets.held_out_image(args.data_dir, wanted, settings).to(device)
+    if args.condition_on_text is not None:
+        given["text"] = torch.tensor([datasets.CLASSES.index(args.condition_on_text)], device=device)
+    z = model.draw(given, args.n_samples, device)
+    pictures.save_grid(args.out_dir / "sample_image.png", model.likelihood("image").mean(z))
+    labels = model.likelihood("text").mean(z).argmax(dim=1).tolist()
+    text = "".join(f"{datasets.CLASSES[label]}\n" for label in labels)
+    checkpoint.write_atomically(args.out_dir / "sample_text.txt", text.encode())
+    print(f"wrote sample_image.png and sample_text.txt in {args.out_dir}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,207 @@
+"""What the scripts share: flags, the device, and errors of one line."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoint import write_atomically
+from .errors import UsageError, UserError
+from .estimators import Evaluation, mean_and_error
+from .training import Options
+
+T = TypeVar("T")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a script: a UserError becomes one line on stderr and its exit status."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(error.status)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the flags of every script: --data-dir, --seed, --cuda. Defaults are shown in --help."""
+    result = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
+    default = Path(os.environ.get("MVAE_DATA_DIR", "./data"))
+    result.add_argument(
+        "--data-dir", type=Path, default=default, help="folder of the data sets; $MVAE_DATA_DIR, else ./data"
+    )
+    result.add_argument("--seed", type=non_negative_int, default=0, help="of everything random")
+    result.add_argument("--cuda", action="store_true", help="use the first visible CUDA device")
+    return result
+
+
+def training_parser(
+    description: str | None,
+    *,
+    modalities: Sequence[str],
+    lambdas: Mapping[str, float],
+    n_latents: int,
+    batch_size: int,
+    epochs: int,
+    annealing_epochs: int,
+    lr: float,
+    n_val: int,
+    reconstruct: str = "given",
+) -> argparse.ArgumentParser:
+    """The flags of a train.py, with its defaults; `lambdas` gives each --lambda-NAME its default."""
+    result = parser(description)
+    model = result.add_argument_group("model and objective")
+    model.add_argument("--n-latents", type=positive_int, default=n_latents, help="size of z")
+    for name, value in lambdas.items():
+        model.add_argument(f"--lambda-{name}", type=positive_float, default=value, help=f"weight of log p({name} | z)")
+    model.add_argument(
+        "--reconstruct",
+        nargs="+",
+        default=[reconstruct],
+        choices=["given", "all", *modalities],
+        help="what each ELBO term scores beside what it is given: nothing more, all, or these modalities",
+    )
+    model.add_argument(
+        "--annealing-epochs", type=non_negative_int, default=annealing_epochs, help="epochs over which β rises to 1"
+    )
+    optimisation = result.add_argument_group("optimisation")
+    optimisation.add_argument(
+        "--batch-size", type=positive_int, default=batch_size, help="examples a step, over all processes"
+    )
+    optimisation.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the training data")
+    optimisation.add_argument("--lr", type=positive_float, default=lr, help="Adam's learning rate")
+    optimisation.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="of the networks; the rest is fp32"
+    )
+    optimisation.add_argument("--compile", action="store_true", help="compile the step; on CUDA, capture it as a graph")
+    data = result.add_argument_group("data and files")
+    data.add_argument("--n-val", type=positive_int, default=n_val, help="training examples held out for validation")
+    data.add_argument("--limit", type=positive_int, help="train on the first N examples only, for trying out")
+    data.add_argument("--out-dir", type=Path, default=Path("./trained_models"), help="folder of checkpoints and logs")
+    data.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out-dir, if there is one")
+    data.add_argument("--log-interval", type=positive_int, default=100, help="steps between reports")
+    return result
+
+
+def sampling_parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags of a sample.py; the experiment adds its conditions."""
+    result = parser(description)
+    result.add_argument("model_path", type=Path, help="the checkpoint, such as ./trained_models/model_best.pth.tar")
+    result.add_argument("--n-samples", type=positive_int, default=64, help="samples to draw")
+    result.add_argument("--out-dir", type=Path, default=Path("."), help="folder to write into")
+    return result
+
+
+def loglike_parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags of a loglike.py."""
+    result = parser(description)
+    result.add_argument("model_path", type=Path, help="the checkpoint, such as ./trained_models/model_best.pth.tar")
+    result.add_argument("--n-samples", type=positive_int, default=1000, help="importance samples per example")
+    result.add_argument("--limit", type=positive_int, help="the first N test examples only")
+    result.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file, too")
+    return result
+
+
+def report(found: Evaluation, measures: Mapping[str, Tensor], args: argparse.Namespace) -> None:
+    """Prints what a loglike.py found, and writes it to --json. `measures`: further values (n,), by their names."""
+    rows = []
+    for (quantity, proposal), estimate in found.estimates.items():
+        mean, error = mean_and_error(estimate.log_p)
+        variance = estimate.log_weight_variance.mean().item()
+        under = f"q(z | {', '.join(proposal)})" if proposal else "p(z)"
+        row = {"quantity": quantity.name, "proposal": under, "mean": mean, "standard_error": error}
+        rows.append({**row, "log_weight_variance": variance})
+    n = len(next(iter(found.estimates.values())).log_p)
+    print(f"Test log-likelihood in nats: mean ± standard error over {n} examples, {args.n_samples} importance samples,")
+    print("and the variance of the log importance weights (mean over examples).")
+    print(f"{'quantity':24}{'proposal':24}{'log-likelihood':>20}{'variance':>12}")
+    for row in rows:
+        value = f"{row['mean']:.3f} ± {row['standard_error']:.3f}"
+        print(f"{row['quantity']:24}{row['proposal']:24}{value:>20}{row['log_weight_variance']:>12.2f}")
+    others = {name: mean_and_error(values) for name, values in measures.items()}
+    for name, (mean, error) in others.items():
+        print(f"{name}: {mean:.4f} ± {error:.4f}")
+    if args.json:
+        content = {
+            "n_examples": n,
+            "n_samples": args.n_samples,
+            "checkpoint": str(args.model_path),
+            "log_likelihood": rows,
+            "measures": {name: {"mean": mean, "standard_error": error} for name, (mean, error) in others.items()},
+        }
+        write_atomically(args.json, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def options(args: argparse.Namespace) -> Options:
+    """What `fit` is asked to do by the flags of `training_parser`."""
+    values = {
+        field.name: getattr(args, field.name) for field in dataclasses.fields(Options) if hasattr(args, field.name)
+    }
+    return Options(**values, device=device(args.cuda))
+
+
+def reconstruct(args: argparse.Namespace) -> str | list[str]:
+    """--reconstruct as the objective takes it. Raises UserError where given or all stands beside other names."""
+    names = args.reconstruct
+    if len(names) == 1 and names[0] in ("given", "all"):
+        return names[0]
+    if {"given", "all"} & set(names):
+        raise UsageError(f"--reconstruct takes given, all, or names of modalities, not {' '.join(names)}")
+    return names
+
+
+def settings(args: argparse.Namespace) -> dict[str, object]:
+    """The flags as plain values, as a checkpoint records them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def device(cuda: bool) -> torch.device:
+    """The device asked for. Without a CUDA device --cuda warns in one line, and the CPU does the work."""
+    if cuda and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if cuda:
+        print("--cuda: this machine has no CUDA device that torch can use; going on with the CPU", file=sys.stderr)
+    return torch.device("cpu")
+
+
+def progress(items: Sequence[T]) -> Iterable[T]:
+    """The items, with a progress bar where stderr is a terminal."""
+    return tqdm(items, leave=False, disable=not sys.stderr.isatty())
+
+
+def positive_int(text: str) -> int:
+    return _number(text, int, lambda value: value > 0, "a whole number above 0")
+
+
+def non_negative_int(text: str) -> int:
+    return _number(text, int, lambda value: value >= 0, "a whole number, 0 or more")
+
+
+def positive_float(text: str) -> float:
+    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def _number(text: str, kind: type, allowed: Callable, wanted: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not allowed(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not those that say nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)

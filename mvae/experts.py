@@ -1,0 +1,45 @@
+"""Gaussian experts: their product with the prior, its KL divergence to the prior, and draws from it.
+
+An expert is a diagonal Gaussian over the latents, given as mean `mu` and log-variance `logvar`. The prior N(0, I) is
+always one of the factors (Wu & Goodman 2018, section 2.2), so a precision is at least 1 and no epsilon is needed.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def product(mu: Tensor, logvar: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """q(z | X) for many subsets X at once: the product of the prior and the present experts.
+
+    With T_i = 1 / var_i: var = 1 / (1 + sum T_i) and mu = var * sum T_i mu_i, computed in log space, so that
+    log-variances from -80 to 80 are right in float32. An absent expert's numbers may be anything.
+
+    Args:
+        mu, logvar: (modalities, batch, latents).
+        present: bool, broadcastable to (terms, modalities, batch): which experts each term's product takes.
+
+    Returns:
+        mu, logvar: (terms, batch, latents). With no expert present, the prior: zeros.
+    """
+    present = present.unsqueeze(-1)
+    log_precision = torch.where(present, -logvar, -math.inf)
+    log_precision = torch.cat([torch.zeros_like(log_precision[:, :1]), log_precision], dim=1)
+    weight = log_precision.softmax(dim=1)[:, 1:]
+    return (weight * torch.where(present, mu, 0.0)).sum(dim=1), -log_precision.logsumexp(dim=1)
+
+
+def kl_to_prior(mu: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(0, I)) in nats, summed over the last dimension (Kingma & Welling 2014, appendix B)."""
+    return 0.5 * (mu.square() + logvar.expm1() - logvar).sum(dim=-1)
+
+
+def draw(mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """A reparameterised draw mu + std * noise; `noise` is standard normal and may have more leading dimensions."""
+    return mu + (0.5 * logvar).exp() * noise
+
+
+def log_standard_normal(z: Tensor) -> Tensor:
+    """log N(z; 0, I) in nats, summed over the last dimension."""
+    return -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=-1)
