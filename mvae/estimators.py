@@ -81,9 +81,7 @@ def log_likelihood(
             z = experts.draw(mu[rows], logvar[rows], eps)
             log_q = experts.log_standard_normal(eps) - 0.5 * logvar[rows].sum(dim=-1)
             ratio = experts.log_standard_normal(z) - log_q
-            log_probs = dict(
-                zip(scored, (model.decoders[name].log_prob(z, some[name]) for name in scored), strict=True)
-            )
+            log_probs = {name: model.likelihood(name).log_prob(z, some[name]) for name in scored}
             for target in targets:
                 weights[target].append(sum((log_probs[name] for name in target), start=ratio))
         for target in targets:
@@ -164,9 +162,11 @@ def evaluate(
             truth[name].append(batch[name].cpu())
     whole = {key: Estimate(*(torch.cat(part).cpu() for part in zip(*some, strict=True))) for key, some in found.items()}
     estimates = {}
-    for which, (joint, *given) in needed.items():
-        log_p = whole[joint].log_p - sum(whole[key].log_p for key in given)
-        estimates[which] = Estimate(log_p, whole[joint].log_weight_variance)
+    for which, keys in needed.items():
+        log_p, variance = whole[keys[0]]
+        for key in keys[1:]:
+            log_p = log_p - whole[key].log_p
+        estimates[which] = Estimate(log_p, variance)
     return Evaluation(
         estimates,
         {name: torch.cat(means) for name, means in predicted.items()},
