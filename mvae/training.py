@@ -5,7 +5,6 @@ the run, bit for bit on a CPU.
 """
 
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -20,16 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from . import checkpoint, pictures
 from .data import Data, consecutive_rows, permuted_rows, seed_of
 from .errors import UsageError, UserError
 from .objective import Objective, Totals, random_subsets
-
-MAY_CHANGE = {"epochs", "cuda", "compile", "data_dir", "out_dir", "log_interval", "resume"}
-"""The settings that a resumed run may be given anew; any other would make it another run."""
+from .run import Run, sums_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,12 +88,8 @@ def fit(
     train, validation = train.to(options.device), validation.to(options.device)
     objective.to(options.device).train()
     optimizer = torch.optim.Adam(objective.parameters(), lr=options.lr, fused=True)
-    run = _Run(objective, optimizer, experiment, settings, options)
-    if options.resume:
-        run.restore()
-    elif (options.out_dir / checkpoint.LATEST).exists():
-        raise UsageError(f"{options.out_dir} holds a run: go on with --resume, or name another --out-dir")
-
+    run = Run(objective, optimizer, out_dir=options.out_dir, experiment=experiment, settings=settings)
+    run.start(options.resume)
     step_module: Callable[..., tuple[Tensor, Totals]] = objective
     if world > 1:
         step_module = DistributedDataParallel(objective, find_unused_parameters=train.present is not None)
@@ -125,7 +116,7 @@ def fit(
                 watch.look(loss, totals, raise_now=asked or stop or options.device.type == "cpu", run=run)
                 optimizer.step()
                 optimizer.zero_grad()
-                run.add(loss, totals, len(rows[rank::world]))
+                run.add(sums_of(loss, totals, len(rows) // world))
                 run.seconds = time.perf_counter() - started
                 if stop:
                     watch.check_weights(run)
@@ -134,145 +125,18 @@ def fit(
                     where = f"epoch {run.epoch}, step {run.step} of {len(batches)}"
                     raise Stopped(f"stopped at {where}; the state is saved: --resume goes on from it", caught[0])
             watch.check_weights(run)
+            run.seconds = time.perf_counter() - started
             train_sums = _sum_over_processes(run.sums, world)
             validation_sums = _sum_over_processes(_validate(objective, validation, options, rank, world), world)
-            run.close_epoch(train_sums, validation_sums, len(batches), validation, writes=rank == 0)
+            beta_reached = annealing(run.epoch, len(batches) - 1, len(batches), options.annealing_epochs)
+            best = run.end_epoch(train_sums, validation_sums, beta_reached)
+            if rank == 0:
+                run.save(best=best)
+                run.report(validation, best=best)
     run.close()
+    if world > 1:
+        distributed.destroy_process_group()
     return run.history
-
-
-class _Run:
-    """Where a run stands: everything a checkpoint holds, and the files that report it."""
-
-    def __init__(
-        self, objective: Objective, optimizer: torch.optim.Optimizer, experiment: str, settings, options: Options
-    ):
-        self.objective, self.optimizer, self.options = objective, optimizer, options
-        self.experiment, self.settings = experiment, settings
-        self.epoch, self.step, self.seconds = 1, 0, 0.0
-        self.best = math.inf
-        self.history: list[dict[str, Any]] = []
-        self.sums = torch.zeros(0)
-        self.writer: SummaryWriter | None = None
-
-    def restore(self) -> None:
-        path = self.options.out_dir / checkpoint.LATEST
-        if not path.exists():
-            print(f"there is no {path} yet: starting from the beginning", flush=True)
-            return
-        saved = checkpoint.load(path, self.experiment)
-        names = sorted((saved["settings"].keys() | self.settings.keys()) - MAY_CHANGE)
-        pairs = [(name, saved["settings"].get(name), self.settings.get(name)) for name in names]
-        differ = [f"{name} was {old}, now {new}" for name, old, new in pairs if old != new]
-        if differ:
-            raise UsageError(f"--resume: {path} was made with other settings: {'; '.join(differ)}")
-        self.objective.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        for name in ("epoch", "step", "seconds", "best", "history"):
-            setattr(self, name, saved[name])
-        self.sums = saved["sums"].to(self.options.device)
-
-    def save(self, *, best: bool = False) -> None:
-        model = self.objective.model
-        what = {"model": model.state_dict(), "n_latents": model.n_latents, "settings": self.settings}
-        if best:
-            epoch = {"epoch": self.epoch - 1, "validation_loss": self.best}
-            checkpoint.save(self.options.out_dir / checkpoint.BEST, self.experiment, what | epoch)
-        what |= {name: getattr(self, name) for name in ("epoch", "step", "seconds", "best", "history", "sums")}
-        what["optimizer"] = self.optimizer.state_dict()
-        checkpoint.save(self.options.out_dir / checkpoint.LATEST, self.experiment, what)
-
-    def add(self, loss: Tensor, totals: Totals, n: int) -> None:
-        part = torch.cat(
-            [torch.stack([loss.detach() * n, loss.new_tensor(n)]), *(t.flatten() for t in totals)]
-        ).double()
-        self.sums = self.sums + part if len(self.sums) else part
-
-    def close_epoch(self, train: Tensor, validation: Tensor, steps: int, data: Data, *, writes: bool) -> None:
-        beta = annealing(self.epoch, steps - 1, steps, self.options.annealing_epochs)
-        speed = train[1].item() / self.seconds
-        record: dict[str, Any] = {
-            "epoch": self.epoch,
-            "beta": beta,
-            "seconds": self.seconds,
-            "examples_per_second": speed,
-            "train": summary(self.objective, train),
-            "validation": summary(self.objective, validation),
-        }
-        self.history.append(record)
-        self.epoch, self.step, self.seconds, self.sums = self.epoch + 1, 0, 0.0, torch.zeros(0)
-        improved = record["validation"]["loss"] < self.best
-        self.best = min(self.best, record["validation"]["loss"])
-        if not writes:
-            return
-        self.save(best=improved)
-        lines = "".join(json.dumps(line) + "\n" for line in self.history)
-        checkpoint.write_atomically(self.options.out_dir / "stats.jsonl", lines.encode())
-        self._tensorboard(record, data)
-        terms = record["validation"]["terms"].items()
-        elbos = "  ".join(
-            f"ELBO({name}) {term['elbo']:.2f}" for name, term in terms if len(record["validation"]["terms"]) < 8
-        )
-        print(
-            f"epoch {record['epoch']:3d}/{self.options.epochs}  beta {beta:.3f}  loss {record['train']['loss']:.2f}  "
-            f"validation loss {record['validation']['loss']:.2f}{' (best)' if improved else ''}  {elbos}  "
-            f"{speed:.0f} examples/s",
-            flush=True,
-        )
-
-    def _tensorboard(self, record: dict[str, Any], data: Data) -> None:
-        epoch = record["epoch"]
-        try:
-            self.writer = self.writer or SummaryWriter(str(self.options.out_dir / "tensorboard"), purge_step=epoch)
-            for part in ("train", "validation"):
-                for name, value in _flat(record[part], part):
-                    self.writer.add_scalar(name, value, epoch)
-            self.writer.add_scalar("beta", record["beta"], epoch)
-            self.writer.add_scalar("examples per second", record["examples_per_second"], epoch)
-            torch.manual_seed(seed_of(self.options.seed))
-            some, present = data.batch(torch.arange(min(8, len(data)), device=data.device))
-            if present is None:
-                for name, grid in pictures.reconstructions(self.objective.model, some).items():
-                    self.writer.add_image(f"reconstruction/{name}", grid, epoch)
-            self.writer.flush()
-        except OSError as error:
-            raise UserError(f"can't write {self.options.out_dir / 'tensorboard'}: {error.strerror or error}") from None
-
-    def close(self) -> None:
-        if self.writer:
-            self.writer.close()
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-
-
-def summary(objective: Objective, sums: Tensor) -> dict[str, Any]:
-    """A record of summed totals, in nats per example: the loss (λ, and β in training), and each term's parts.
-
-    "elbo", "kl" and "reconstruction" (log p of each scored modality) have neither λ nor β. Each is a mean over the
-    examples that have it, None where none has. Random subsets are summed up as the one term "subset".
-    """
-    m = len(objective.model.modalities)
-    loss, n, *parts = sums.tolist()
-    t = len(parts) // (2 * m + 2)
-    values = np.array(parts)
-    log_prob, n_log_prob = values[: 2 * t * m].reshape(2, t, m)
-    kl, n_kl = values[2 * t * m :].reshape(2, t)
-    fixed = len(objective.terms)
-    rows = [(term.name, [i]) for i, term in enumerate(objective.terms)]
-    rows += [("subset", list(range(fixed, t)))] if t > fixed else []
-    terms = {}
-    for name, which in rows:
-        counts, n_given = n_log_prob[which].sum(0), n_kl[which].sum()
-        terms[name] = {
-            "elbo": (log_prob[which].sum() - kl[which].sum()) / n_given if n_given else None,
-            "kl": kl[which].sum() / n_given if n_given else None,
-            "reconstruction": {
-                modality: log_prob[which, i].sum() / counts[i]
-                for i, modality in enumerate(objective.model.modalities)
-                if counts[i]
-            },
-        }
-    return {"loss": loss / n, "terms": terms}
 
 
 @torch.no_grad()
@@ -286,10 +150,8 @@ def _validate(objective: Objective, data: Data, options: Options, rank: int, wor
             batch, present = data.batch(rows)
             with _precision(options):
                 loss, totals = objective(batch, 1.0, (), present)
-            part = torch.cat(
-                [torch.stack([loss * len(rows), loss.new_tensor(len(rows))]), *(t.flatten() for t in totals)]
-            )
-            sums = part.double() if sums is None else sums + part.double()
+            part = sums_of(loss, totals, len(rows))
+            sums = part if sums is None else sums + part
     objective.train()
     size = 2 + 2 * len(objective.terms) * (len(objective.model.modalities) + 1)
     return torch.zeros(size, dtype=torch.float64, device=options.device) if sums is None else sums
@@ -302,7 +164,7 @@ class _Watch:
         self.objective = objective
         self.first = torch.zeros(0)
 
-    def look(self, loss: Tensor, totals: Totals, *, raise_now: bool, run: _Run) -> None:
+    def look(self, loss: Tensor, totals: Totals, *, raise_now: bool, run: Run) -> None:
         """Remembers this step's parts unless an earlier step's were bad; those raise UserError if `raise_now`."""
         parts = torch.cat([totals.log_prob.flatten(), totals.kl, loss.detach().unsqueeze(0)])
         if len(self.first) != len(parts):
@@ -315,14 +177,14 @@ class _Watch:
                 run, [name for name, part in zip(names, self.first.tolist(), strict=True) if not math.isfinite(part)]
             )
 
-    def check_weights(self, run: _Run) -> None:
+    def check_weights(self, run: Run) -> None:
         """Raises UserError if a weight isn't finite, as after a finite loss whose gradient was not."""
         weights = self.objective.model.named_parameters()
         bad = {".".join(name.split(".")[:2]) for name, weight in weights if not weight.isfinite().all()}
         if bad:
             self._stop(run, [f"the gradient of {name}" for name in sorted(bad)])
 
-    def _stop(self, run: _Run, what: list[str]) -> None:
+    def _stop(self, run: Run, what: list[str]) -> None:
         where = f"epoch {run.epoch}, step {run.step}"
         more = " and more" if len(what) > 4 else ""
         remedy = "the last good checkpoint is kept; try a smaller --lr, or --precision fp32"
@@ -334,14 +196,6 @@ class _Watch:
         yield from (f"log p of {modality} in {term}" for term in terms for modality in self.objective.model.modalities)
         yield from (f"KL in {term}" for term in terms)
         yield "the loss"
-
-
-def _flat(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    for name, value in record.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}/{name}")
-        elif value is not None:
-            yield f"{prefix}/{name}", value
 
 
 def _precision(options: Options) -> torch.autocast:
@@ -400,7 +254,7 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _bar(batches: list[Tensor], run: _Run, n: int, options: Options, rank: int) -> Iterator[Tensor]:
+def _bar(batches: list[Tensor], run: Run, n: int, options: Options, rank: int) -> Iterator[Tensor]:
     """The batches, with a progress bar on a terminal and plain lines elsewhere."""
     terminal = sys.stderr.isatty()
     bar = tqdm(batches, f"epoch {run.epoch}", n, initial=run.step, leave=False, disable=rank > 0 or not terminal)
