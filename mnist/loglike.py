@@ -5,19 +5,12 @@ Grey pixels are scored by the Bernoulli cross-entropy, which is not a normalised
 """
 
 from mvae import checkpoint, cli
-from mvae.estimators import Quantity, evaluate
+from mvae.estimators import evaluate, of_a_pair
 
 import datasets
 from model import build_model
 
-PROPOSALS = (("image",), ("image", "text"))
-QUANTITIES = {
-    Quantity(("image",)): PROPOSALS,
-    Quantity(("image", "text")): PROPOSALS,
-    Quantity(("image",), given=("text",)): PROPOSALS,
-    Quantity(("text",), given=("image",), given_proposal=("image",)): PROPOSALS,
-    Quantity(("text",)): [(), ("text",)],
-}
+QUANTITIES = of_a_pair(*datasets.MODALITIES)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ same order.
 
 import torch
 
-from mvae import checkpoint, cli, pictures
+from mvae import checkpoint, cli, data, pictures
 
 import datasets
 from model import build_model
@@ -24,8 +24,10 @@ def main() -> None:
     torch.manual_seed(args.seed)
     given = {}
     if args.condition_on_image is not None:
-        wanted = datasets.CLASSES.index(args.condition_on_image)
-        given["image"] = datasets.held_out_image(args.data_dir, wanted, settings).to(device)
+        _, held_out = datasets.training_data(args.data_dir, n_val=settings["n_val"], binarize=settings["binarize"])
+        is_wanted = held_out.tensors["text"] == datasets.CLASSES.index(args.condition_on_image)
+        example = data.random_example(held_out, is_wanted, f"a {args.condition_on_image}")
+        given["image"] = example["image"].to(device)
     if args.condition_on_text is not None:
         given["text"] = torch.tensor([datasets.CLASSES.index(args.condition_on_text)], device=device)
     z = model.draw(given, args.n_samples, device)

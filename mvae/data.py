@@ -86,6 +86,36 @@ def consecutive_rows(data: Data, batch_size: int) -> list[Tensor]:
     return list(torch.arange(len(data), device=data.device).split(batch_size))
 
 
+def pictures_and_labels(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A `transform`: stored pictures (batch, channels, height, width) become floats in [0, 1], labels int64."""
+    return {name: tensor.float() / 255 if tensor.dim() == 4 else tensor.long() for name, tensor in rows.items()}
+
+
+def binarize(data: Data, name: str) -> Data:
+    """Draws each value of modality `name` from Bernoulli(grey value), afresh for every batch."""
+
+    def transform(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        batch = data.transform(rows)
+        return {**batch, name: batch[name].bernoulli()}
+
+    return dataclasses.replace(data, transform=transform)
+
+
+def binarize_once(data: Data, name: str) -> Data:
+    """Draws each value of the stored uint8 pictures `name` from Bernoulli(grey value), once, by a fixed seed."""
+    grey = data.tensors[name].float() / 255
+    drawn = grey.bernoulli(generator=torch.Generator().manual_seed(0)).mul(255).byte()
+    return dataclasses.replace(data, tensors={**data.tensors, name: drawn})
+
+
+def random_example(data: Data, where: Tensor, what: str) -> dict[str, Tensor]:
+    """A batch of one of the examples that `where`, bool (N,), allows. Raises UserError, naming `what`, for none."""
+    rows = where.nonzero().flatten()
+    if not len(rows):
+        raise UserError(f"none of the {len(data)} held-out examples shows {what}")
+    return data.batch(rows[torch.randint(len(rows), (1,))])[0]
+
+
 CONTENT_MD5 = {
     "MNIST": {
         "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",

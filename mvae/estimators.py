@@ -35,6 +35,18 @@ class Quantity(NamedTuple):
         return f"log p({', '.join(self.target)}{' | ' if self.given else ''}{', '.join(self.given)})"
 
 
+def of_a_pair(x: str, y: str) -> dict[Quantity, list[Modalities]]:
+    """What the paper's table 2 reports of two modalities, each with its proposals; and log p(y), p(y | x)."""
+    both: list[Modalities] = [(x,), (x, y)]
+    return {
+        Quantity((x,)): both,
+        Quantity((x, y)): both,
+        Quantity((x,), given=(y,)): both,
+        Quantity((y,), given=(x,), given_proposal=(x,)): both,
+        Quantity((y,)): [(), (y,)],
+    }
+
+
 class Estimate(NamedTuple):
     """One value per example, each (n,), in nats.
 

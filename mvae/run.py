@@ -42,7 +42,8 @@ class Run:
     def start(self, resume: bool) -> None:
         """Takes up the state of the checkpoint in `out_dir`, if asked to and if there is one.
 
-        Raises UsageError if there is one and `resume` isn't set, or if it was made with other settings.
+        Raises UsageError if there is one and `resume` isn't set, or if it was made with other settings; UserError
+        if it can't be gone on from.
         """
         path = self.out_dir / checkpoint.LATEST
         if not path.exists():
@@ -57,12 +58,14 @@ class Run:
         differ = [f"{name} was {old}, now {new}" for name, old, new in pairs if old != new]
         if differ:
             raise UsageError(f"--resume: {path} was made with other settings: {'; '.join(differ)}")
-        self.objective.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        for name in ("epoch", "step", "seconds", "best", "history"):
-            setattr(self, name, saved[name])
-        self.sums = saved["sums"].to(next(self.objective.parameters()).device)
-        self._write_stats()
+        try:
+            self.objective.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            for name in ("epoch", "step", "seconds", "best", "history"):
+                setattr(self, name, saved[name])
+            self.sums = saved["sums"].to(next(self.objective.parameters()).device)
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            raise UserError(f"{path} doesn't hold a run of this network to go on from") from None
 
     def add(self, sums: Tensor) -> None:
         """Adds a step's `sums_of` to the epoch's."""
@@ -105,7 +108,7 @@ class Run:
         speed = f"{record['examples_per_second']:.0f} examples/s"
         parts = [f"epoch {record['epoch']}", f"beta {record['beta']:.3f}", losses + " (best)" * best, *elbos[:7], speed]
         print("  ".join(parts), flush=True)
-        self._write_stats()
+        self.write_stats()
         try:
             self._write_tensorboard(record, validation)
         except OSError as error:
@@ -115,7 +118,8 @@ class Run:
         if self.writer:
             self.writer.close()
 
-    def _write_stats(self) -> None:
+    def write_stats(self) -> None:
+        """Writes stats.jsonl whole. Raises UserError if that fails."""
         lines = "".join(json.dumps(record) + "\n" for record in self.history)
         checkpoint.write_atomically(self.out_dir / "stats.jsonl", lines.encode())
 

@@ -90,6 +90,10 @@ def fit(
     optimizer = torch.optim.Adam(objective.parameters(), lr=options.lr, fused=True)
     run = Run(objective, optimizer, out_dir=options.out_dir, experiment=experiment, settings=settings)
     run.start(options.resume)
+    if rank == 0:
+        run.write_stats()  # a folder that can't be written is better known before the first step
+    else:
+        run.sums = torch.zeros_like(run.sums)  # a checkpoint's sums are those of all processes
     step_module: Callable[..., tuple[Tensor, Totals]] = objective
     if world > 1:
         step_module = DistributedDataParallel(objective, find_unused_parameters=train.present is not None)
@@ -120,6 +124,7 @@ def fit(
                 run.seconds = time.perf_counter() - started
                 if stop:
                     watch.check_weights(run)
+                    run.sums = _sum_over_processes(run.sums, world)
                     if rank == 0:
                         run.save()
                     where = f"epoch {run.epoch}, step {run.step} of {len(batches)}"
@@ -128,6 +133,7 @@ def fit(
             run.seconds = time.perf_counter() - started
             train_sums = _sum_over_processes(run.sums, world)
             validation_sums = _sum_over_processes(_validate(objective, validation, options, rank, world), world)
+            watch.check_validation(run, validation_sums)
             beta_reached = annealing(run.epoch, len(batches) - 1, len(batches), options.annealing_epochs)
             best = run.end_epoch(train_sums, validation_sums, beta_reached)
             if rank == 0:
@@ -172,10 +178,15 @@ class _Watch:
         self.first = torch.where(self.first.isfinite().all(), parts, self.first)
         if raise_now and not self.first.isfinite().all():
             self.check_weights(run)
-            names = self._names(len(totals.kl))
-            self._stop(
-                run, [name for name, part in zip(names, self.first.tolist(), strict=True) if not math.isfinite(part)]
-            )
+            self._stop(run, self._bad(self.first, len(totals.kl)))
+
+    def check_validation(self, run: Run, sums: Tensor) -> None:
+        """Raises UserError if the validation data's `sums_of` aren't finite."""
+        if not sums.isfinite().all():
+            n_terms = len(self.objective.terms)
+            n_scores = n_terms * len(self.objective.model.modalities)
+            loss, _, log_prob, _, kl, _ = sums.split([1, 1, n_scores, n_scores, n_terms, n_terms])
+            self._stop(run, [f"validation's {name}" for name in self._bad(torch.cat([log_prob, kl, loss]), n_terms)])
 
     def check_weights(self, run: Run) -> None:
         """Raises UserError if a weight isn't finite, as after a finite loss whose gradient was not."""
@@ -190,12 +201,13 @@ class _Watch:
         remedy = "the last good checkpoint is kept; try a smaller --lr, or --precision fp32"
         raise UserError(f"not finite by {where}: {', '.join(what[:4])}{more}; {remedy}")
 
-    def _names(self, n_terms: int) -> Iterator[str]:
+    def _bad(self, parts: Tensor, n_terms: int) -> list[str]:
+        """The names of those parts (log p by term and modality, KL by term, the loss) that aren't finite."""
         terms = [f"term {term.name}" for term in self.objective.terms]
         terms += ["a random subset's term"] * (n_terms - len(terms))
-        yield from (f"log p of {modality} in {term}" for term in terms for modality in self.objective.model.modalities)
-        yield from (f"KL in {term}" for term in terms)
-        yield "the loss"
+        names = [f"log p of {modality} in {term}" for term in terms for modality in self.objective.model.modalities]
+        names += [*(f"KL in {term}" for term in terms), "the loss"]
+        return [name for name, part in zip(names, parts.tolist(), strict=True) if not math.isfinite(part)]
 
 
 def _precision(options: Options) -> torch.autocast:

@@ -1,4 +1,4 @@
-"""The made digits: what is drawn, what is written, and what is refused."""
+"""The made digits and garments: what is drawn, what is written, and what is refused."""
 
 import gzip
 import hashlib
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mvae.synthetic import CHECKSUMS, IDX_NAMES, digits, main, write_idx
+from mvae.synthetic import CHECKSUMS, GARMENTS, IDX_NAMES, bezier, digits, garments, main, write_idx
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -175,3 +175,53 @@ def test_digits_of_a_class_vary(drawn: tuple[np.ndarray, np.ndarray]) -> None:
     pixels = images / 255
     within = sum(pixels[labels == digit].var(axis=0).sum() for digit in range(10)) / 10
     assert within / pixels.var(axis=0).sum() > 0.5  # the share of the variance that the class leaves unexplained
+
+
+@pytest.fixture(scope="module")
+def worn() -> tuple[np.ndarray, np.ndarray]:
+    """2,000 made garments: images in [0, 255], labels."""
+    return garments(2000, np.random.default_rng(0))
+
+
+def test_fashion_writes_garments_in_the_layout_of_fashionmnist(tmp_path: Path) -> None:
+    assert main(["fashion", str(tmp_path), "--train", "30", "--test", "20", "--seed", "3"]) == 0
+    raw = tmp_path / "FashionMNIST" / "raw"
+    assert {path.name for path in raw.iterdir()} == {CHECKSUMS, *(f"{name}.gz" for name in IDX_NAMES)}
+    for stream, (part, n) in enumerate((("train", 30), ("t10k", 20))):
+        images, labels = garments(n, np.random.default_rng([3, stream]))
+        assert gzip.decompress((raw / f"{part}-images-idx3-ubyte.gz").read_bytes())[16:] == images.tobytes()
+        assert gzip.decompress((raw / f"{part}-labels-idx1-ubyte.gz").read_bytes())[8:] == labels.tobytes()
+
+
+@pytest.mark.parametrize("kind", GARMENTS)
+def test_forms_of_a_garment_correspond_point_by_point(kind: int) -> None:
+    outlines = {tuple((part.split()[0], len(part.split())) for part in form.split("|")) for form in GARMENTS[kind]}
+    assert len(outlines) == 1
+
+
+def test_bezier_goes_from_the_first_point_to_the_last() -> None:
+    points = np.random.default_rng(0).normal(size=(3, 4, 2))
+    curve = bezier(points)
+    np.testing.assert_allclose(curve[:, [0, -1]], points[:, [0, -1]])
+    np.testing.assert_allclose(curve[:, 4], points.transpose(0, 2, 1) @ [1 / 8, 3 / 8, 3 / 8, 1 / 8])
+
+
+def test_garments_are_balanced_and_no_two_alike(worn: tuple[np.ndarray, np.ndarray]) -> None:
+    images, labels = worn
+    assert (images.shape, images.dtype) == ((2000, 28, 28), np.uint8)
+    assert set(np.bincount(labels)) == {200}
+    assert len(np.unique(images.reshape(-1, 784), axis=0)) == len(images)
+
+
+def test_pixel_statistics_are_near_fashionmnists(worn: tuple[np.ndarray, np.ndarray]) -> None:
+    pixels = worn[0] / 255
+    assert pixels.mean() == pytest.approx(0.2860, abs=0.02)  # FashionMNIST's training set
+    assert pixels.std() == pytest.approx(0.3530, abs=0.02)
+
+
+def test_kinds_of_garments_are_learnable(worn: tuple[np.ndarray, np.ndarray]) -> None:
+    images, labels = worn
+    means = np.stack([images[labels == kind].reshape(-1, 784).mean(axis=0) for kind in range(10)]) / 255
+    test_images, test_labels = garments(1000, np.random.default_rng(1))
+    distances = (means**2).sum(axis=1) - 2 * (test_images.reshape(-1, 784) / 255) @ means.T
+    assert np.mean(distances.argmin(axis=1) == test_labels) > 0.7  # the nearest mean gets 0.68 on FashionMNIST

@@ -1,0 +1,189 @@
+"""What several test files need: the scripts run as processes, and a small model of three modalities with its data."""
+
+import importlib.util
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mvae import checkpoint
+from mvae.data import Data
+from mvae.likelihoods import Bernoulli, Categorical
+from mvae.model import MVAE
+from mvae.objective import Objective
+from mvae.training import Options, fit
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SHORT = ["--n-val", "200", "--batch-size", "50", "--annealing-epochs", "20", "--log-interval", "5"]
+"""The flags of a short run on 1,200 made digits: an epoch is 20 steps."""
+
+
+class Trained(NamedTuple):
+    """A run of mnist/train.py: where it wrote, and what the process said."""
+
+    out_dir: Path
+    process: subprocess.CompletedProcess[str]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """A script's environment: one thread, no CUDA device, `more`."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", **more}
+
+
+def command(script: str, *arguments: object) -> list[str]:
+    """`python SCRIPT ARGUMENTS`; the script is named by its path from the repository's root."""
+    return [sys.executable, str(ROOT / script), *map(str, arguments)]
+
+
+def run(script: str, *arguments: object, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs a script to its end, as a user does."""
+    options = {"env": environment(), **options}
+    return subprocess.run(
+        command(script, *arguments), cwd=cwd, capture_output=True, text=True, timeout=300, check=False, **options
+    )
+
+
+def assert_ended(done: subprocess.CompletedProcess[str]) -> None:
+    """The process ended well, and without a word on stderr."""
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], status: int, *said: object) -> None:
+    """The process ended with `status` and one line on stderr, which has all of `said` in it."""
+    assert done.returncode == status, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    for words in said:
+        assert str(words) in done.stderr
+
+
+def experiment_module(path: str) -> ModuleType:
+    """A file of an experiment's folder, imported under a name of its own: all experiments share their files' names."""
+    spec = importlib.util.spec_from_file_location(path.replace("/", "_").removesuffix(".py"), ROOT / path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def train_in_this_process(arguments: list[str], log: Path) -> None:
+    """What `python mnist/train.py ARGUMENTS > LOG 2>&1` does, for a process that has already imported torch."""
+    with open(log, "wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *arguments]
+    sys.path.insert(0, str(ROOT / "mnist"))
+    runpy.run_path(str(ROOT / "mnist" / "train.py"), run_name="__main__")
+
+
+def stats(out_dir: Path) -> list[dict[str, Any]]:
+    """The records of stats.jsonl."""
+    return [json.loads(line) for line in (out_dir / "stats.jsonl").read_text().splitlines()]
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Epochs' records, less what depends on the clock."""
+    return [
+        {name: value for name, value in record.items() if name not in ("seconds", "examples_per_second")}
+        for record in records
+    ]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two states are equal, every tensor of them bit for bit."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(same(value, b[name]) for name, value in a.items())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(one, other) for one, other in zip(a, b, strict=True))
+    return a == b
+
+
+def assert_same_run(a: Path, b: Path, experiment: str = "mnist") -> None:
+    """Two folders hold the same run: weights, optimizer, and all that is reported but the times."""
+    latest = [checkpoint.load(folder / checkpoint.LATEST, experiment) for folder in (a, b)]
+    best = [checkpoint.load(folder / checkpoint.BEST, experiment) for folder in (a, b)]
+    for name in ("model", "optimizer", "epoch", "step", "best"):
+        assert same(latest[0][name], latest[1][name]), f"{name} of {checkpoint.LATEST} differs"
+    for name in ("model", "epoch", "validation_loss"):
+        assert same(best[0][name], best[1][name]), f"{name} of {checkpoint.BEST} differs"
+    assert without_times(stats(a)) == without_times(stats(b))
+
+
+class SmallEncoder(nn.Module):
+    """(batch, *event) of any type -> mu, logvar, each (batch, 2), by one linear layer."""
+
+    def __init__(self, n_inputs: int):
+        super().__init__()
+        self.linear = nn.Linear(n_inputs, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = self.linear(x.float().reshape(len(x), -1)).chunk(2, dim=1)
+        return mu, logvar
+
+
+def small_model() -> MVAE:
+    """A picture (1, 6, 6), four binary attributes and one of three labels; two latents; always the same weights."""
+    torch.manual_seed(0)
+    return MVAE(
+        encoders={"image": SmallEncoder(36), "attrs": SmallEncoder(4), "label": SmallEncoder(1)},
+        likelihoods={
+            "image": Bernoulli(nn.Sequential(nn.Linear(2, 36), nn.Unflatten(1, (1, 6, 6)))),
+            "attrs": Bernoulli(nn.Linear(2, 4)),
+            "label": Categorical(nn.Linear(2, 3)),
+        },
+        n_latents=2,
+    )
+
+
+def small_data(n: int, seed: int, **fields: Any) -> Data:
+    """n examples for `small_model`; `fields` are further ones of Data."""
+    rng = torch.Generator().manual_seed(seed)
+    label = torch.randint(3, (n,), generator=rng)
+    attrs = torch.rand(n, 4, generator=rng).round()
+    image = (torch.rand(n, 1, 6, 6, generator=rng) + label.view(n, 1, 1, 1) / 2) / 2
+    return Data(tensors={"image": image, "attrs": attrs, "label": label}, **fields)
+
+
+def fit_small(
+    out_dir: Path,
+    *,
+    train: Data | None = None,
+    validation: Data | None = None,
+    model: MVAE | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Fits the small model to 24 examples, in 4 steps an epoch, 2 epochs long unless `options` say otherwise."""
+    defaults: dict[str, Any] = {"epochs": 2, "annealing_epochs": 2, "batch_size": 6, "lr": 1e-2}
+    return fit(
+        Objective(model or small_model()),
+        train or small_data(24, seed=0),
+        validation or small_data(10, seed=1),
+        Options(**{**defaults, **options}, out_dir=out_dir),
+        experiment="small",
+        settings=settings,
+    )
+
+
+def at_call(n: int, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable:
+    """A transform of Data that does `change` at its n-th call and nothing at others."""
+    calls = 0
+
+    def transform(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        nonlocal calls
+        calls += 1
+        return change(rows) if calls == n else rows
+
+    return transform
