@@ -105,7 +105,7 @@ def loglike_parser(description: str | None) -> argparse.ArgumentParser:
     """The flags of a loglike.py."""
     result = parser(description)
     result.add_argument("model_path", type=Path, help="the checkpoint, such as ./trained_models/model_best.pth.tar")
-    result.add_argument("--n-samples", type=positive_int, default=1000, help="importance samples per example")
+    result.add_argument("--n-samples", type=two_or_more, default=1000, help="importance samples per example")
     result.add_argument("--limit", type=positive_int, help="the first N test examples only")
     result.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file, too")
     return result
@@ -184,6 +184,10 @@ def positive_int(text: str) -> int:
 
 def non_negative_int(text: str) -> int:
     return _number(text, int, lambda value: value >= 0, "a whole number, 0 or more")
+
+
+def two_or_more(text: str) -> int:
+    return _number(text, int, lambda value: value > 1, "a whole number above 1")
 
 
 def positive_float(text: str) -> float:

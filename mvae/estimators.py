@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import experts
 from .data import Data, consecutive_rows, seed_of
+from .errors import UsageError
 from .model import MVAE, Batch
 
 Modalities = tuple[str, ...]
@@ -76,9 +77,10 @@ def log_likelihood(
         batch: the modalities named by `proposal` and `targets`, each (batch, *event).
         proposal: what z is drawn from: q(z | these modalities); the prior if there are none.
         targets: sets of modalities, at least one each.
-        noise: standard normal (draws, batch, latents): it alone is random.
+        noise: standard normal (draws, batch, latents), two draws or more: it alone is random.
         max_rows: bounds the latents decoded in one call, and so the memory; the result doesn't depend on it.
     """
+    model.check_names(*proposal, *(name for target in targets for name in target))
     n_draws, n, _ = noise.shape
     scored = tuple(name for name in model.modalities if any(name in target for target in targets))
     if proposal:
@@ -149,7 +151,13 @@ def evaluate(
             is the same for all proposals.
         max_rows: latents decoded in one call: the memory bound. None: 4,096 on a CPU (its cache), else 65,536.
         progress: wraps the list of batches, to show a bar.
+
+    Raises UsageError for a name that is no modality's, or data in which examples lack modalities.
     """
+    for quantity in quantities:
+        model.check_names(*quantity.target, *quantity.given)
+    if data.present is not None:
+        raise UsageError("log-likelihoods are estimated from examples that have all modalities")
     model.eval()
     max_rows = max_rows or (4096 if data.device.type == "cpu" else 65536)
     needed = {

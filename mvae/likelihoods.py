@@ -89,7 +89,8 @@ class Gaussian(Likelihood):
         self.std = std
 
     def log_prob(self, z: Tensor, x: Tensor) -> Tensor:
-        error = (x - self.decode(z)) / self.std
+        mean = self.decode(z)
+        error = (x.expand_as(mean) - mean) / self.std
         nats = 0.5 * error.square() + math.log(self.std) + 0.5 * math.log(2 * math.pi)
         return -nats.flatten(z.dim() - 1).sum(dim=-1)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import experts
+from .errors import UsageError
 from .likelihoods import Likelihood
 
 Batch = Mapping[str, Tensor]
@@ -61,6 +62,12 @@ class MVAE(nn.Module):
             logvars.append(logvar)
         mu, logvar = torch.stack(mus), torch.stack(logvars)
         return (mu.float(), logvar.float()) if mu.dtype in (torch.bfloat16, torch.float16) else (mu, logvar)
+
+    def check_names(self, *names: str) -> None:
+        """Raises UsageError for a name that is no modality's."""
+        unknown = sorted(set(names) - set(self.modalities))
+        if unknown:
+            raise UsageError(f"no modality is called {', '.join(unknown)}; there are {', '.join(self.modalities)}")
 
     def likelihood(self, name: str) -> Likelihood:
         """p(x | z) of one modality."""

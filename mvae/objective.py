@@ -77,10 +77,9 @@ class Objective(nn.Module):
             if isinstance(reconstruct, str)
             else tuple(reconstruct)
         )
-        unknown = sorted((set(extra or ()) | set(weights or {})) - set(model.modalities))
-        if extra is None or unknown:
-            wrong = ", ".join(unknown) or reconstruct
-            raise UsageError(f"no modality is called {wrong}; there are {', '.join(model.modalities)}")
+        if extra is None:
+            raise UsageError(f"not {reconstruct}: reconstruct is given, all, or a list of {', '.join(model.modalities)}")
+        model.check_names(*extra, *(weights or {}))
         self.model = model
         self.extra = frozenset(extra)
         singles = [(name,) for name in model.modalities] if len(model.modalities) > 1 else []
@@ -93,6 +92,7 @@ class Objective(nn.Module):
     def term(self, given: Iterable[str]) -> Term:
         """The term that is given these modalities, with what it scores by `reconstruct`."""
         given = frozenset(given)
+        self.model.check_names(*given)
         in_order = self.model.modalities
         return Term(tuple(n for n in in_order if n in given), tuple(n for n in in_order if n in given | self.extra))
 
@@ -128,6 +128,7 @@ class Objective(nn.Module):
         given, scored, mask, here = given.unsqueeze(-1), scored.unsqueeze(-1), None, None
         n = len(next(iter(batch.values())))
         if present is not None:
+            self.model.check_names(*present)
             always = torch.ones(n, dtype=torch.bool, device=given.device)
             here = torch.stack([present.get(name, always) for name in self.model.modalities])
             given = given & here

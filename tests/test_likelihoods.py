@@ -1,0 +1,135 @@
+"""p(x | z): log-probabilities that are normalised, means that samples approach, and stacked latents."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mvae.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+
+from reference import CLASSES, LATENTS, distribution, small_batch, small_model
+
+KINDS = ["m0", "m1", "m2"]  # Bernoulli, Categorical, Gaussian
+
+
+def likelihood_of(kind: str, *, batch_norm: bool = False) -> Likelihood:
+    """One of `small_model`'s, its last layer made larger, so that z matters."""
+    found = small_model(3, batch_norm=batch_norm).likelihood(kind)
+    for layer in found.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data *= 3
+    return found.eval()
+
+
+def latents(*shape: int) -> Tensor:
+    return torch.randn(*shape, LATENTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_probabilities_of_all_classes_sum_to_one() -> None:
+    found = likelihood_of("m1")
+    z = latents(1, 7).expand(CLASSES, 7, LATENTS)
+    log_probs = [found.log_prob(z[c], torch.full((7,), c)) for c in range(CLASSES)]
+    torch.testing.assert_close(torch.stack(log_probs).exp().sum(dim=0), torch.ones(7, dtype=torch.float64))
+
+
+def test_probabilities_of_all_binary_pictures_sum_to_one() -> None:
+    found = likelihood_of("m0")
+    pictures = torch.tensor(list(itertools.product([0.0, 1.0], repeat=6)), dtype=torch.float64).view(64, 2, 3)
+    z = latents(7)
+    log_probs = [found.log_prob(z, picture.expand(7, 2, 3)) for picture in pictures]
+    torch.testing.assert_close(torch.stack(log_probs).exp().sum(dim=0), torch.ones(7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_prob_is_torchs(kind: str) -> None:
+    found, z, x = likelihood_of(kind), latents(7), small_batch(3, 7)[kind]
+    torch.testing.assert_close(found.log_prob(z, x), distribution(found, z).log_prob(x), rtol=1e-12, atol=1e-12)
+
+
+def test_grey_values_are_scored_by_the_cross_entropy() -> None:
+    found, z = likelihood_of("m0"), latents(7)
+    x = torch.rand(7, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p = found.decoder(z).sigmoid()
+    expected = (x * p.log() + (1 - x) * (1 - p).log()).sum(dim=(1, 2))
+    torch.testing.assert_close(found.log_prob(z, x), expected)
+
+
+def test_extreme_logits_are_scored_without_overflow() -> None:
+    identity, z = nn.Identity(), torch.tensor([[300.0, -300.0]])
+    assert Bernoulli(identity).log_prob(z, torch.tensor([[0.0, 0.0]])).item() == -300
+    assert Categorical(identity).log_prob(z, torch.tensor([1])).item() == -600
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mean_is_torchs(kind: str) -> None:
+    found, z = likelihood_of(kind), latents(7)
+    p = distribution(found, z)
+    expected = p.probs if isinstance(p, torch.distributions.Categorical) else p.mean
+    torch.testing.assert_close(found.mean(z), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_approach_the_mean(kind: str) -> None:
+    found, n = likelihood_of(kind), 20_000
+    z = latents(2)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        samples = found.sample(z.expand(n, 2, LATENTS))
+        mean = found.mean(z)
+    if isinstance(found, Categorical):
+        assert samples.shape == (n, 2)
+        samples = nn.functional.one_hot(samples, CLASSES).double()
+    std = 0.7 if isinstance(found, Gaussian) else (mean * (1 - mean)).sqrt()
+    assert samples.shape == (n, *mean.shape)
+    assert ((samples.mean(dim=0) - mean).abs() < 4 * std / math.sqrt(n)).all()
+
+
+def test_gaussian_samples_have_its_standard_deviation() -> None:
+    found, n = likelihood_of("m2"), 20_000
+    torch.manual_seed(0)
+    with torch.no_grad():
+        samples = found.sample(latents(1).expand(n, 1, LATENTS))
+    assert ((samples.std(dim=0) - 0.7).abs() < 4 * 0.7 / math.sqrt(2 * n)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("leading", [(), (1,), (4,), (2, 3)])
+def test_stacked_latents_are_scored_as_one_by_one(kind: str, leading: tuple[int, ...]) -> None:
+    found, z, x = likelihood_of(kind), latents(*leading, 7), small_batch(3, 7)[kind]
+    each = z.reshape(-1, 7, LATENTS)
+    log_prob = torch.stack([found.log_prob(part, x) for part in each])
+    mean = torch.stack([found.mean(part) for part in each])
+    torch.testing.assert_close(found.log_prob(z, x), log_prob.reshape(*leading, *log_prob.shape[1:]))
+    torch.testing.assert_close(found.mean(z), mean.reshape(*leading, *mean.shape[1:]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("leading", [(4,), (2, 3)])
+def test_batch_norm_in_training_does_not_mix_terms(kind: str, leading: tuple[int, ...]) -> None:
+    found, z = likelihood_of(kind, batch_norm=True).train(), latents(*leading, 7)
+    expected = torch.stack([found.decoder(part) for part in z.reshape(-1, 7, LATENTS)])
+    torch.testing.assert_close(found.decode(z), expected.reshape(*leading, *expected.shape[1:]))
+
+
+def test_batch_norm_in_training_counts_every_term() -> None:
+    found = likelihood_of("m0", batch_norm=True).train()
+    found.decode(latents(4, 7))
+    norm = next(layer for layer in found.modules() if isinstance(layer, nn.BatchNorm1d))
+    assert norm.num_batches_tracked == 4
+
+
+@pytest.mark.parametrize(("batch_norm", "training", "calls"), [(False, True, 1), (True, False, 1), (True, True, 4)])
+def test_terms_are_decoded_in_one_call_where_that_is_the_same(batch_norm: bool, training: bool, calls: int) -> None:
+    found = likelihood_of("m0", batch_norm=batch_norm).train(training)
+    rows: list[int] = []
+    found.decoder.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    found.decode(latents(4, 7))
+    assert rows == [28 // calls] * calls
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_float32_at_least(kind: str) -> None:
+    found, x = likelihood_of(kind).to(torch.bfloat16), small_batch(3, 7)[kind]
+    assert found.log_prob(latents(7).bfloat16(), x.float() if x.is_floating_point() else x).dtype == torch.float32
