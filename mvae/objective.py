@@ -78,7 +78,8 @@ class Objective(nn.Module):
             else tuple(reconstruct)
         )
         if extra is None:
-            raise UsageError(f"not {reconstruct}: reconstruct is given, all, or a list of {', '.join(model.modalities)}")
+            names = ", ".join(model.modalities)
+            raise UsageError(f"not {reconstruct}: reconstruct is given, all, or a list of {names}")
         model.check_names(*extra, *(weights or {}))
         self.model = model
         self.extra = frozenset(extra)

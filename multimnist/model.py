@@ -1,0 +1,148 @@
+"""The networks for MultiMNIST: a canvas in convolutional layers, and its digits as a sequence in recurrent ones.
+
+The shapes are those of Wu & Goodman (2018) and its public code. That code's text decoder feeds back its own most
+probable symbol in training and evaluation alike, so what it scores is no probability of the text; here p(text | z) is
+autoregressive, and sums to 1 over all texts.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mvae.likelihoods import Bernoulli, Likelihood
+from mvae.model import MVAE
+
+from datasets import FILL, LENGTH, N_SYMBOLS, START
+
+HIDDEN = 200
+
+
+class ImageEncoder(nn.Module):
+    """q(z | image): (batch, 1, 50, 50) in [0, 1] -> mu, logvar, each (batch, latents)."""
+
+    def __init__(self, n_latents: int):
+        super().__init__()
+        self.hidden = nn.Sequential(
+            nn.Conv2d(1, 32, 4, 2, 1, bias=False), nn.SiLU(),
+            nn.Conv2d(32, 64, 4, 2, 1, bias=False), nn.BatchNorm2d(64), nn.SiLU(),
+            nn.Conv2d(64, 128, 4, 2, 1, bias=False), nn.BatchNorm2d(128), nn.SiLU(),
+            nn.Conv2d(128, 256, 4, 2, 0, bias=False), nn.BatchNorm2d(256), nn.SiLU(),
+            nn.Flatten(), nn.Linear(1024, 512), nn.SiLU(), nn.Dropout(0.1),
+        )  # fmt: skip
+        self.mu = nn.Linear(512, n_latents)
+        self.logvar = nn.Linear(512, n_latents)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.hidden(image)
+        return self.mu(hidden), self.logvar(hidden)
+
+
+def image_decoder(n_latents: int) -> nn.Sequential:
+    """(batch, latents) -> logits (batch, 1, 50, 50)."""
+    return nn.Sequential(
+        nn.Linear(n_latents, 1024), nn.SiLU(), nn.Unflatten(1, (256, 2, 2)),
+        nn.ConvTranspose2d(256, 128, 4, 2, 0, bias=False), nn.BatchNorm2d(128), nn.SiLU(),
+        nn.ConvTranspose2d(128, 64, 4, 2, 1, bias=False), nn.BatchNorm2d(64), nn.SiLU(),
+        nn.ConvTranspose2d(64, 32, 5, 2, 1, bias=False), nn.BatchNorm2d(32), nn.SiLU(),
+        nn.ConvTranspose2d(32, 1, 4, 2, 1, bias=False),
+    )  # fmt: skip
+
+
+class TextEncoder(nn.Module):
+    """q(z | text): (batch, LENGTH) symbols -> mu, logvar, each (batch, latents), from the sum of both directions' ends.
+
+    The public code takes the output at the last place, where the backward direction has read one symbol only.
+    """
+
+    def __init__(self, n_latents: int):
+        super().__init__()
+        self.embedding = nn.Embedding(N_SYMBOLS, HIDDEN)
+        self.gru = nn.GRU(HIDDEN, HIDDEN, batch_first=True, bidirectional=True)
+        self.mu = nn.Linear(HIDDEN, n_latents)
+        self.logvar = nn.Linear(HIDDEN, n_latents)
+
+    def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        _, ends = self.gru(self.embedding(text))
+        hidden = ends.sum(dim=0)
+        return self.mu(hidden), self.logvar(hidden)
+
+
+class TextDecoder(nn.Module):
+    """The next symbol's logits after each of some symbols, given z.
+
+    z (rows, latents), previous symbols (rows, places) -> logits (rows, places, FILL + 1), and the state to go on from.
+    START is never next, so it has no logit.
+    """
+
+    def __init__(self, n_latents: int):
+        super().__init__()
+        self.embedding = nn.Embedding(N_SYMBOLS, HIDDEN)
+        self.state = nn.Linear(n_latents, HIDDEN)
+        self.gru = nn.GRU(HIDDEN + n_latents, HIDDEN, num_layers=2, batch_first=True)
+        self.logits = nn.Linear(HIDDEN + n_latents, FILL + 1)
+
+    def forward(self, z: Tensor, previous: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if state is None:
+            state = self.state(z).expand(self.gru.num_layers, -1, -1).contiguous()
+        everywhere = z.unsqueeze(1).expand(-1, previous.shape[1], -1)
+        hidden, state = self.gru(torch.cat([F.silu(self.embedding(previous)), everywhere], dim=2), state)
+        return self.logits(torch.cat([hidden, everywhere], dim=2)), state
+
+
+class Text(Likelihood):
+    """p(text | z) = the product over places of p(symbol | z, the symbols before), with the decoder of `TextDecoder`.
+
+    A text is up to LENGTH digits; a shorter one ends at its first FILL, and every place after that is FILL with
+    probability 1. So the texts of 0 to LENGTH digits have all the probability, and it sums to 1.
+    """
+
+    def log_prob(self, z: Tensor, x: Tensor) -> Tensor:
+        """log p(text | z) in nats, (..., batch), of x (batch, LENGTH): digits, then FILL.
+
+        The decoder is shown the true symbols before each place (teacher forcing): that is the chain rule, in training
+        and evaluation alike.
+        """
+        x = x.expand(*z.shape[:-1], LENGTH).reshape(-1, LENGTH)
+        previous = torch.cat([torch.full_like(x[:, :1], START), x[:, :-1]], dim=1)
+        logits, _ = self.decoder(z.reshape(-1, z.shape[-1]), previous)
+        nats = logits.log_softmax(dim=2).gather(2, x.unsqueeze(2)).squeeze(2)
+        after_end = torch.where(x == FILL, 0.0, -torch.inf)
+        return torch.where(previous == FILL, after_end, nats).sum(dim=1).reshape(z.shape[:-1])
+
+    def mean(self, z: Tensor) -> Tensor:
+        """Each place's probabilities after the most probable symbols before it: (..., batch, LENGTH, FILL + 1).
+
+        Their argmax is the text that is decoded greedily. The expectation over texts has no closed form.
+        """
+        return self._write(z, lambda logits: logits.argmax(dim=1))[1]
+
+    def sample(self, z: Tensor, temperature: float = 1.0) -> Tensor:
+        """A draw of the text's symbols, (..., batch, LENGTH), from p(text | z) with all logits / `temperature`."""
+        return self._write(z, lambda logits: torch.distributions.Categorical(logits=logits / temperature).sample())[0]
+
+    def _write(self, z: Tensor, choose: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Decodes place by place: the symbols that `choose` takes, given logits (rows, FILL + 1), and probabilities."""
+        rows = z.reshape(-1, z.shape[-1])
+        symbol = torch.full_like(rows[:, 0], START, dtype=torch.long)
+        only_fill = torch.full((FILL + 1,), -torch.inf, device=z.device)
+        only_fill[FILL] = 0
+        state, symbols, probabilities = None, [], []
+        for _ in range(LENGTH):
+            logits, state = self.decoder(rows, symbol.unsqueeze(1), state)
+            logits = torch.where((symbol == FILL).unsqueeze(1), only_fill, logits[:, 0])
+            symbol = choose(logits)
+            symbols.append(symbol)
+            probabilities.append(logits.softmax(dim=1))
+        return tuple(torch.stack(part, dim=1).unflatten(0, z.shape[:-1]) for part in (symbols, probabilities))
+
+
+def build_model(n_latents: int) -> MVAE:
+    """The MVAE of image and text; its experts are fused by `mvae.experts.product`, with the prior as one more."""
+    model = MVAE(
+        encoders={"image": ImageEncoder(n_latents), "text": TextEncoder(n_latents)},
+        likelihoods={"image": Bernoulli(image_decoder(n_latents)), "text": Text(TextDecoder(n_latents))},
+        n_latents=n_latents,
+    )
+    return model.to(memory_format=torch.channels_last)  # a quarter off a step's time on a CPU

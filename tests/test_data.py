@@ -1,0 +1,392 @@
+"""Data sets: the IDX files and their download, the split, the order of batches, and MNIST's batches."""
+
+import contextlib
+import gzip
+import hashlib
+import http.server
+import os
+import shutil
+import socketserver
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchvision import datasets as official
+
+from mvae import data
+from mvae.data import Data, consecutive_rows, load_idx, permuted_rows, random_example, seed_of, split
+from mvae.errors import UsageError, UserError
+from mvae.synthetic import CHECKSUMS, IDX_NAMES
+
+from helpers import assert_refused, environment, experiment_module, run
+
+mnist = experiment_module("mnist/datasets.py")
+
+
+@pytest.fixture
+def copied(digits_dir: Path, tmp_path: Path) -> Path:
+    """The raw folder of a copy of the made digits, below the data folder tmp_path."""
+    return Path(shutil.copytree(digits_dir / "MNIST", tmp_path / "MNIST")) / "raw"
+
+
+def unpack(raw: Path) -> None:
+    for name in IDX_NAMES:
+        (raw / name).write_bytes(gzip.decompress((raw / f"{name}.gz").read_bytes()))
+        (raw / f"{name}.gz").unlink()
+
+
+def assert_damaged(raw: Path, name: str) -> None:
+    """Loading fails with one line that names the file and says what to do."""
+    with pytest.raises(UserError) as caught:
+        load_idx(raw.parents[1], "MNIST", "train")
+    message = str(caught.value)
+    assert str(raw / name) in message
+    assert "delete it" in message
+    assert "\n" not in message
+
+
+# The files.
+
+
+def test_made_digits_are_read_by_the_loader(digits_dir: Path) -> None:
+    images, labels = load_idx(digits_dir, "MNIST", "train")
+    assert images.shape == (1200, 28, 28)
+    assert labels.shape == (1200,)
+    assert images.dtype == labels.dtype == torch.uint8
+    assert labels.unique().tolist() == list(range(10))
+
+
+def test_both_splits_are_read(digits_dir: Path) -> None:
+    assert [len(load_idx(digits_dir, "MNIST", part)[0]) for part in ("train", "t10k")] == [1200, 300]
+
+
+def test_unpacked_files_are_read_as_packed_ones(digits_dir: Path, copied: Path) -> None:
+    unpack(copied)
+    for part in ("train", "t10k"):
+        for one, other in zip(
+            load_idx(digits_dir, "MNIST", part), load_idx(copied.parents[1], "MNIST", part), strict=True
+        ):
+            assert torch.equal(one, other)
+
+
+def test_reading_writes_nothing(copied: Path) -> None:
+    def state() -> list[tuple[str, int]]:
+        return sorted((str(path), path.stat().st_mtime_ns) for path in [copied.parent, copied, *copied.iterdir()])
+
+    before = state()
+    load_idx(copied.parents[1], "MNIST", "train")
+    assert state() == before
+
+
+def test_read_only_folder_is_read(copied: Path) -> None:
+    copied.chmod(0o555)
+    assert len(load_idx(copied.parents[1], "MNIST", "train")[0]) == 1200
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"])
+def test_truncated_packed_file_is_refused(copied: Path, name: str, share: float) -> None:
+    content = (copied / name).read_bytes()
+    (copied / name).write_bytes(content[: int(share * len(content))])
+    assert_damaged(copied, name)
+
+
+@pytest.mark.parametrize("at", [0, 3, 200, -6])
+def test_packed_file_with_a_wrong_byte_is_refused(copied: Path, at: int) -> None:
+    content = bytearray((copied / "train-images-idx3-ubyte.gz").read_bytes())
+    content[at] ^= 255
+    (copied / "train-images-idx3-ubyte.gz").write_bytes(content)
+    assert_damaged(copied, "train-images-idx3-ubyte.gz")
+
+
+def test_file_of_another_content_is_refused(copied: Path) -> None:
+    name = "train-images-idx3-ubyte.gz"
+    content = bytearray(gzip.decompress((copied / name).read_bytes()))
+    content[-1] ^= 1
+    (copied / name).write_bytes(gzip.compress(bytes(content)))
+    assert_damaged(copied, name)
+
+
+def test_truncated_unpacked_file_is_refused(copied: Path) -> None:
+    unpack(copied)
+    name = "train-images-idx3-ubyte"
+    (copied / name).write_bytes((copied / name).read_bytes()[:-1])
+    assert_damaged(copied, name)
+
+
+def test_made_digits_without_their_checksums_are_refused(copied: Path) -> None:
+    (copied / CHECKSUMS).unlink()
+    assert_damaged(copied, "train-images-idx3-ubyte.gz")
+
+
+def test_file_that_its_checksums_leave_out_is_refused(copied: Path) -> None:
+    lines = (copied / CHECKSUMS).read_text().splitlines(keepends=True)
+    (copied / CHECKSUMS).write_text("".join(line for line in lines if "train-images" not in line))
+    assert_damaged(copied, "train-images-idx3-ubyte.gz")
+
+
+def test_pictures_that_do_not_fit_their_labels_are_refused(copied: Path) -> None:
+    shutil.copy(copied / "t10k-labels-idx1-ubyte.gz", copied / "train-labels-idx1-ubyte.gz")
+    content = gzip.decompress((copied / "train-labels-idx1-ubyte.gz").read_bytes())
+    with open(copied / CHECKSUMS, "a") as file:
+        file.write(f"{hashlib.md5(content).hexdigest()}  train-labels-idx1-ubyte\n")
+    with pytest.raises(UserError, match="1200 pictures of train don't fit 300 labels"):
+        load_idx(copied.parents[1], "MNIST", "train")
+
+
+# The download, from a server on this machine.
+
+
+@contextlib.contextmanager
+def mirror(handler: Any) -> Iterator[str]:
+    """Serves on a free port of this machine; gives the address."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+
+
+class Files(http.server.SimpleHTTPRequestHandler):
+    """Serves the files of a folder, without a log."""
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+class Garbage(socketserver.BaseRequestHandler):
+    """Answers what is no HTTP."""
+
+    def handle(self) -> None:
+        self.request.recv(1000)
+        self.request.sendall(b"garbage\r\n\r\n")
+
+
+@pytest.fixture
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def official_is(raw: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the packed files in `raw` the official MNIST, to be had at `address`."""
+    packed = {f"{name}.gz": (raw / f"{name}.gz").read_bytes() for name in IDX_NAMES}
+    resources = [(name, hashlib.md5(content).hexdigest()) for name, content in packed.items()]
+    monkeypatch.setattr(official.MNIST, "mirrors", [address])
+    monkeypatch.setattr(official.MNIST, "resources", resources)
+    sums = {name[:-3]: hashlib.md5(gzip.decompress(content)).hexdigest() for name, content in packed.items()}
+    monkeypatch.setitem(data.CONTENT_MD5, "MNIST", sums)
+
+
+@pytest.mark.usefixtures("no_proxy")
+def test_absent_files_are_downloaded(digits_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = digits_dir / "MNIST" / "raw"
+    with mirror(partial(Files, directory=str(raw))) as address:
+        official_is(raw, address, monkeypatch)
+        images, _ = load_idx(tmp_path / "new", "MNIST", "train")
+    assert torch.equal(images, load_idx(digits_dir, "MNIST", "train")[0])
+    downloaded = {"train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"}
+    assert set(os.listdir(tmp_path / "new" / "MNIST" / "raw")) == downloaded
+
+
+@pytest.mark.usefixtures("no_proxy")
+def test_next_mirror_is_tried(digits_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = digits_dir / "MNIST" / "raw"
+    with mirror(Garbage) as broken, mirror(partial(Files, directory=str(raw))) as address:
+        official_is(raw, address, monkeypatch)
+        monkeypatch.setattr(official.MNIST, "mirrors", [address + "no/such/folder/", broken, address])
+        assert len(load_idx(tmp_path, "MNIST", "t10k")[0]) == 300
+
+
+@pytest.mark.usefixtures("no_proxy")
+def test_download_of_another_content_is_refused(
+    digits_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = digits_dir / "MNIST" / "raw"
+    with mirror(partial(Files, directory=str(raw))) as address:
+        monkeypatch.setattr(official.MNIST, "mirrors", [address])
+        with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz.*can't be downloaded.*--data-dir"):
+            load_idx(tmp_path, "MNIST", "train")
+    assert os.listdir(tmp_path / "MNIST" / "raw") == []
+
+
+@pytest.mark.usefixtures("no_proxy")
+def test_mirror_that_speaks_no_http_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with mirror(Garbage) as address:
+        monkeypatch.setattr(official.MNIST, "mirrors", [address])
+        with pytest.raises(UserError, match="can't be downloaded"):
+            load_idx(tmp_path, "MNIST", "train")
+
+
+def test_absent_files_in_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz.*file/MNIST/raw.*--data-dir"):
+        load_idx(tmp_path / "file", "MNIST", "train")
+
+
+def test_without_network_and_data_the_files_wanted_are_named(tmp_path: Path) -> None:
+    closed = "http://127.0.0.1:9"  # the discard port, which nothing serves
+    env = environment(http_proxy=closed, https_proxy=closed, no_proxy="")
+    done = run("mnist/datasets.py", "--data-dir", tmp_path, cwd=tmp_path, env=env)
+    wanted = ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", tmp_path / "MNIST" / "raw", "--data-dir"]
+    assert_refused(done, 1, *wanted)
+
+
+def test_command_says_that_the_set_is_complete(
+    digits_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["datasets.py", "--data-dir", str(digits_dir)])
+    mnist.main()
+    assert f"{digits_dir} is complete: 1200 training and 300 test examples" in capsys.readouterr().out
+
+
+# Real MNIST.
+
+
+def test_real_mnist_is_read(mnist_dir: Path) -> None:
+    images, labels = load_idx(mnist_dir, "MNIST", "train")
+    test_images, test_labels = load_idx(mnist_dir, "MNIST", "t10k")
+    assert (len(images), len(test_images)) == (60000, 10000)
+    assert labels[:3].tolist() == [5, 0, 4]
+    assert test_labels[:3].tolist() == [7, 2, 1]
+    assert images.float().mean().item() / 255 == pytest.approx(0.1307, abs=1e-4)
+
+
+# What the experiment makes of them.
+
+
+def test_mnist_batch_is_grey_in_0_to_1_with_its_label(digits_dir: Path) -> None:
+    images, labels = load_idx(digits_dir, "MNIST", "train")
+    train, _ = mnist.training_data(digits_dir, n_val=200)
+    batch, present = train.batch(torch.tensor([3, 1]))
+    assert torch.equal(batch["image"], images[[3, 1]].unsqueeze(1) / 255)
+    assert torch.equal(batch["text"], labels[[3, 1]].long())
+    assert present is None
+
+
+def test_binarized_training_pictures_are_drawn_afresh(digits_dir: Path) -> None:
+    grey, _ = mnist.training_data(digits_dir, n_val=200)
+    train, _ = mnist.training_data(digits_dir, n_val=200, binarize=True)
+    rows = torch.arange(10)
+    torch.manual_seed(0)
+    draws = torch.stack([train.batch(rows)[0]["image"] for _ in range(200)])
+    assert draws.unique().tolist() == [0, 1]
+    assert (draws.mean(dim=0) - grey.batch(rows)[0]["image"]).abs().max() < 5 * 0.5 / 200**0.5  # five standard errors
+
+
+@pytest.mark.parametrize("which", ["validation", "test"])
+def test_binarized_held_out_pictures_are_drawn_once(digits_dir: Path, which: str) -> None:
+    def images() -> torch.Tensor:
+        validation = mnist.training_data(digits_dir, n_val=200, binarize=True)[1]
+        held_out = validation if which == "validation" else mnist.test_data(digits_dir, binarize=True)
+        return held_out.batch(torch.arange(len(held_out)))[0]["image"]
+
+    assert images().unique().tolist() == [0, 1]
+    assert torch.equal(images(), images())
+
+
+# Data, its split and the order of batches.
+
+
+def numbers(n: int, **fields: Any) -> Data:
+    """n examples, each its own number."""
+    return Data(tensors={"x": torch.arange(n)}, **fields)
+
+
+def test_validation_is_the_end_of_the_training_split() -> None:
+    train, validation = split(numbers(10), n_val=3, limit=None)
+    assert train.tensors["x"].tolist() == list(range(7))
+    assert validation.tensors["x"].tolist() == [7, 8, 9]
+
+
+def test_limit_takes_the_first_examples_and_leaves_the_validation() -> None:
+    train, validation = split(numbers(10), n_val=3, limit=2)
+    assert train.tensors["x"].tolist() == [0, 1]
+    assert validation.tensors["x"].tolist() == [7, 8, 9]
+
+
+def test_limit_never_reaches_into_the_validation() -> None:
+    train, _ = split(numbers(10), n_val=3, limit=9)
+    assert train.tensors["x"].tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("n_val", [0, 10, 11])
+def test_split_that_leaves_nothing_is_a_wrong_call(n_val: int) -> None:
+    with pytest.raises(UsageError, match=f"--n-val {n_val} .*10") as caught:
+        split(numbers(10), n_val=n_val, limit=None)
+    assert caught.value.status == 2
+
+
+def test_data_keeps_presence_beside_its_examples() -> None:
+    stored = numbers(6, present={"x": torch.tensor([True, False, True, True, False, False])})
+    batch, present = stored[2:].batch(torch.tensor([2, 1]))
+    assert batch["x"].tolist() == [4, 3]
+    assert present is not None
+    assert present["x"].tolist() == [False, True]
+
+
+def test_data_keeps_its_transform_when_sliced() -> None:
+    stored = numbers(6, transform=lambda rows: {"x": rows["x"] * 10})
+    assert stored[2:].to(torch.device("cpu")).batch(torch.tensor([0]))[0]["x"].tolist() == [20]
+
+
+def test_random_example_is_one_of_those_allowed() -> None:
+    allowed = torch.tensor([False, True, False, True, True])
+    found = {random_example(numbers(5), allowed, "it")["x"].item() for _ in range(100)}
+    assert found == {1, 3, 4}
+
+
+def test_no_example_to_choose_from_is_one_error() -> None:
+    with pytest.raises(UserError, match="none of the 5 held-out examples shows a 7"):
+        random_example(numbers(5), torch.zeros(5, dtype=torch.bool), "a 7")
+
+
+def test_epoch_takes_every_example_once() -> None:
+    rows = torch.cat(permuted_rows(numbers(12), 4, seed=0))
+    assert rows.sort().values.tolist() == list(range(12))
+    assert rows.tolist() != list(range(12))
+
+
+def test_incomplete_last_batch_is_dropped() -> None:
+    assert [len(rows) for rows in permuted_rows(numbers(11), 4, seed=0)] == [4, 4]
+
+
+def test_another_epoch_drops_other_examples() -> None:
+    seen = [frozenset(torch.cat(permuted_rows(numbers(11), 4, seed)).tolist()) for seed in range(20)]
+    assert len(set(seen)) > 10
+    assert frozenset.union(*seen) == set(range(11))
+
+
+def test_fewer_examples_than_a_batch_are_one_batch() -> None:
+    assert [len(rows) for rows in permuted_rows(numbers(3), 4, seed=0)] == [3]
+
+
+def test_order_is_decided_by_the_seed_alone() -> None:
+    first = permuted_rows(numbers(12), 4, seed=5)
+    torch.manual_seed(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, permuted_rows(numbers(12), 4, seed=5), strict=True))
+    assert not torch.equal(first[0], permuted_rows(numbers(12), 4, seed=6)[0])
+
+
+def test_consecutive_rows_are_all_rows() -> None:
+    assert [rows.tolist() for rows in consecutive_rows(numbers(5), 2)] == [[0, 1], [2, 3], [4]]
+
+
+def test_seed_is_a_function_of_the_numbers() -> None:
+    assert seed_of(3, 1, 4) == seed_of(3, 1, 4)
+
+
+def test_seeds_of_different_numbers_differ() -> None:
+    grid = [(a, b, c, d) for a in range(5) for b in range(5) for c in range(5) for d in range(5)]
+    assert len({seed_of(*numbers) for numbers in grid}) == len(grid)
+
+
+def test_seed_fits_torch_and_numpy() -> None:
+    seeds = [seed_of(7, i) for i in range(100)]
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    torch.manual_seed(max(seeds))
+    np.random.default_rng(max(seeds))

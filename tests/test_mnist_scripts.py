@@ -1,0 +1,368 @@
+"""The MNIST scripts as a user runs them: train, sample, estimate; what they write, print and refuse."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mvae import checkpoint
+from mvae.cli import reconstruct, training_parser
+from mvae.errors import UsageError
+from mvae.estimators import Quantity, evaluate
+
+from helpers import (
+    ROOT,
+    SHORT,
+    Trained,
+    assert_ended,
+    assert_refused,
+    assert_same_run,
+    environment,
+    experiment_module,
+    run,
+    stats,
+)
+
+# train.py
+
+
+def test_train_runs_from_another_folder(trained: Trained) -> None:
+    assert trained.process.returncode == 0
+    assert {path.name for path in trained.out_dir.iterdir()} == {
+        "checkpoint.pth.tar",
+        "model_best.pth.tar",
+        "stats.jsonl",
+        "tensorboard",
+    }
+
+
+def test_cuda_without_a_device_warns_in_one_line_and_goes_on(trained: Trained) -> None:
+    assert_refused(trained.process, 0, "--cuda", "no CUDA device", "going on with the CPU")
+
+
+def test_train_runs_from_its_own_folder_and_gives_the_same_run(
+    trained: Trained, digits_dir: Path, tmp_path: Path
+) -> None:
+    flags = ["--out-dir", tmp_path, "--epochs", "3", *SHORT]
+    env = environment(MVAE_DATA_DIR=str(digits_dir))
+    assert_ended(run("mnist/train.py", *flags, cwd=ROOT / "mnist", env=env))
+    assert_same_run(tmp_path, trained.out_dir)
+
+
+def test_train_prints_plain_lines_where_there_is_no_terminal(trained: Trained) -> None:
+    lines = trained.process.stdout.splitlines()
+    steps = [line.split("  mean loss")[0] for line in lines if "  step " in line]
+    assert steps == [f"epoch {epoch}  step {step}/20" for epoch in (1, 2, 3) for step in (5, 10, 15, 20)]
+    epochs = [line for line in lines if "validation loss" in line]
+    assert [line.split()[1] for line in epochs] == ["1", "2", "3"]
+    assert all("ELBO(image+text)" in line and "examples/s" in line for line in epochs)
+
+
+def test_stats_have_one_object_an_epoch(trained: Trained) -> None:
+    records = stats(trained.out_dir)
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    for record in records:
+        assert set(record) == {"epoch", "beta", "seconds", "examples_per_second", "train", "validation"}
+        for part in ("train", "validation"):
+            assert set(record[part]) == {"loss", "terms"}
+            terms = record[part]["terms"]
+            assert {name: set(term["reconstruction"]) for name, term in terms.items()} == {
+                "image+text": {"image", "text"},
+                "image": {"image"},
+                "text": {"text"},
+            }
+            assert all(set(term) == {"elbo", "kl", "reconstruction"} for term in terms.values())
+
+
+def test_stats_tell_the_annealing_that_an_epoch_reached(trained: Trained) -> None:
+    assert [record["beta"] for record in stats(trained.out_dir)] == [1 / 20, 2 / 20, 3 / 20]
+
+
+def test_stats_elbo_is_reconstruction_less_kl(trained: Trained) -> None:
+    for record in stats(trained.out_dir):
+        for term in [*record["train"]["terms"].values(), *record["validation"]["terms"].values()]:
+            assert term["elbo"] == pytest.approx(sum(term["reconstruction"].values()) - term["kl"], rel=1e-6)
+
+
+def test_validation_loss_is_the_weighted_objective_without_annealing(trained: Trained) -> None:
+    weights = {"image": 1.0, "text": 10.0}
+    for record in stats(trained.out_dir):
+        terms = record["validation"]["terms"].values()
+        weighted = sum(weights[name] * nats for term in terms for name, nats in term["reconstruction"].items())
+        assert record["validation"]["loss"] == pytest.approx(sum(term["kl"] for term in terms) - weighted, rel=1e-5)
+
+
+def test_stats_count_the_examples_of_an_epoch(trained: Trained) -> None:
+    for record in stats(trained.out_dir):
+        assert record["seconds"] * record["examples_per_second"] == pytest.approx(1000)
+
+
+def test_training_lowers_the_loss(trained: Trained) -> None:
+    losses = [record["validation"]["loss"] for record in stats(trained.out_dir)]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_tensorboard_has_scalars_and_pictures_of_every_epoch(trained: Trained) -> None:
+    events = EventAccumulator(str(trained.out_dir / "tensorboard")).Reload()
+    records = stats(trained.out_dir)
+    for tag, values in {
+        "validation/loss": [record["validation"]["loss"] for record in records],
+        "train/terms/image/kl": [record["train"]["terms"]["image"]["kl"] for record in records],
+        "beta": [1 / 20, 2 / 20, 3 / 20],
+    }.items():
+        scalars = events.Scalars(tag)
+        assert [scalar.step for scalar in scalars] == [1, 2, 3]
+        assert [scalar.value for scalar in scalars] == pytest.approx(values, rel=1e-6)
+    pictures = events.Images("reconstruction/image")
+    assert [(picture.step, picture.width, picture.height) for picture in pictures] == [
+        (epoch, 8 * 30 + 2, 4 * 30 + 2) for epoch in (1, 2, 3)
+    ]
+
+
+def test_checkpoint_records_the_flags(trained: Trained) -> None:
+    settings = checkpoint.load(trained.out_dir / checkpoint.BEST, "mnist")["settings"]
+    wanted = {"lambda_text": 10.0, "n_latents": 64, "n_val": 200, "binarize": False, "reconstruct": ["given"]}
+    assert wanted.items() <= settings.items()
+
+
+def test_train_help_shows_every_flag_and_its_default(tmp_path: Path) -> None:
+    done = run("mnist/train.py", "-h", cwd=tmp_path)
+    assert_ended(done)
+    text = " ".join(done.stdout.split())
+    defaults = {
+        "--n-latents": "64",
+        "--batch-size": "100",
+        "--epochs": "500",
+        "--annealing-epochs": "200",
+        "--lr": "0.001",
+        "--log-interval": "100",
+        "--lambda-image": "1.0",
+        "--lambda-text": "10.0",
+        "--out-dir": "trained_models",
+        "--seed": "0",
+        "--precision": "fp32",
+        "--n-val": "5000",
+    }
+    for flag, default in defaults.items():
+        described = text.split(f" {flag} ")[-1]
+        assert described.split("(default: ")[1].startswith(f"{default})"), flag
+    for flag in ("--cuda", "--data-dir", "--resume", "--compile", "--binarize", "--limit", "--reconstruct"):
+        assert f" {flag} " in text
+
+
+def mnist_parser() -> Any:
+    lambdas = {"image": 1.0, "text": 10.0}
+    numbers: dict[str, Any] = {"n_latents": 4, "batch_size": 5, "epochs": 6, "annealing_epochs": 7, "n_val": 8}
+    return training_parser("", modalities=("image", "text"), lambdas=lambdas, lr=1e-3, **numbers)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--epochs", "0"),
+        ("--epochs", "2.5"),
+        ("--annealing-epochs", "-1"),
+        ("--batch-size", "-5"),
+        ("--lr", "0"),
+        ("--lr", "nan"),
+        ("--lambda-text", "inf"),
+        ("--n-val", "many"),
+        ("--seed", "-1"),
+        ("--precision", "fp8"),
+        ("--reconstruct", "sound"),
+    ],
+)
+def test_wrong_value_is_refused_with_status_2(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        mnist_parser().parse_args([f"{flag}={value}"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert flag in said
+    assert repr(value) in said
+
+
+@pytest.mark.parametrize(
+    ("words", "meaning"),
+    [([], "given"), (["all"], "all"), (["text"], ["text"]), (["text", "image"], ["text", "image"])],
+)
+def test_reconstruct_takes_given_all_or_names(words: list[str], meaning: str | list[str]) -> None:
+    args = mnist_parser().parse_args(["--reconstruct", *words] if words else [])
+    assert reconstruct(args) == meaning
+
+
+def test_reconstruct_takes_no_name_beside_all() -> None:
+    with pytest.raises(UsageError, match="--reconstruct takes given, all, or names of modalities, not all text"):
+        reconstruct(mnist_parser().parse_args(["--reconstruct", "all", "text"]))
+
+
+def test_train_on_real_mnist(mnist_dir: Path, tmp_path: Path) -> None:
+    flags = ["--out-dir", tmp_path, "--limit", "2000", "--n-val", "500", "--epochs", "1", "--annealing-epochs", "1"]
+    flags += ["--reconstruct", "text", "--lambda-text", "50", "--precision", "bf16"]
+    assert_ended(run("mnist/train.py", "--data-dir", mnist_dir, *flags, cwd=tmp_path))
+    (record,) = stats(tmp_path)
+    assert record["seconds"] * record["examples_per_second"] == pytest.approx(2000)
+    assert -784 * 0.6931 < record["validation"]["terms"]["image"]["reconstruction"]["image"] < -60  # nats: 784 ln 2
+    assert set(record["validation"]["terms"]["image"]["reconstruction"]) == {"image", "text"}
+
+
+# sample.py
+
+
+def sample(trained: Trained, digits_dir: Path, out_dir: Path, *flags: object) -> tuple[bytes, list[str]]:
+    """Runs sample.py; gives the bytes of its picture, and its labels."""
+    arguments = [trained.out_dir / checkpoint.BEST, "--data-dir", digits_dir, "--out-dir", out_dir, *flags]
+    assert_ended(run("mnist/sample.py", *arguments, cwd=out_dir.parent))
+    return (out_dir / "sample_image.png").read_bytes(), (out_dir / "sample_text.txt").read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def sampled(trained: Trained, digits_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """What sample.py writes without conditions: the folder, and the bytes of the picture."""
+    folder = tmp_path_factory.mktemp("sampled")
+    return folder, sample(trained, digits_dir, folder)[0]
+
+
+def test_sample_writes_a_grid_of_64_and_their_labels(sampled: tuple[Path, bytes]) -> None:
+    folder, _ = sampled
+    assert {path.name for path in folder.iterdir()} == {"sample_image.png", "sample_text.txt"}
+    assert Image.open(folder / "sample_image.png").size == (8 * 30 + 2, 8 * 30 + 2)
+    labels = (folder / "sample_text.txt").read_text().splitlines()
+    assert len(labels) == 64
+    assert set(labels) <= set("0123456789")
+
+
+def test_same_seed_gives_the_same_bytes(
+    trained: Trained, digits_dir: Path, tmp_path: Path, sampled: tuple[Path, bytes]
+) -> None:
+    assert sample(trained, digits_dir, tmp_path / "again", "--seed", 0)[0] == sampled[1]
+
+
+def test_label_0_is_a_condition(
+    trained: Trained, digits_dir: Path, tmp_path: Path, sampled: tuple[Path, bytes]
+) -> None:
+    picture, labels = sample(trained, digits_dir, tmp_path / "new", "--condition-on-text", 0, "--n-samples", 10)
+    assert labels.count("0") >= 9  # each is decoded from a draw of z
+    assert picture != sampled[1]
+    assert Image.open(tmp_path / "new" / "sample_image.png").size == (8 * 30 + 2, 2 * 30 + 2)
+
+
+def test_picture_is_a_condition_alone_and_beside_a_label(
+    trained: Trained, digits_dir: Path, tmp_path: Path, sampled: tuple[Path, bytes]
+) -> None:
+    image, _ = sample(trained, digits_dir, tmp_path / "image", "--condition-on-image", 0)
+    both, labels = sample(trained, digits_dir, tmp_path / "both", "--condition-on-image", 0, "--condition-on-text", 7)
+    assert len({sampled[1], image, both}) == 3
+    assert labels.count("7") > 48
+
+
+def test_wrong_label_is_refused_and_the_right_ones_are_named(trained: Trained, tmp_path: Path) -> None:
+    done = run("mnist/sample.py", trained.out_dir / checkpoint.BEST, "--condition-on-text", "10", cwd=tmp_path)
+    assert done.returncode == 2
+    said = done.stderr.splitlines()[-1]
+    assert all(words in said for words in ("--condition-on-text", "'10'", *"0123456789"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# loglike.py
+
+FEW = ["--n-samples", "20", "--limit", "60"]
+
+
+def estimate(path: Path, digits_dir: Path, folder: Path) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
+    """Runs loglike.py; gives what it wrote as JSON, and the process."""
+    file = folder / "numbers.json"
+    done = run("mnist/loglike.py", path, "--data-dir", digits_dir, "--json", file, *FEW, cwd=folder)
+    assert_ended(done)
+    return json.loads(file.read_text()), done
+
+
+@pytest.fixture(scope="module")
+def estimated(
+    trained: Trained, digits_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
+    """loglike.py on the first 60 test examples: its JSON and the process."""
+    return estimate(trained.out_dir / checkpoint.BEST, digits_dir, tmp_path_factory.mktemp("estimated"))
+
+
+def means(numbers: dict[str, Any]) -> dict[tuple[str, str], float]:
+    return {(row["quantity"], row["proposal"]): row["mean"] for row in numbers["log_likelihood"]}
+
+
+def test_loglike_writes_every_quantity_under_every_proposal(
+    estimated: tuple[dict[str, Any], subprocess.CompletedProcess[str]],
+) -> None:
+    numbers, _ = estimated
+    assert (numbers["n_examples"], numbers["n_samples"]) == (60, 20)
+    found = set(means(numbers))
+    for quantity in ("log p(image)", "log p(image, text)", "log p(image | text)"):
+        assert {(quantity, "q(z | image)"), (quantity, "q(z | image, text)")} <= found
+    assert ("log p(text)", "p(z)") in found
+    for row in numbers["log_likelihood"]:
+        assert set(row) == {"quantity", "proposal", "mean", "standard_error", "log_weight_variance"}
+        assert row["mean"] < 0 < row["standard_error"]
+        assert row["log_weight_variance"] > 0
+    (accuracy,) = numbers["measures"].values()
+    assert 0 <= accuracy["mean"] <= 1
+
+
+def test_loglike_prints_what_it_writes(estimated: tuple[dict[str, Any], subprocess.CompletedProcess[str]]) -> None:
+    numbers, done = estimated
+    for row in numbers["log_likelihood"]:
+        (line,) = (
+            line
+            for line in done.stdout.splitlines()
+            if line.startswith(f"{row['quantity']} ") and f" {row['proposal']} " in line
+        )
+        assert f"{row['mean']:.3f} ± {row['standard_error']:.3f}" in line
+    assert "60 examples, 20 importance samples" in done.stdout
+    assert "nats" in done.stdout
+
+
+def test_log_p_of_the_joint_less_the_conditional_is_that_of_the_label(
+    estimated: tuple[dict[str, Any], subprocess.CompletedProcess[str]],
+) -> None:
+    found = means(estimated[0])
+    for proposal in ("q(z | image)", "q(z | image, text)"):
+        difference = found["log p(image, text)", proposal] - found["log p(image | text)", proposal]
+        assert difference == pytest.approx(found["log p(text)", "p(z)"], abs=1e-6)
+
+
+def test_same_seed_gives_the_same_numbers(
+    trained: Trained,
+    digits_dir: Path,
+    tmp_path: Path,
+    estimated: tuple[dict[str, Any], subprocess.CompletedProcess[str]],
+) -> None:
+    assert estimate(trained.out_dir / checkpoint.BEST, digits_dir, tmp_path)[0] == estimated[0]
+
+
+def test_model_of_binary_pictures_is_scored_on_binary_pixels(
+    trained: Trained,
+    digits_dir: Path,
+    tmp_path: Path,
+    estimated: tuple[dict[str, Any], subprocess.CompletedProcess[str]],
+) -> None:
+    path = tmp_path / "binary.pth.tar"
+    content = checkpoint.load(trained.out_dir / checkpoint.BEST, "mnist")
+    content["settings"]["binarize"] = True
+    checkpoint.save(path, "mnist", content)
+    found = means(estimate(path, digits_dir, tmp_path)[0])
+
+    build = experiment_module("mnist/model.py").build_model
+    model, _ = checkpoint.load_model(path, "mnist", build, torch.device("cpu"))
+    test = experiment_module("mnist/datasets.py").test_data(digits_dir, binarize=True)[:60]
+    quantity, proposal = Quantity(("image",)), ("image",)
+    expected = evaluate(model, test, quantities={quantity: [proposal]}, n_samples=20).estimates[quantity, proposal]
+    assert found["log p(image)", "q(z | image)"] == pytest.approx(expected.log_p.mean().item(), rel=1e-6)
+    assert abs(found["log p(image)", "q(z | image)"] - means(estimated[0])["log p(image)", "q(z | image)"]) > 0.1
+
+
+def test_train_on_binary_pictures(digits_dir: Path, tmp_path: Path) -> None:
+    flags = ["--data-dir", digits_dir, "--out-dir", tmp_path, "--epochs", "1", "--binarize", *SHORT]
+    assert_ended(run("mnist/train.py", *flags, cwd=tmp_path))
+    assert checkpoint.load(tmp_path / checkpoint.BEST, "mnist")["settings"]["binarize"] is True

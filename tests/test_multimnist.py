@@ -1,0 +1,418 @@
+"""MultiMNIST: the canvases, the networks, p(text | z) as a probability, and the scripts, run as processes."""
+
+import dataclasses
+import itertools
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from mvae import checkpoint, synthetic
+from mvae.errors import UsageError, UserError
+
+from helpers import assert_ended, assert_refused, assert_same_run, experiment_module, run
+
+datasets = experiment_module("multimnist/datasets.py")
+with mock.patch.dict(sys.modules, {"datasets": datasets}):
+    networks = experiment_module("multimnist/model.py")
+Recipe = datasets.Recipe
+
+SMALL = {"train": 300, "test": 50}
+
+
+def draw(images: np.ndarray, labels: np.ndarray, n: int = 1200, seed: int = 0, **recipe: Any) -> tuple[Any, list[str]]:
+    """Canvases (n, 50, 50) and their texts."""
+    rng = np.random.default_rng(seed)
+    canvases, symbols = datasets.draw(images, labels, n, Recipe(**recipe), rng)
+    return canvases, datasets.decode(torch.from_numpy(symbols))
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    return synthetic.digits(300, np.random.default_rng(0))
+
+
+@pytest.fixture(scope="module")
+def blocks() -> tuple[np.ndarray, np.ndarray]:
+    """One picture a class: digit d is a block in the middle, 4 + 2 d pixels high, 12 wide, of brightness 20 (d + 1)."""
+    images = np.zeros((10, 28, 28), np.uint8)
+    for digit in range(10):
+        images[digit, 12 - digit : 16 + digit, 8:20] = 20 * (digit + 1)
+    return images, np.arange(10, dtype=np.uint8)
+
+
+# The canvases
+
+
+def test_digits_stand_at_the_corners_in_reading_order(digits: tuple[np.ndarray, np.ndarray]) -> None:
+    images, labels = digits
+    inner = slice(2, 19)  # what neighbouring squares don't share
+    squares = datasets._scaled(images, 21)[:, inner, inner]
+    known = {(str(label), square.tobytes()) for label, square in zip(labels, squares, strict=True)}
+    for canvas, text in zip(*draw(*digits), strict=True):
+        for place, (top, left) in enumerate([(4, 4), (4, 23), (23, 4), (23, 23)]):
+            shown = canvas[top : top + 21, left : left + 21][inner, inner]
+            assert (text[place], shown.tobytes()) in known if place < len(text) else not shown.any()
+
+
+def test_every_number_of_digits_is_as_likely(digits: tuple[np.ndarray, np.ndarray]) -> None:
+    _, texts = draw(*digits, n=5000)
+    counts = np.bincount([len(text) for text in texts], minlength=5)
+    assert np.abs(counts - 1000).max() < 4 * np.sqrt(800)
+
+
+def test_the_number_of_digits_keeps_to_its_bounds(digits: tuple[np.ndarray, np.ndarray]) -> None:
+    _, texts = draw(*digits, min_digits=2, max_digits=3)
+    assert {len(text) for text in texts} == {2, 3}
+
+
+@pytest.mark.parametrize("recipe", [{"fixed": False}, {"fixed": False, "no_resize": True, "max_digits": 2}])
+def test_free_digits_never_overlap(blocks: tuple[np.ndarray, np.ndarray], recipe: dict[str, Any]) -> None:
+    canvases, texts = draw(*blocks, **recipe)
+    areas = (datasets._scaled(blocks[0], Recipe(**recipe).side) > 0).sum(axis=(1, 2))
+    assert (canvases > 0).sum(axis=(1, 2)).tolist() == [sum(areas[int(digit)] for digit in text) for text in texts]
+
+
+def test_free_digits_are_read_by_halves_from_left_to_right(blocks: tuple[np.ndarray, np.ndarray]) -> None:
+    whole: dict[str, Any] = {"fixed": False, "no_resize": True, "max_digits": 2, "no_repeat": True}
+    for canvas, text in zip(*draw(*blocks, n=300, **whole), strict=True):
+        rows, columns = np.array([np.argwhere(canvas == 20 * (int(d) + 1)).mean(axis=0) for d in text]).reshape(-1, 2).T
+        assert np.lexsort((columns, rows >= 24.5)).tolist() == list(range(len(text)))
+
+
+def test_free_digits_stand_anywhere(blocks: tuple[np.ndarray, np.ndarray]) -> None:
+    canvases, _ = draw(*blocks, n=5000, fixed=False)
+    assert (canvases.max(axis=0)[5:45, 5:45] > 0).all()
+
+
+def test_one_digit_in_the_centre(blocks: tuple[np.ndarray, np.ndarray]) -> None:
+    whole: dict[str, Any] = {"fixed": False, "no_resize": True, "no_translate": True, "min_digits": 1, "max_digits": 1}
+    for canvas, text in zip(*draw(*blocks, n=50, **whole), strict=True):
+        assert (canvas[11:39, 11:39] == blocks[0][int(text)]).all()
+
+
+def test_digits_too_large_to_place_are_refused() -> None:
+    full = np.full((1, 28, 28), 255, np.uint8)
+    with pytest.raises(UserError, match="too large to place"):
+        draw(full, np.zeros(1, np.uint8), n=20, fixed=False, no_resize=True, max_digits=2)
+
+
+def test_no_repeat_makes_digits_differ(digits: tuple[np.ndarray, np.ndarray]) -> None:
+    _, texts = draw(*digits, no_repeat=True)
+    assert all(len(set(text)) == len(text) for text in texts)
+
+
+def test_no_repeat_is_refused_with_too_few_classes() -> None:
+    with pytest.raises(UserError, match="4 classes"):
+        draw(np.zeros((3, 28, 28), np.uint8), np.arange(3, dtype=np.uint8), no_repeat=True)
+
+
+def test_scramble_changes_the_order_of_the_text_alone(digits: tuple[np.ndarray, np.ndarray]) -> None:
+    plain, scrambled = draw(*digits), draw(*digits, scramble=True)
+    assert (plain[0] == scrambled[0]).all()
+    assert [sorted(text) for text in plain[1]] == [sorted(text) for text in scrambled[1]]
+    orders = {tuple(map(text.index, other)) for text, other in zip(plain[1], scrambled[1], strict=True)}
+    assert orders >= set(itertools.permutations(range(4)))
+
+
+def test_reverse_turns_half_of_the_texts(digits: tuple[np.ndarray, np.ndarray]) -> None:
+    plain, turned = draw(*digits), draw(*digits, reverse=True)
+    assert (plain[0] == turned[0]).all()
+    pairs = [(text, other) for text, other in zip(plain[1], turned[1], strict=True) if text != text[::-1]]
+    assert all(other in (text, text[::-1]) for text, other in pairs)
+    assert 0.4 < np.mean([text != other for text, other in pairs]) < 0.6
+
+
+def test_the_last_twelfth_shows_digits_of_its_own() -> None:
+    images = np.full((120, 28, 28), 100, np.uint8)
+    images[-10:] = 255
+    labels = np.zeros(120, np.uint8)
+    canvases, _ = datasets.draw(images, labels, 240, Recipe(min_digits=1), np.random.default_rng(0), held_out=12)
+    assert canvases.max(axis=(1, 2)).tolist() == [100] * 220 + [255] * 20
+
+
+@pytest.mark.parametrize("recipe", [{}, {"fixed": False, "scramble": True, "no_repeat": True}])
+def test_canvases_follow_from_the_seed(digits: tuple[np.ndarray, np.ndarray], recipe: dict[str, Any]) -> None:
+    first, again, other = (draw(*digits, seed=seed, **recipe) for seed in (0, 0, 1))
+    assert (first[0] == again[0]).all()
+    assert first[1] == again[1]
+    assert first[1] != other[1]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"min_digits": 3, "max_digits": 2}, "--min-digits 3"),
+        ({"no_resize": True}, "--no-fixed"),
+        ({"no_translate": True, "max_digits": 1}, "--no-fixed"),
+        ({"fixed": False, "no_translate": True}, "--max-digits 1"),
+        ({"fixed": False, "no_resize": True}, "--max-digits 2"),
+        ({"scramble": True, "reverse": True}, "exclude each other"),
+    ],
+)
+def test_impossible_combinations_are_wrong_calls(recipe: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Recipe(**recipe)
+
+
+def test_a_recipes_command_makes_that_recipe() -> None:
+    recipe = Recipe(max_digits=2, fixed=False, no_resize=True, reverse=True, seed=7, train=30)
+    flags = datasets._parser().parse_args(recipe.command.split()[2:])
+    assert Recipe(**{name: getattr(flags, name) for name in dataclasses.asdict(recipe)}) == recipe
+
+
+# The file of canvases
+
+
+def test_prepare_makes_the_canvases_where_there_are_none(digits_dir: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.asdict(Recipe(**SMALL))
+    assert datasets.prepare(digits_dir, tmp_path / "new", recipe) == recipe
+    train, validation = datasets.training_data(tmp_path / "new", n_val=25)
+    assert (len(train), len(validation), len(datasets.test_data(tmp_path / "new"))) == (275, 25, 50)
+
+
+def test_batches_are_as_the_networks_want_them(digits_dir: Path, tmp_path: Path) -> None:
+    datasets.make(digits_dir, tmp_path, Recipe(**SMALL))
+    batch, _ = datasets.test_data(tmp_path).batch(torch.arange(50))
+    assert batch["image"].shape == (50, 1, 50, 50)
+    assert batch["image"].amin() == 0
+    assert 0.9 < batch["image"].amax() <= 1
+    assert batch["text"].shape == (50, 4)
+    assert batch["text"].dtype == torch.long
+
+
+def test_prepare_takes_the_canvases_that_are_there(digits_dir: Path, tmp_path: Path) -> None:
+    recipe = Recipe(**SMALL, fixed=False, seed=5)
+    datasets.make(digits_dir, tmp_path, recipe)
+    assert datasets.prepare(tmp_path / "no data", tmp_path) == dataclasses.asdict(recipe)
+
+
+def test_prepare_refuses_other_canvases_than_wanted(digits_dir: Path, tmp_path: Path) -> None:
+    datasets.make(digits_dir, tmp_path, Recipe(**SMALL))
+    with pytest.raises(UserError, match=r"python datasets.py .*--scramble"):
+        datasets.prepare(digits_dir, tmp_path, dataclasses.asdict(Recipe(**SMALL, scramble=True)))
+
+
+@pytest.mark.parametrize("where", ["a canvas", "the recipe", "the end"])
+def test_a_damaged_file_is_refused(digits_dir: Path, tmp_path: Path, where: str) -> None:
+    datasets.make(digits_dir, tmp_path, Recipe(**SMALL))
+    path = tmp_path / datasets.FILE
+    content = bytearray(path.read_bytes())
+    if where == "a canvas":
+        content[len(content) // 2] ^= 1
+    elif where == "the recipe":
+        content[content.index(b"max_digitsq") + 13] ^= 1
+    else:
+        del content[-100:]
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"canvases.pt is damaged"):
+        datasets.prepare(digits_dir, tmp_path)
+
+
+def test_runs_that_make_it_at_once_leave_one_whole_file(digits_dir: Path, tmp_path: Path) -> None:
+    recipes = [Recipe(**SMALL, seed=seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda recipe: datasets.make(digits_dir, tmp_path, recipe), recipes))
+    assert datasets.prepare(digits_dir, tmp_path) in map(dataclasses.asdict, recipes)
+    assert [path.name for path in tmp_path.iterdir()] == [datasets.FILE]
+
+
+def test_a_folder_that_cannot_be_written_is_one_error(digits_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--canvas-dir"):
+        datasets.make(digits_dir, tmp_path / "file", Recipe(**SMALL))
+
+
+@pytest.mark.parametrize("text", ["", "0", "007", "1773"])
+def test_texts_keep_their_leading_zeros(text: str) -> None:
+    assert datasets.decode(datasets.encode(datasets.text_argument(text)).unsqueeze(0)) == [text]
+
+
+@pytest.mark.parametrize("text", ["12345", "1a", " 1", "-1", "1\n", "４"])
+def test_other_strings_are_no_texts(text: str) -> None:
+    with pytest.raises(ValueError, match="digits"):
+        datasets.encode(text)
+
+
+# The networks
+
+
+@pytest.fixture(scope="module")
+def text_given_z() -> Any:
+    """p(text | z) of 5 latents with large random weights, in float64."""
+    torch.manual_seed(0)
+    likelihood = networks.Text(networks.TextDecoder(5)).double()
+    for weight in likelihood.parameters():
+        weight.data *= 3
+    return likelihood
+
+
+Z = torch.tensor([[0.3, -1.0, 2.0, 0.0, -0.5]], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def probability(text_given_z: Any) -> dict[str, float]:
+    """p(text | Z) of each of the 11,111 texts."""
+    texts = ["".join(text) for length in range(5) for text in itertools.product("0123456789", repeat=length)]
+    symbols = torch.stack([datasets.encode(text) for text in texts])
+    return dict(zip(texts, text_given_z.log_prob(Z.expand(len(texts), -1), symbols).exp().tolist(), strict=True))
+
+
+def test_inference_parameters_are_the_papers() -> None:
+    model = networks.build_model(100)
+    assert sum(weight.numel() for weight in model.encoders.parameters()) == 1_841_936
+    assert sum(weight.numel() for weight in model.encoders["image"].parameters()) == 1_316_936
+
+
+def test_decoded_canvases_have_50_by_50_pixels() -> None:
+    assert networks.build_model(7).likelihood("image").mean(torch.zeros(2, 3, 7)).shape == (2, 3, 1, 50, 50)
+
+
+@torch.no_grad()
+def test_the_text_encoder_reads_every_place() -> None:
+    torch.manual_seed(0)
+    encoder = networks.TextEncoder(3)
+    mu, _ = encoder(torch.stack([datasets.encode(text) for text in ("1773", "0773", "1073", "1703", "1770", "177")]))
+    assert (mu[1:] != mu[0]).all()
+
+
+def test_all_texts_together_have_probability_one(probability: dict[str, float]) -> None:
+    assert len(probability) == 11_111
+    assert sum(probability.values()) == pytest.approx(1, abs=1e-12)
+    assert max(probability.values()) > 100 / 11_111
+
+
+@torch.no_grad()
+def test_a_digit_after_the_end_has_no_probability(text_given_z: Any) -> None:
+    fill = datasets.FILL
+    after_end = torch.tensor([[fill, 1, fill, fill], [1, fill, 2, 3], [1, 2, fill, 3]])
+    assert (text_given_z.log_prob(Z.expand(3, -1), after_end) == -torch.inf).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["", "4", "07", "1773"])
+def test_teacher_forcing_is_the_chain_rule(text_given_z: Any, probability: dict[str, float], text: str) -> None:
+    """Decoding place by place, p(symbol | what stands before it) is a ratio of sums over texts."""
+
+    def begins(prefix: str) -> float:
+        return sum(p for other, p in probability.items() if other.startswith(prefix))
+
+    state, previous = None, datasets.START
+    for place, symbol in enumerate(datasets.encode(text)[: len(text) + 1].tolist()):
+        logits, state = text_given_z.decoder(Z, torch.tensor([[previous]]), state)
+        both = begins(text[: place + 1]) if symbol != datasets.FILL else probability[text]
+        assert logits.softmax(dim=2)[0, 0, symbol].item() == pytest.approx(both / begins(text[:place]), rel=1e-9)
+        previous = symbol
+
+
+def test_texts_are_scored_alike_in_training_and_evaluation(text_given_z: Any) -> None:
+    text = datasets.encode("1773").unsqueeze(0)
+    assert text_given_z.train().log_prob(Z, text) == text_given_z.eval().log_prob(Z, text)
+
+
+@torch.no_grad()
+def test_stacked_latents_are_scored_as_single_ones(text_given_z: Any) -> None:
+    z = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0)).double()
+    text = torch.stack([datasets.encode(text) for text in ("", "0", "17", "1773")])
+    single = [[text_given_z.log_prob(z[i, j], text) for j in range(2)] for i in range(3)]
+    torch.testing.assert_close(text_given_z.log_prob(z, text), torch.stack([torch.stack(row) for row in single]))
+
+
+@torch.no_grad()
+def test_draws_have_the_texts_probabilities(text_given_z: Any, probability: dict[str, float]) -> None:
+    torch.manual_seed(0)
+    n = 4000
+    drawn = datasets.decode(text_given_z.sample(Z.expand(n, -1)))
+    for text in sorted(probability, key=lambda text: probability[text])[-10:]:
+        expected = probability[text]
+        assert abs(drawn.count(text) / n - expected) < 4 * (expected * (1 - expected) / n) ** 0.5
+
+
+@torch.no_grad()
+def test_cold_draws_are_the_greedy_text(text_given_z: Any) -> None:
+    z = torch.randn(2, 50, 5, generator=torch.Generator().manual_seed(0)).double()
+    assert (text_given_z.sample(z, temperature=1e-6) == text_given_z.mean(z).argmax(dim=-1)).all()
+
+
+# The scripts
+
+
+@pytest.fixture(scope="module")
+def trained(digits_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where datasets.py and train.py (two epochs of three steps) have run, with their default paths."""
+    folder = tmp_path_factory.mktemp("multimnist")
+    small = ("--train", 300, "--test", 50, "--data-dir", digits_dir)
+    assert_ended(run("multimnist/datasets.py", "--fixed", *small, cwd=folder))
+    train(folder, digits_dir, "--epochs", 2)
+    return folder
+
+
+def train(folder: Path, digits_dir: Path, *arguments: object) -> None:
+    small = ("--n-latents", 8, "--n-val", 30, "--limit", 120, "--batch-size", 40, "--annealing-epochs", 1)
+    arguments = ("--lambda-text", "10.", *small, "--data-dir", digits_dir, *arguments)
+    assert_ended(run("multimnist/train.py", *arguments, cwd=folder))
+
+
+def sample(folder: Path, *condition: object) -> tuple[bytes, list[str]]:
+    """The picture and the texts of five samples."""
+    arguments = ("trained_models/model_best.pth.tar", "--n-samples", 5, *condition)
+    assert_ended(run("multimnist/sample.py", *arguments, cwd=folder))
+    return (folder / "sample_image.png").read_bytes(), (folder / "sample_text.txt").read_text().split("\n")[:-1]
+
+
+def test_train_takes_the_canvases_that_datasets_has_made(trained: Path) -> None:
+    settings = checkpoint.load(trained / "trained_models" / checkpoint.BEST, "multimnist")["settings"]
+    assert settings["canvases"] == dataclasses.asdict(Recipe(**SMALL))
+
+
+def test_a_resumed_run_is_the_run(digits_dir: Path, trained: Path) -> None:
+    train(trained, digits_dir, "--out-dir", "resumed", "--epochs", 1)
+    train(trained, digits_dir, "--out-dir", "resumed", "--epochs", 2, "--resume")
+    assert_same_run(trained / "resumed", trained / "trained_models", "multimnist")
+
+
+def test_the_empty_text_is_a_condition_as_any_other(trained: Path) -> None:
+    empty, other = (sample(trained, "--condition-on-text", text) for text in ("", "007"))
+    assert len({sample(trained)[0], empty[0], other[0]}) == 3
+
+
+def test_texts_are_drawn_at_a_temperature_beside_a_held_out_canvas(trained: Path) -> None:
+    _, texts = sample(trained, "--condition-on-image", "", "--condition-on-text", "", "--temperature", 2)
+    assert [datasets.text_argument(text) for text in texts] == texts
+    assert len(set(texts)) > 1
+
+
+def test_a_text_that_no_held_out_canvas_has_is_an_error(trained: Path, tmp_path: Path) -> None:
+    arguments = ["--canvas-dir", trained / "data" / "MultiMNIST", "--condition-on-image", "9876"]
+    done = run("multimnist/sample.py", trained / "trained_models" / checkpoint.BEST, *arguments, cwd=tmp_path)
+    assert_refused(done, 1, "none of the 30 held-out examples", "'9876'")
+
+
+def test_sample_says_what_texts_are_allowed(tmp_path: Path) -> None:
+    done = run("multimnist/sample.py", "any", "--condition-on-text", "12345", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "0 to 4 digits" in done.stderr.splitlines()[-1]
+
+
+def test_datasets_refuses_an_impossible_call(tmp_path: Path) -> None:
+    done = run("multimnist/datasets.py", "--no-fixed", "--no-resize", cwd=tmp_path)
+    assert_refused(done, 2, "--max-digits 2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_loglike_reports_both_accuracies(trained: Path) -> None:
+    few = ("--limit", 20, "--n-samples", 10, "--json", "found.json")
+    assert_ended(run("multimnist/loglike.py", "trained_models/model_best.pth.tar", *few, cwd=trained))
+    found = json.loads((trained / "found.json").read_text())
+    assert all(row["mean"] < 0 for row in found["log_likelihood"])
+    accuracies = [
+        found["measures"][f"accuracy of the text read off the image, {kind}"] for kind in ("whole strings", "per digit")
+    ]
+    assert all(0 <= accuracy["mean"] <= 1 for accuracy in accuracies)

@@ -1,0 +1,532 @@
+"""What a run leaves and survives: resuming, signals, kills, full disks, settings, numbers that aren't finite."""
+
+import dataclasses
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mvae import checkpoint
+from mvae.data import Data
+from mvae.errors import UsageError, UserError
+from mvae.likelihoods import Bernoulli
+from mvae.model import MVAE
+from mvae.training import Stopped, annealing
+
+from helpers import (
+    SHORT,
+    SmallEncoder,
+    Trained,
+    assert_ended,
+    assert_refused,
+    assert_same_run,
+    at_call,
+    command,
+    environment,
+    fit_small,
+    run,
+    same,
+    small_data,
+    small_model,
+    stats,
+    train_in_this_process,
+    without_times,
+)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, less TensorBoard's."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def copied(trained: Trained, tmp_path: Path) -> Path:
+    """A copy of the folder of three trained epochs, to be written to."""
+    return Path(shutil.copytree(trained.out_dir, tmp_path / "copied"))
+
+
+# Stopping and resuming the script.
+
+
+def run_until(line: str, number: signal.Signals, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs mnist/train.py, and sends it a signal when it prints a line with these words."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command("mnist/train.py", *arguments), cwd=cwd, env=environment(), **pipes) as process:
+        assert process.stdout
+        said = next((said for said in process.stdout if line in said), "the run ended before")
+        process.send_signal(number)
+        out, err = process.communicate(timeout=300)
+    assert line in said, err
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_run_that_a_signal_stopped_is_resumed_bit_for_bit(
+    number: signal.Signals, status: int, trained: Trained, digits_dir: Path, tmp_path: Path
+) -> None:
+    flags = ["--data-dir", digits_dir, "--out-dir", tmp_path / "run", "--epochs", "3", *SHORT]
+    stopped = run_until("epoch 2  step 5/20", number, *flags, cwd=tmp_path)
+    assert_refused(stopped, status, "stopped at epoch 2, step", "saved", "--resume")
+    assert checkpoint.load(tmp_path / "run" / checkpoint.LATEST, "mnist")["step"] >= 5
+    assert_ended(run("mnist/train.py", *flags, "--resume", cwd=tmp_path))
+    assert_same_run(tmp_path / "run", trained.out_dir)
+
+
+def test_run_killed_at_random_moments_goes_on_to_be_the_straight_run(digits_dir: Path, tmp_path: Path) -> None:
+    """The processes are forked from one that has imported torch, so that 24 of them start in a moment each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helpers", "mvae.cli", "torch._dynamo"])
+    log, killed = tmp_path / "log", tmp_path / "killed"
+    flags = ["--data-dir", str(digits_dir), "--n-val", "100", "--limit", "100", "--batch-size", "50", "--resume"]
+
+    def start(out_dir: Path, epochs: int) -> Any:
+        log.write_text("")
+        arguments = [*flags, "--out-dir", str(out_dir), "--epochs", str(epochs), "--log-interval", "1"]
+        process = context.Process(target=train_in_this_process, args=(arguments, log))
+        process.start()
+        return process
+
+    def wait_for(words: str, process: Any) -> None:
+        while words not in log.read_text():
+            assert process.is_alive(), log.read_text()
+            time.sleep(0.01)
+
+    def kill(process: Any) -> None:
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, log.read_text()
+
+    process = start(killed, epochs=10_000)
+    wait_for("epoch 1  beta", process)
+    started = time.monotonic()
+    wait_for("epoch 4  beta", process)
+    epoch_seconds = (time.monotonic() - started) / 3
+    kill(process)
+
+    epoch, rng = 0, np.random.default_rng(0)
+    for _ in range(24):
+        saved = checkpoint.load(killed / checkpoint.LATEST, "mnist")
+        checkpoint.load(killed / checkpoint.BEST, "mnist")
+        assert saved["epoch"] >= epoch
+        epoch = saved["epoch"]
+        reported = [record["epoch"] for record in stats(killed)]
+        assert reported == list(range(1, len(reported) + 1))
+        assert epoch - 2 <= len(reported) <= epoch - 1  # a kill between the two files leaves the last epoch unreported
+        process = start(killed, epochs=10_000)
+        if rng.random() < 0.8:  # else the kill may come before the first step
+            wait_for("step", process)
+        time.sleep(rng.uniform(0, 2 * epoch_seconds))
+        kill(process)
+
+    epochs = checkpoint.load(killed / checkpoint.LATEST, "mnist")["epoch"]
+    for out_dir in (killed, tmp_path / "straight"):
+        process = start(out_dir, epochs)
+        process.join()
+        assert process.exitcode == 0, log.read_text()
+    assert_same_run(killed, tmp_path / "straight")
+
+
+# Stopping and resuming at any step, in this process.
+
+
+@pytest.mark.parametrize("step", range(1, 9))
+def test_run_stopped_after_any_step_is_resumed_bit_for_bit(step: int, tmp_path: Path) -> None:
+    def stop(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        signal.raise_signal(signal.SIGINT)
+        return rows
+
+    fit_small(tmp_path / "straight")
+    with pytest.raises(Stopped) as stopped:
+        fit_small(tmp_path / "run", train=small_data(24, seed=0, transform=at_call(step, stop)))
+    assert stopped.value.status == 130
+    assert f"epoch {(step + 3) // 4}, step {(step - 1) % 4 + 1} of 4" in str(stopped.value)
+    fit_small(tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "straight", "small")
+
+
+@pytest.mark.parametrize("options", [{}, {"approx_m": 2}, {"precision": "bf16"}])
+def test_run_that_is_given_more_epochs_is_the_straight_run(options: dict[str, Any], tmp_path: Path) -> None:
+    fit_small(tmp_path / "straight", **options)
+    fit_small(tmp_path / "run", epochs=1, **options)
+    fit_small(tmp_path / "run", resume=True, **options)
+    assert_same_run(tmp_path / "run", tmp_path / "straight", "small")
+
+
+def test_signals_are_as_before_after_a_run(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    fit_small(tmp_path)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    records = fit_small(tmp_path)
+    before = contents(tmp_path)
+    assert fit_small(tmp_path, resume=True, epochs=1) == records
+    assert contents(tmp_path) == before
+
+
+def test_stats_that_a_kill_left_behind_are_made_good(tmp_path: Path) -> None:
+    records = fit_small(tmp_path)
+    (tmp_path / "stats.jsonl").write_text("")
+    fit_small(tmp_path, resume=True)
+    assert stats(tmp_path) == records
+
+
+def test_resume_without_a_run_starts_from_the_beginning_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = fit_small(tmp_path / "new", resume=True)
+    assert "starting from the beginning" in capsys.readouterr().out.splitlines()[0]
+    assert without_times(records) == without_times(fit_small(tmp_path / "other"))
+
+
+# What is refused before anything is written.
+
+
+def test_folder_that_holds_a_run_is_refused_without_resume(tmp_path: Path) -> None:
+    fit_small(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match=f"{tmp_path} holds a run: .*--resume.*--out-dir") as refused:
+        fit_small(tmp_path, epochs=3)
+    assert refused.value.status == 2
+    assert contents(tmp_path) == before
+
+
+def test_resume_with_other_settings_names_each_with_both_values(
+    trained: Trained, digits_dir: Path, tmp_path: Path
+) -> None:
+    before = contents(trained.out_dir)
+    flags = ["--data-dir", digits_dir, "--out-dir", trained.out_dir, "--epochs", "4", *SHORT, "--resume"]
+    done = run("mnist/train.py", *flags, "--lr", "0.002", "--lambda-text", "50", "--limit", "900", cwd=tmp_path)
+    differ = ["lr was 0.001, now 0.002", "lambda_text was 10.0, now 50.0", "limit was None, now 900"]
+    assert_refused(done, 2, trained.out_dir / checkpoint.LATEST, *differ)
+    for same_as_before in ("epochs", "out_dir", "seed", "batch_size"):
+        assert f"{same_as_before} was" not in done.stderr
+    assert contents(trained.out_dir) == before
+
+
+def test_resume_of_another_number_of_examples_is_refused(tmp_path: Path) -> None:
+    fit_small(tmp_path, epochs=1)
+    with pytest.raises(UsageError, match="n_train was 24, now 18"):
+        fit_small(tmp_path, resume=True, train=small_data(18, seed=0))
+
+
+def test_resume_from_a_damaged_checkpoint_is_refused_and_keeps_it(tmp_path: Path) -> None:
+    fit_small(tmp_path)
+    latest = tmp_path / checkpoint.LATEST
+    latest.write_bytes(latest.read_bytes()[:10_000])
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=checkpoint.LATEST):
+        fit_small(tmp_path, resume=True, epochs=3)
+    assert contents(tmp_path) == before
+
+
+def test_resume_from_a_best_model_is_refused(tmp_path: Path) -> None:
+    fit_small(tmp_path)
+    shutil.copy(tmp_path / checkpoint.BEST, tmp_path / checkpoint.LATEST)
+    with pytest.raises(UserError, match=checkpoint.LATEST):
+        fit_small(tmp_path, resume=True, epochs=3)
+
+
+def test_resume_of_another_network_is_refused(tmp_path: Path) -> None:
+    fit_small(tmp_path)
+    model = small_model()
+    model.encoders["image"].linear = nn.Sequential(nn.Linear(36, 5), nn.Linear(5, 4))
+    with pytest.raises(UserError, match=checkpoint.LATEST):
+        fit_small(tmp_path, resume=True, epochs=3, model=model)
+
+
+def test_resume_of_another_experiment_is_refused(trained: Trained) -> None:
+    with pytest.raises(UserError, match="is a checkpoint of mnist, not of small"):
+        fit_small(trained.out_dir, resume=True)
+
+
+@pytest.mark.parametrize("script", ["sample.py", "loglike.py"])
+def test_scripts_refuse_what_is_no_checkpoint_in_one_line(script: str, digits_dir: Path, tmp_path: Path) -> None:
+    class Malicious:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "marker"),)
+
+    path = tmp_path / "bad.pth.tar"
+    torch.save(Malicious() if script == "sample.py" else {"state_dict": torch.zeros(2)}, path)
+    assert_refused(run(f"mnist/{script}", path, "--data-dir", digits_dir, cwd=tmp_path), 1, path)
+    assert set(os.listdir(tmp_path)) == {"bad.pth.tar"}
+
+
+# Disks and folders.
+
+
+def test_full_disk_is_one_error_and_keeps_the_last_checkpoint(copied: Path, digits_dir: Path, tmp_path: Path) -> None:
+    before = contents(copied)
+    flags = ["--data-dir", digits_dir, "--out-dir", copied, "--epochs", "4", *SHORT, "--resume"]
+    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))}
+    done = run("mnist/train.py", *flags, cwd=tmp_path, **full)
+    assert_refused(done, 1, "can't write", str(copied), "what was there before is unchanged")
+    assert contents(copied) == before
+    assert checkpoint.load(copied / checkpoint.LATEST, "mnist")["epoch"] == 4
+
+
+def test_folder_that_cannot_be_written_is_one_error_before_the_first_step(tmp_path: Path) -> None:
+    def step(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        raise AssertionError("a step was made")
+
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match=r"can't write .*file/run"):
+        fit_small(tmp_path / "file" / "run", train=small_data(24, seed=0, transform=step))
+
+
+def test_tensorboard_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("not a folder")
+    with pytest.raises(UserError, match=r"can't write .*tensorboard"):
+        fit_small(tmp_path)
+    assert checkpoint.load(tmp_path / checkpoint.LATEST, "small")["epoch"] == 2
+
+
+# Numbers that aren't finite.
+
+
+def test_loss_that_is_not_finite_stops_the_script(digits_dir: Path, tmp_path: Path) -> None:
+    flags = ["--data-dir", digits_dir, "--out-dir", tmp_path / "run", "--lr", "1e30", "--epochs", "2", *SHORT]
+    done = run("mnist/train.py", *flags, cwd=tmp_path)
+    assert_refused(done, 1, "not finite", "log p of image in term image+text", "a smaller --lr")
+    assert not (tmp_path / "run" / checkpoint.LATEST).exists()
+
+
+def spoiled(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """Makes the first example's modality `name` NaN."""
+
+    def change(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        changed = rows[name].clone()
+        changed[0] = torch.nan
+        return {**rows, name: changed}
+
+    return change
+
+
+@pytest.mark.parametrize("name", ["image", "attrs"])
+@pytest.mark.parametrize("step", [5, 7, 8])
+def test_data_that_is_not_finite_is_named_and_the_checkpoint_kept(name: str, step: int, tmp_path: Path) -> None:
+    fit_small(tmp_path, epochs=1)
+    before = contents(tmp_path)
+    train = small_data(24, seed=0, transform=at_call(step - 4, spoiled(name)))
+    with pytest.raises(UserError) as stopped:
+        fit_small(tmp_path, train=train, resume=True)
+    assert f"not finite by epoch 2, step {step - 4}" in str(stopped.value)
+    assert f"log p of {name} in term {name}" in str(stopped.value)
+    assert "\n" not in str(stopped.value)
+    assert contents(tmp_path) == before
+
+
+def test_culprit_among_many_modalities_is_named(tmp_path: Path) -> None:
+    names = [f"m{i}" for i in range(8)]
+    model = MVAE(
+        encoders={name: SmallEncoder(2) for name in names},
+        likelihoods={name: Bernoulli(nn.Linear(2, 2)) for name in names},
+        n_latents=2,
+    )
+    examples = Data(tensors={name: torch.ones(6, 2) for name in names})
+    with pytest.raises(UserError, match="log p of m7 in term m7"):
+        fit_small(
+            tmp_path, model=model, train=dataclasses.replace(examples, transform=spoiled("m7")), validation=examples
+        )
+
+
+class NanGradient(torch.autograd.Function):
+    """The identity, with a gradient that isn't finite."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * torch.nan
+
+
+class SpoiledEncoder(SmallEncoder):
+    """An encoder whose gradient isn't finite at the `step`-th training step, though its output is."""
+
+    def __init__(self, n_inputs: int, step: int):
+        super().__init__(n_inputs)
+        self.steps_left = step
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = super().forward(x)
+        self.steps_left -= self.training
+        return (NanGradient.apply(mu) if self.training and self.steps_left == 0 else mu), logvar
+
+
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_gradient_that_is_not_finite_is_named_and_the_checkpoint_kept(step: int, tmp_path: Path) -> None:
+    fit_small(tmp_path, epochs=1)
+    before = contents(tmp_path)
+    model = small_model()
+    model.encoders["attrs"] = SpoiledEncoder(4, step)
+    with pytest.raises(
+        UserError, match=rf"not finite by epoch 2, step [{step}{step + 1}].*the gradient of encoders.attrs"
+    ):
+        fit_small(tmp_path, model=model, resume=True)
+    assert contents(tmp_path) == before
+
+
+def test_signal_does_not_save_weights_that_are_not_finite(tmp_path: Path) -> None:
+    def stop(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        signal.raise_signal(signal.SIGTERM)
+        return rows
+
+    fit_small(tmp_path, epochs=1)
+    before = contents(tmp_path)
+    model = small_model()
+    model.encoders["attrs"] = SpoiledEncoder(4, step=2)
+    with pytest.raises(UserError, match=r"the gradient of encoders\.attrs"):
+        fit_small(tmp_path, model=model, resume=True, train=small_data(24, seed=0, transform=at_call(2, stop)))
+    assert contents(tmp_path) == before
+
+
+def test_validation_that_is_not_finite_is_named_and_the_checkpoint_kept(tmp_path: Path) -> None:
+    fit_small(tmp_path, epochs=1)
+    before = contents(tmp_path)
+    validation = small_data(10, seed=1, transform=spoiled("attrs"))
+    with pytest.raises(UserError, match=r"not finite.*validation"):
+        fit_small(tmp_path, validation=validation, resume=True)
+    assert contents(tmp_path) == before
+
+
+# What fit does and reports.
+
+
+def test_annealing_rises_by_the_step_to_1_at_the_end_of_its_epochs() -> None:
+    found = [annealing(epoch, step, 4, annealing_epochs=2) for epoch in (1, 2, 3) for step in range(4)]
+    assert found == pytest.approx([1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1, 1, 1, 1, 1])
+
+
+def test_no_annealing_is_1_from_the_first_step() -> None:
+    assert annealing(1, 0, 4, annealing_epochs=0) == 1
+
+
+def test_best_model_is_that_of_the_epoch_with_the_lowest_validation_loss(tmp_path: Path) -> None:
+    records = fit_small(tmp_path / "run", epochs=12, lr=0.5, annealing_epochs=0)
+    losses = [record["validation"]["loss"] for record in records]
+    best = int(np.argmin(losses)) + 1
+    assert 1 < best < 12
+    content = checkpoint.load(tmp_path / "run" / checkpoint.BEST, "small")
+    assert (content["epoch"], content["validation_loss"]) == (best, losses[best - 1])
+    fit_small(tmp_path / "shorter", epochs=best, lr=0.5, annealing_epochs=0)
+    assert same(content["model"], checkpoint.load(tmp_path / "shorter" / checkpoint.LATEST, "small")["model"])
+
+
+def test_same_seed_gives_the_same_run_and_another_does_not(tmp_path: Path) -> None:
+    first, again, other = (fit_small(tmp_path / name, seed=seed) for name, seed in [("a", 0), ("b", 0), ("c", 1)])
+    assert without_times(first) == without_times(again)
+    assert without_times(first) != without_times(other)
+
+
+def test_validation_draws_the_same_noise_in_every_epoch(tmp_path: Path) -> None:
+    records = fit_small(tmp_path, lr=1e-30)
+    assert records[0]["validation"] == records[1]["validation"]
+    assert records[0]["train"] != records[1]["train"]
+
+
+def test_validation_leaves_the_training_as_it_is(tmp_path: Path) -> None:
+    one = fit_small(tmp_path / "one", validation=small_data(10, seed=1))
+    other = fit_small(tmp_path / "other", validation=small_data(7, seed=2))
+    assert [record["train"] for record in one] == [record["train"] for record in other]
+
+
+def missing() -> dict[str, Tensor]:
+    """Of 24 examples, a third lack the picture, another the label, and the last example both and the attributes."""
+    image, label, attrs = torch.ones(3, 24, dtype=torch.bool)
+    image[:8], label[8:16], attrs[-1] = False, False, False
+    image[-1] = label[-1] = False
+    return {"image": image, "label": label, "attrs": attrs}
+
+
+def test_rows_of_missing_modalities_have_no_part_in_a_run(tmp_path: Path) -> None:
+    train = small_data(24, seed=0, present=missing())
+    tensors = dict(train.tensors)
+    tensors["image"] = torch.where(missing()["image"].view(-1, 1, 1, 1), tensors["image"], 100.0)
+    tensors["label"] = torch.where(missing()["label"], tensors["label"], 0)
+    fit_small(tmp_path / "one", train=train)
+    fit_small(tmp_path / "other", train=small_data(24, seed=0, present=missing(), transform=lambda rows: rows))
+    other = fit_small(tmp_path / "filled", train=type(train)(tensors=tensors, present=missing()))
+    assert all(np.isfinite(record["train"]["loss"]) for record in other)
+    assert_same_run(tmp_path / "filled", tmp_path / "one", "small")
+
+
+@pytest.mark.parametrize("present", [None, missing()], ids=["complete", "missing"])
+def test_bf16_is_near_fp32(present: dict[str, Tensor] | None, tmp_path: Path) -> None:
+    found = [
+        fit_small(tmp_path / precision, train=small_data(24, seed=0, present=present), precision=precision, approx_m=1)[
+            -1
+        ]["train"]["loss"]
+        for precision in ("fp32", "bf16")
+    ]
+    assert found[0] != found[1]
+    assert found[1] == pytest.approx(found[0], rel=0.02)
+
+
+def test_modality_that_a_whole_batch_lacks_is_no_trouble_in_bf16(tmp_path: Path) -> None:
+    present = {"image": torch.zeros(24, dtype=torch.bool)}
+    (record,) = fit_small(tmp_path, train=small_data(24, seed=0, present=present), precision="bf16", epochs=1)
+    assert record["train"]["terms"]["image"] == {"elbo": None, "kl": None, "reconstruction": {}}
+    assert set(record["train"]["terms"]["image+attrs+label"]["reconstruction"]) == {"attrs", "label"}
+
+
+def test_random_subsets_are_reported_as_one_term(tmp_path: Path) -> None:
+    record = fit_small(tmp_path, approx_m=3)[-1]
+    assert list(record["train"]["terms"]) == ["image+attrs+label", "image", "attrs", "label", "subset"]
+    assert list(record["validation"]["terms"]) == ["image+attrs+label", "image", "attrs", "label"]
+
+
+def test_terminal_gets_a_progress_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    fit_small(tmp_path, log_interval=1)
+    said = capsys.readouterr()
+    assert "epoch 1:" in said.err
+    assert "  step " not in said.out
+
+
+def test_compiled_step_gives_the_same_losses(tmp_path: Path) -> None:
+    plain, compiled = (fit_small(tmp_path / str(flag), compile=flag, epochs=1) for flag in (False, True))
+    assert compiled[0]["validation"]["loss"] == pytest.approx(plain[0]["validation"]["loss"], rel=0.05)
+
+
+# Several processes.
+
+
+def test_two_processes_share_every_batch_and_one_writes(digits_dir: Path, tmp_path: Path, trained: Trained) -> None:
+    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = ["--data-dir", str(digits_dir), "--out-dir", str(tmp_path / "run"), "--epochs", "2", *SHORT]
+    train = [*several, *command("mnist/train.py")[1:], *flags]
+    done = subprocess.run(
+        train, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    records = stats(tmp_path / "run")
+    assert [record["epoch"] for record in records] == [1, 2]
+    assert done.stdout.count("validation loss") == 2
+    assert len(os.listdir(tmp_path / "run" / "tensorboard")) == 1
+    for record, alone in zip(records, stats(trained.out_dir), strict=False):
+        assert record["seconds"] * record["examples_per_second"] == pytest.approx(1000)
+        assert record["train"]["loss"] == pytest.approx(alone["train"]["loss"], rel=0.1)
+        assert record["validation"]["loss"] == pytest.approx(alone["validation"]["loss"], rel=0.2)
+
+
+def test_batch_that_processes_cannot_share_evenly_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UsageError, match="--batch-size 6 can't be shared evenly by 4 processes"):
+        fit_small(tmp_path)
