@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import plain
 import torch
 
 from mvae.data import Data, pictures_and_labels
+
+import plain
 
 
 class Experiment(NamedTuple):

@@ -24,9 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import plain
 import torch
-from experiments import EXPERIMENTS, Experiment
 from torch import Tensor
 
 from mvae import training
@@ -34,6 +32,9 @@ from mvae.data import Data, permuted_rows, seed_of
 from mvae.estimators import evaluate
 from mvae.objective import Objective, random_subsets
 from mvae.run import Run, sums_of
+
+import plain
+from experiments import EXPERIMENTS, Experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20

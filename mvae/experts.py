@@ -26,8 +26,8 @@ def product(mu: Tensor, logvar: Tensor, present: Tensor) -> tuple[Tensor, Tensor
     present = present.unsqueeze(-1)
     log_precision = torch.where(present, -logvar, -math.inf)
     log_precision = torch.cat([torch.zeros_like(log_precision[:, :1]), log_precision], dim=1)
-    weight = log_precision.softmax(dim=1)[:, 1:]
-    return (weight * torch.where(present, mu, 0.0)).sum(dim=1), -log_precision.logsumexp(dim=1)
+    log_weight = log_precision.log_softmax(dim=1)  # the prior's, 0 - log T, is the product's log-variance
+    return (log_weight[:, 1:].exp() * torch.where(present, mu, 0.0)).sum(dim=1), log_weight[:, 0]
 
 
 def kl_to_prior(mu: Tensor, logvar: Tensor) -> Tensor:
