@@ -16,7 +16,7 @@ from mvae.model import MVAE
 
 from datasets import FILL, LENGTH, N_SYMBOLS, START
 
-HIDDEN = 200
+HIDDEN, LAYERS = 200, 2
 
 
 class ImageEncoder(nn.Module):
@@ -80,12 +80,12 @@ class TextDecoder(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(N_SYMBOLS, HIDDEN)
         self.state = nn.Linear(n_latents, HIDDEN)
-        self.gru = nn.GRU(HIDDEN + n_latents, HIDDEN, num_layers=2, batch_first=True)
+        self.gru = nn.GRU(HIDDEN + n_latents, HIDDEN, LAYERS, batch_first=True)
         self.logits = nn.Linear(HIDDEN + n_latents, FILL + 1)
 
     def forward(self, z: Tensor, previous: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if state is None:
-            state = self.state(z).expand(self.gru.num_layers, -1, -1).contiguous()
+            state = self.state(z).expand(LAYERS, -1, -1).contiguous()
         everywhere = z.unsqueeze(1).expand(-1, previous.shape[1], -1)
         hidden, state = self.gru(torch.cat([F.silu(self.embedding(previous)), everywhere], dim=2), state)
         return self.logits(torch.cat([hidden, everywhere], dim=2)), state
