@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def load(path: Path, experiment: str) -> dict[str, Any]:
     of it is run), or belongs to another program or experiment.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is said below, in one line
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: train.py writes one") from None
     except pickle.UnpicklingError:
@@ -83,6 +85,7 @@ def load_model(
     try:
         model = build(content["n_latents"])
         model.load_state_dict(content["model"])
+        settings = content["settings"]
     except (KeyError, RuntimeError, TypeError):
         raise UserError(f"{path} holds weights that don't fit the networks of {experiment}/model.py") from None
-    return model.to(device).eval(), content["settings"]
+    return model.to(device).eval(), settings

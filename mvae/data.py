@@ -7,6 +7,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
 
@@ -190,7 +191,7 @@ def _download(folder: Path, name: str, files: Sequence[str]) -> None:
                         download_url(mirror + file, temporary, md5=dict(official.resources)[file])
                         os.replace(Path(temporary, file), folder / file)
                         break
-                    except (URLError, RuntimeError, ConnectionError, TimeoutError) as error:
+                    except (URLError, HTTPException, RuntimeError, ConnectionError, TimeoutError) as error:
                         failure = error
                 else:
                     raise UserError(f"{wanted} and can't be downloaded ({failure}): {remedy}")

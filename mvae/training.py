@@ -202,12 +202,17 @@ class _Watch:
         raise UserError(f"not finite by {where}: {', '.join(what[:4])}{more}; {remedy}")
 
     def _bad(self, parts: Tensor, n_terms: int) -> list[str]:
-        """The names of those parts (log p by term and modality, KL by term, the loss) that aren't finite."""
-        terms = [f"term {term.name}" for term in self.objective.terms]
-        terms += ["a random subset's term"] * (n_terms - len(terms))
-        names = [f"log p of {modality} in {term}" for term in terms for modality in self.objective.model.modalities]
-        names += [*(f"KL in {term}" for term in terms), "the loss"]
-        return [name for name, part in zip(names, parts.tolist(), strict=True) if not math.isfinite(part)]
+        """The names of those parts (log p by term and modality, KL by term, the loss) that aren't finite.
+
+        Terms that are given less come first: where one modality is bad, only its own single term's scores are.
+        """
+        modalities = self.objective.model.modalities
+        terms = [(len(term.given), f"term {term.name}") for term in self.objective.terms]
+        terms += [(len(modalities), "a random subset's term")] * (n_terms - len(terms))
+        names = [(size, f"log p of {modality} in {term}") for size, term in terms for modality in modalities]
+        names += [*((size, f"KL in {term}") for size, term in terms), (len(modalities), "the loss")]
+        bad = [name for name, part in zip(names, parts.tolist(), strict=True) if not math.isfinite(part)]
+        return [name for _, name in sorted(bad, key=lambda name: name[0])]
 
 
 def _precision(options: Options) -> torch.autocast:

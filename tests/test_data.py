@@ -382,7 +382,7 @@ def test_seed_is_a_function_of_the_numbers() -> None:
 
 def test_seeds_of_different_numbers_differ() -> None:
     grid = [(a, b, c, d) for a in range(5) for b in range(5) for c in range(5) for d in range(5)]
-    assert len({seed_of(*numbers) for numbers in grid}) == len(grid)
+    assert len({seed_of(*some) for some in grid}) == len(grid)
 
 
 def test_seed_fits_torch_and_numpy() -> None:

@@ -300,7 +300,7 @@ def test_tensorboard_that_cannot_be_written_is_one_error(tmp_path: Path) -> None
 def test_loss_that_is_not_finite_stops_the_script(digits_dir: Path, tmp_path: Path) -> None:
     flags = ["--data-dir", digits_dir, "--out-dir", tmp_path / "run", "--lr", "1e30", "--epochs", "2", *SHORT]
     done = run("mnist/train.py", *flags, cwd=tmp_path)
-    assert_refused(done, 1, "not finite", "log p of image in term image+text", "a smaller --lr")
+    assert_refused(done, 1, "not finite", "log p of image in term image", "a smaller --lr")
     assert not (tmp_path / "run" / checkpoint.LATEST).exists()
 
 
