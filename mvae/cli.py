@@ -39,7 +39,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument(
         "--data-dir", type=Path, default=default, help="folder of the data sets; $MVAE_DATA_DIR, else ./data"
     )
-    result.add_argument("--seed", type=non_negative_int, default=0, help="of everything random")
+    result.add_argument("--seed", type=seed_number, default=0, help="of everything random")
     result.add_argument("--cuda", action="store_true", help="use the first visible CUDA device")
     return result
 
@@ -106,7 +106,7 @@ def loglike_parser(description: str | None) -> argparse.ArgumentParser:
     result = parser(description)
     result.add_argument("model_path", type=Path, help="the checkpoint, such as ./trained_models/model_best.pth.tar")
     result.add_argument("--n-samples", type=two_or_more, default=1000, help="importance samples per example")
-    result.add_argument("--limit", type=positive_int, help="the first N test examples only")
+    result.add_argument("--limit", type=two_or_more, help="the first N test examples only")
     result.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file, too")
     return result
 
@@ -188,6 +188,10 @@ def non_negative_int(text: str) -> int:
 
 def two_or_more(text: str) -> int:
     return _number(text, int, lambda value: value > 1, "a whole number above 1")
+
+
+def seed_number(text: str) -> int:
+    return _number(text, int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
 
 
 def positive_float(text: str) -> float:
