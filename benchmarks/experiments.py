@@ -1,11 +1,16 @@
 """The experiments to measure: random data in the shapes of the real ones, and what train.py's defaults make of them."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
+from mvae.celeba import ATTRIBUTES, pictures_and_attributes
 from mvae.data import Data, pictures_and_labels
+from mvae.likelihoods import Bernoulli
+from mvae.model import MVAE
 
 import plain
 
@@ -17,6 +22,8 @@ class Experiment(NamedTuple):
     weights: λ by modality.
     predictions: what loglike.py predicts, and from what.
     plain_encode: how the plain reference runs an encoder that ours runs more cleverly; see `plain.loss`.
+    plain_model: by its latents, the plain reference's model where ours has other modules; they compute the same.
+    approx_m: random subsets a step.
     """
 
     data: Callable[[], Data]
@@ -25,24 +32,108 @@ class Experiment(NamedTuple):
     weights: Mapping[str, float]
     lr: float
     predictions: Mapping[str, tuple[str, ...]]
-    plain_encode: Mapping[str, plain.Encode]
+    plain_encode: Mapping[str, plain.Encode] = {}
+    plain_model: Callable[[int], MVAE] | None = None
     approx_m: int = 0
 
 
-def mnist() -> Data:
+def digits_or_garments() -> Data:
     image = torch.randint(256, (60000, 1, 28, 28), dtype=torch.uint8)
     text = torch.randint(10, (60000,), dtype=torch.uint8)
     return Data(tensors={"image": image, "text": text}, transform=pictures_and_labels)
 
 
+def canvases() -> Data:
+    image = torch.randint(256, (60000, 1, 50, 50), dtype=torch.uint8)
+    text = torch.randint(10, (60000, 4), dtype=torch.uint8)
+    return Data(tensors={"image": image, "text": text}, transform=pictures_and_labels)
+
+
+def faces() -> Data:
+    image = torch.randint(256, (5000, 3, 64, 64), dtype=torch.uint8)
+    attrs = torch.randint(2, (5000, len(ATTRIBUTES)), dtype=torch.uint8)
+    return Data(tensors={"image": image, "attrs": attrs}, transform=pictures_and_attributes)
+
+
+def faces_and_attributes() -> Data:
+    from datasets import apart  # of the experiment's folder
+
+    return dataclasses.replace(faces(), transform=apart)
+
+
+class AttributeEncoder(nn.Module):
+    """q(z | attribute) of one attribute: (batch,) of 0 and 1 -> mu, logvar, each (batch, latents)."""
+
+    def __init__(self, n_latents: int):
+        super().__init__()
+        self.hidden = nn.Sequential(nn.Embedding(2, 512), nn.SiLU(), nn.Linear(512, 512), nn.SiLU())
+        self.mu = nn.Linear(512, n_latents)
+        self.logvar = nn.Linear(512, n_latents)
+
+    def forward(self, there: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.hidden(there.long())
+        return self.mu(hidden), self.logvar(hidden)
+
+
+def attribute_decoder(n_latents: int) -> nn.Sequential:
+    """From z to one attribute's logit, (rows,)."""
+    layers = (nn.Linear(n_latents, 512), nn.SiLU(), nn.Linear(512, 512), nn.SiLU(), nn.Linear(512, 512), nn.SiLU())
+    return nn.Sequential(*layers, nn.Linear(512, 1), nn.Flatten(0))
+
+
+def attributes_apart(n_latents: int) -> MVAE:
+    """CelebA-19's model with networks of their own for the 18 attributes."""
+    from model import ImageEncoder, image_decoder  # of the experiment's folder
+
+    encoders = {"image": ImageEncoder(n_latents), **{name: AttributeEncoder(n_latents) for name in ATTRIBUTES}}
+    decoders = {"image": image_decoder(n_latents), **{name: attribute_decoder(n_latents) for name in ATTRIBUTES}}
+    likelihoods = {name: Bernoulli(decoder) for name, decoder in decoders.items()}
+    return MVAE(encoders=encoders, likelihoods=likelihoods, n_latents=n_latents)
+
+
 EXPERIMENTS = {
     "mnist": Experiment(
-        data=mnist,
+        data=digits_or_garments,
         batch_size=100,
         n_latents=64,
         weights={"image": 1.0, "text": 50.0},
         lr=1e-3,
         predictions={"text": ("image",)},
         plain_encode={"text": plain.encode_labels},
+    ),
+    "fashionmnist": Experiment(
+        data=digits_or_garments,
+        batch_size=100,
+        n_latents=64,
+        weights={"image": 1.0, "text": 50.0},
+        lr=1e-3,
+        predictions={"text": ("image",)},
+        plain_encode={"text": plain.encode_labels},
+    ),
+    "multimnist": Experiment(
+        data=canvases,
+        batch_size=100,
+        n_latents=100,
+        weights={"image": 1.0, "text": 10.0},
+        lr=1e-3,
+        predictions={},
+    ),
+    "celeba": Experiment(
+        data=faces,
+        batch_size=100,
+        n_latents=100,
+        weights={"image": 1.0, "attrs": 10.0},
+        lr=1e-4,
+        predictions={"attrs": ("image",)},
+    ),
+    "celeba19": Experiment(
+        data=faces_and_attributes,
+        batch_size=100,
+        n_latents=100,
+        weights={"image": 1.0, **dict.fromkeys(ATTRIBUTES, 10.0)},
+        lr=1e-4,
+        predictions=dict.fromkeys(ATTRIBUTES, ("image",)),
+        plain_model=attributes_apart,
+        approx_m=1,
     ),
 }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvae.layers import FoldConvTranspose2d
 from mvae.likelihoods import Bernoulli, Categorical, Likelihood
 from mvae.model import MVAE, Batch
 from mvae.objective import Term
@@ -23,11 +24,18 @@ class Swish(nn.Module):
         return x * torch.sigmoid(x)
 
 
-def with_swish(module: nn.Module) -> nn.Module:
-    """The module, changed in place: each SiLU, one operation, is a Swish, two of them."""
-    for name, child in module.named_children():
-        setattr(module, name, Swish() if isinstance(child, nn.SiLU) else with_swish(child))
-    return module
+def published(model: nn.Module) -> nn.Module:
+    """The model, changed in place, in the published code's layers and torch's default memory format."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.SiLU):  # one operation; a Swish is two
+            setattr(model, name, Swish())
+        elif isinstance(child, FoldConvTranspose2d):
+            layer = nn.ConvTranspose2d(child.in_channels, child.out_channels, *child.geometry, bias=False)
+            layer.weight = child.weight
+            setattr(model, name, layer)
+        else:
+            published(child)
+    return model.to(memory_format=torch.contiguous_format)
 
 
 def encode_labels(encoder: Any, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,7 +59,7 @@ def log_prob(likelihood: Likelihood, z: Tensor, x: Tensor) -> Tensor:
     if isinstance(likelihood, Bernoulli):
         logits = likelihood.decode(z)
         nats = logits.clamp(min=0) - logits * x + (1 + (-logits.abs()).exp()).log()
-        return -nats.flatten(1).sum(dim=1)
+        return -nats.reshape(len(x), -1).sum(dim=1)
     if isinstance(likelihood, Categorical):
         log_probs = (likelihood.decode(z) + 1e-6).log_softmax(dim=1)
         one_hot = torch.zeros_like(log_probs).scatter(1, x.unsqueeze(1), 1)
@@ -93,8 +101,10 @@ def loss(
             likelihood = model.likelihood(name)
             if name in term.scored:
                 reconstruction = reconstruction + weights.get(name, 1.0) * log_prob(likelihood, z, batch[name])
-            else:
+            elif isinstance(likelihood, Bernoulli | Categorical):
                 likelihood.decode(z)
+            else:
+                likelihood.log_prob(z, batch[name])
         kl = -0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum(dim=1)
         losses.append((beta * kl - reconstruction).mean())
     return torch.stack(losses).sum()

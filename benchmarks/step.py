@@ -30,6 +30,7 @@ from torch import Tensor
 from mvae import training
 from mvae.data import Data, permuted_rows, seed_of
 from mvae.estimators import evaluate
+from mvae.model import MVAE
 from mvae.objective import Objective, random_subsets
 from mvae.run import Run, sums_of
 
@@ -82,7 +83,7 @@ def _report_times(name: str, devices: Sequence[str], args: argparse.Namespace) -
     for device in devices:
         threads_here = args.threads if device == "cpu" else args.threads[:1]
         for threads, precision, compiled in itertools.product(threads_here, args.precision, [False, True]):
-            if compiled and args.eager:
+            if compiled and (args.eager or EXPERIMENTS[name].approx_m):  # random terms can't be compiled
                 continue
             setting = {"device": device, "threads": threads, "precision": precision, "compiled": compiled}
             found = _child(task="time", name=name, seconds=args.seconds, **setting)
@@ -100,11 +101,12 @@ def _report_times(name: str, devices: Sequence[str], args: argparse.Namespace) -
 
 def _report_memory(name: str, devices: Sequence[str], args: argparse.Namespace) -> None:
     print(ABOUT_MEMORY)
-    _row("device", "precision", "plain", "ours", *(["ours, compiled"] * (not args.eager)))
-    _row(*["---"] * (4 + (not args.eager)))
+    with_compiled = not (args.eager or EXPERIMENTS[name].approx_m)
+    _row("device", "precision", "plain", "ours", *(["ours, compiled"] * with_compiled))
+    _row(*["---"] * (4 + with_compiled))
     for device, precision in itertools.product(devices, args.precision):
         cells = []
-        for kind, compiled in [("plain", False), ("ours", False), *([("ours", True)] * (not args.eager))]:
+        for kind, compiled in [("plain", False), ("ours", False), *([("ours", True)] * with_compiled)]:
             setting = {"device": device, "threads": 1, "precision": precision, "compiled": compiled}
             found = _child(task="memory", name=name, kind=kind, **setting)
             cells.append(f"{found['peak'] / MIB:.0f}" + f" ({found['before'] / MIB:.0f})" * (device == "cpu"))
@@ -231,10 +233,11 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _objective(experiment: Experiment, device: torch.device) -> Objective:
+def _objective(experiment: Experiment, device: torch.device, build: Callable[[int], MVAE] | None = None) -> Objective:
     from model import build_model  # of the experiment's folder
 
-    return Objective(build_model(experiment.n_latents), weights=experiment.weights).to(device).train()
+    model = (build or build_model)(experiment.n_latents)
+    return Objective(model, weights=experiment.weights).to(device).train()
 
 
 def _rows(data: Data, batch_size: int) -> Iterator[Tensor]:
@@ -278,9 +281,9 @@ def _plain_step(
     experiment: Experiment, data: Data, options: training.Options, given_only: bool = False
 ) -> Callable[[], None]:
     """A step of the plain reference, on one batch that is there from the start."""
-    objective = _objective(experiment, options.device)
+    objective = _objective(experiment, options.device, experiment.plain_model)
     model = objective.model
-    plain.with_swish(model)
+    plain.published(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
     batch, _ = data.batch(next(_rows(data, options.batch_size)))
     rng = np.random.default_rng(0)
@@ -302,8 +305,11 @@ def _plain_step(
 
 @torch.no_grad()
 def _check(experiment: Experiment, data: Data, options: training.Options) -> None:
-    """Makes sure that both steps compute the same loss."""
+    """Makes sure that both steps compute the same loss, with as many weights."""
     objective = _objective(experiment, options.device).eval()
+    if experiment.plain_model:
+        others = _objective(experiment, options.device, experiment.plain_model)
+        assert _n_weights(others) == _n_weights(objective), "the plain model is another"
     batch, _ = data.batch(next(_rows(data, options.batch_size)))
     noise = torch.randn(len(objective.terms), options.batch_size, experiment.n_latents, device=options.device)
     with training._precision(options):
@@ -318,6 +324,10 @@ def _check(experiment: Experiment, data: Data, options: training.Options) -> Non
         ).item()
     if not math.isclose(ours, other, rel_tol=1e-4 if options.precision == "fp32" else 1e-2):
         raise AssertionError(f"the plain loss is {other}, ours {ours}")
+
+
+def _n_weights(objective: Objective) -> int:
+    return sum(weight.numel() for weight in objective.parameters())
 
 
 def _time_loglike(experiment: Experiment, device: torch.device) -> list[float]:

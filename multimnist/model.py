@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mvae.layers import FoldConvTranspose2d
 from mvae.likelihoods import Bernoulli, Likelihood
 from mvae.model import MVAE
 
@@ -43,10 +44,10 @@ def image_decoder(n_latents: int) -> nn.Sequential:
     """(batch, latents) -> logits (batch, 1, 50, 50)."""
     return nn.Sequential(
         nn.Linear(n_latents, 1024), nn.SiLU(), nn.Unflatten(1, (256, 2, 2)),
-        nn.ConvTranspose2d(256, 128, 4, 2, 0, bias=False), nn.BatchNorm2d(128), nn.SiLU(),
+        FoldConvTranspose2d(256, 128, 4, 2, 0), nn.BatchNorm2d(128), nn.SiLU(),
         nn.ConvTranspose2d(128, 64, 4, 2, 1, bias=False), nn.BatchNorm2d(64), nn.SiLU(),
         nn.ConvTranspose2d(64, 32, 5, 2, 1, bias=False), nn.BatchNorm2d(32), nn.SiLU(),
-        nn.ConvTranspose2d(32, 1, 4, 2, 1, bias=False),
+        FoldConvTranspose2d(32, 1, 4, 2, 1),
     )  # fmt: skip
 
 
@@ -145,4 +146,4 @@ def build_model(n_latents: int) -> MVAE:
         likelihoods={"image": Bernoulli(image_decoder(n_latents)), "text": Text(TextDecoder(n_latents))},
         n_latents=n_latents,
     )
-    return model.to(memory_format=torch.channels_last)  # a quarter off a step's time on a CPU
+    return model.to(memory_format=torch.channels_last)  # faster convolutions, on a CPU and on a GPU
