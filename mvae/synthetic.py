@@ -2,351 +2,43 @@
 
     python -m mvae.synthetic digits DIR     # 60,000 + 10,000 made digits, as torchvision keeps MNIST: DIR/MNIST/raw
     python -m mvae.synthetic fashion DIR    # as many made garments, shoes and bags: DIR/FashionMNIST/raw
+    python -m mvae.synthetic faces DIR      # 8,000 + 1,000 + 1,000 made faces, as CelebA is published: DIR/celeba
 
-A made digit is one of several pen-stroke forms of its class, bent, slanted, scaled, turned and shifted at random, drawn
-with a random pen. A made garment is a random mixture of several silhouettes of its class, bent and shifted, cut from
-random cloth. Figures got on made sets say that the code runs and learns; they are no figures for the real ones.
-The bytes follow from the seed, for one version of NumPy and OpenCV.
+The made_*.py beside this file say what is drawn. Figures got on made sets say that the code runs and learns; they are
+no figures for the real ones. The bytes follow from the seed, for one version of NumPy and OpenCV.
 """
 
 import argparse
+import functools
 import gzip
 import hashlib
-import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
+from tqdm import tqdm
+
+from .made_digits import digits
+from .made_faces import DRAWN, attributes, faces
+from .made_fashion import garments
 
 Draw = Callable[[int, np.random.Generator], tuple[np.ndarray, np.ndarray]]
 
 CHECKSUMS = "checksums.md5"
 IDX_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
-# The pen's path for each class, in several forms: "x,y" points, y downwards, a digit being 100 units high. A smooth
-# curve goes through the points of a stroke and closes where it ends as it began; "|" lifts the pen or turns a corner.
-FORMS = {
-    0: (
-        "30,0 12,12 3,35 2,62 12,90 30,100 48,90 58,62 57,35 48,12 30,0",
-        "38,0 18,14 6,45 8,82 22,100 40,90 54,55 54,18 38,0",
-        "40,0 12,15 0,50 12,85 40,100 68,85 80,50 68,15 40,0",
-        "48,10 30,0 12,14 3,50 12,86 32,100 52,86 60,50 50,18 26,3",
-    ),
-    1: (
-        "0,0 0,100",
-        "18,0 0,100",
-        "0,22 22,0 | 22,0 22,100",
-        "5,20 28,0 | 28,0 28,100 | 5,100 52,100",
-    ),
-    2: (
-        "5,25 12,8 30,0 50,8 55,28 42,55 20,80 3,98 | 3,98 60,98",
-        "5,20 20,2 42,4 50,24 40,52 22,82 8,96 1,87 12,78 28,86 45,96 62,90",
-        "4,15 25,0 48,10 48,35 30,65 5,95 | 5,95 30,91 62,100",
-        "2,12 30,0 58,14 50,44 5,96 | 5,96 70,92",
-    ),
-    3: (
-        "5,12 28,0 50,10 50,32 22,46 | 22,46 50,55 57,76 42,95 20,100 2,88",
-        "5,2 52,0 | 52,0 25,40 | 25,40 50,50 56,75 40,96 18,100 0,88",
-        "5,12 30,0 50,14 45,35 25,47 48,55 57,75 42,96 20,100 0,90",
-        "2,6 34,0 54,18 40,40 20,46 | 20,46 44,50 52,68 36,90 0,100",
-    ),
-    4: (
-        "8,0 2,52 | 2,52 60,50 | 50,5 45,100",
-        "42,0 0,65 | 0,65 60,65 | 42,0 42,100",
-        "8,0 2,35 12,54 35,52 52,42 | 57,0 51,50 46,100",
-        "14,4 0,56 | 0,56 66,46 | 46,20 34,100",
-    ),
-    5: (
-        "55,0 12,0 | 12,0 8,42 | 8,42 32,36 54,50 56,76 38,98 5,94",
-        "58,2 32,2 14,10 14,34 36,45 50,64 44,90 22,100 0,90",
-        "15,6 10,45 | 10,45 35,42 50,60 45,88 22,100 0,92 | 15,6 66,0",
-        "62,0 24,6 | 24,6 14,42 | 14,42 40,46 50,66 36,90 0,100",
-    ),
-    6: (
-        "45,0 20,25 5,58 8,88 28,100 48,90 52,70 38,56 20,62 7,80",
-        "32,0 12,40 3,72 12,96 32,100 48,84 42,64 24,62 6,78",
-        "54,8 38,0 14,25 2,62 14,94 34,100 52,84 48,60 28,52 6,68",
-        "60,0 26,30 4,72 14,97 36,94 54,74 44,60 22,72 10,92",
-    ),
-    7: (
-        "0,3 55,3 | 55,3 20,100",
-        "0,3 55,3 | 55,3 22,100 | 14,52 58,48",
-        "2,12 10,2 30,5 56,2 | 56,2 38,35 28,65 25,100",
-        "2,20 3,2 | 3,2 56,2 | 56,2 40,40 30,100",
-    ),
-    8: (
-        "52,14 30,0 8,14 14,36 44,58 54,82 30,100 4,82 14,60 44,38 52,14",
-        "28,0 10,8 8,32 28,46 48,32 46,8 28,0 | 28,46 6,58 4,86 28,100 52,86 50,58 28,46",
-        "52,10 34,0 16,14 22,38 38,62 34,92 18,100 6,84 18,62 44,40 56,16",
-        "60,4 34,2 14,18 26,40 46,60 40,90 18,98 6,78 26,54 54,30 60,4",
-    ),
-    9: (
-        "50,12 28,0 6,14 6,38 26,48 46,34 50,12 | 50,12 46,100",
-        "50,15 30,0 8,12 4,36 22,50 42,38 50,15 | 50,15 52,50 44,85 14,100",
-        "50,14 35,0 12,8 4,30 18,44 38,34 50,14 | 50,14 40,55 30,100",
-        "54,10 32,2 8,22 10,46 34,44 54,10 | 54,10 34,60 22,100",
-    ),
-}
-
-# The parts of each class of FashionMNIST in several forms, whose points correspond, so that a mixture of forms is one,
-# too: areas of two materials, "body" and "trim", and Bézier curves, "strap" (of trim) and "seam" (dark). Points are as
-# in FORMS, except that all but shoes are symmetric about x = 0, and their right half is given.
-AREAS = ("body", "trim")
-SHOES = (5, 7, 9)
-GARMENTS = {
-    0: (  # T-shirt/top: plain, wide with half sleeves, low-necked, sleeveless
-        "body 0,9 8,8 15,1 32,7 47,30 35,38 28,30 27,60 28,99 0,100 | trim 0,34 10,34 10,48 0,48",
-        "body 0,5 7,4 12,0 32,6 49,42 37,47 29,32 31,62 33,99 0,100 | trim 0,50 1,50 1,51 0,51",
-        "body 0,24 7,14 13,1 29,6 40,26 31,33 26,30 23,58 27,98 0,100 | trim 0,40 1,40 1,41 0,41",
-        "body 0,20 9,16 14,1 22,1 24,18 25,26 26,32 24,60 27,98 0,100 | trim 0,50 14,50 14,60 0,60",
-    ),
-    1: (  # Trouser: slim, straight, wide, with the legs apart
-        "body 0,1 13,0 16,18 14,55 11,100 4,100 4,60 0,30 | seam 0,3 0,26",
-        "body 0,1 14,0 18,22 17,60 17,100 5,100 4,60 0,32 | seam 0,3 0,26",
-        "body 0,1 13,0 18,24 19,60 25,100 6,100 4,60 0,34 | seam 0,3 0,28",
-        "body 0,1 13,0 18,20 21,58 22,100 12,100 8,60 0,27 | seam 0,3 0,22",
-    ),
-    2: (  # Pullover: round neck, wide, high collar, V-neck
-        "body 0,7 8,5 14,0 32,8 43,45 48,92 38,94 30,40 29,98 0,99 | seam 31,12 30,44 30,88 | trim 0,36 1,36 1,37 0,37",
-        "body 0,5 7,4 12,0 34,8 46,45 49,84 37,88 31,42 33,97 0,98 | seam 32,12 31,44 33,80 | "
-        "trim 0,34 14,34 14,50 0,50",
-        "body 0,0 7,0 10,6 31,12 42,50 46,96 37,98 29,42 28,98 0,99 | seam 30,16 29,44 29,90 | "
-        "trim 0,50 1,50 1,51 0,51",
-        "body 0,26 6,13 12,0 30,7 41,45 45,94 36,96 28,40 28,99 0,100 | seam 29,12 28,44 28,90 | "
-        "trim 0,60 1,60 1,61 0,61",
-    ),
-    3: (  # Dress: straps, short sleeves, long sleeves, flared skirt
-        "body 0,17 6,12 8,0 12,1 14,14 14,22 11,40 14,62 20,99 0,100 | seam 0,40 11,40",
-        "body 0,6 6,4 9,0 19,6 26,32 19,36 14,44 16,66 18,99 0,100 | seam 0,44 13,44",
-        "body 0,5 6,4 9,0 20,7 32,64 25,66 13,40 17,66 22,99 0,100 | seam 0,42 12,42",
-        "body 0,14 6,9 9,0 14,3 16,14 15,22 10,40 20,66 32,98 0,100 | seam 0,40 10,40",
-    ),
-    4: (  # Coat: long, zipped jacket, wide with lapels, hooded
-        "body 0,5 8,1 13,0 30,8 40,45 45,86 36,88 29,44 31,99 1,100 | seam 0,8 0,99 | seam 1,34 10,14 11,3 | "
-        "seam 29,14 28,44 29,88",
-        "body 0,2 9,0 14,3 33,11 44,50 48,94 39,96 31,44 30,95 1,96 | seam 0,4 0,96 | seam 1,14 9,11 10,5 | "
-        "seam 31,16 30,44 30,90",
-        "body 0,10 8,3 14,0 34,9 46,48 49,88 38,91 32,46 36,99 2,100 | seam 0,12 0,99 | seam 1,44 13,22 12,3 | "
-        "seam 32,14 31,46 33,86",
-        "body 0,0 9,0 15,9 32,14 43,50 46,92 37,94 30,46 29,97 1,98 | seam 0,14 0,97 | seam 1,26 13,20 14,8 | "
-        "seam 30,18 29,46 29,88",
-    ),
-    5: (  # Sandal: flat, flat with ankle strap, high heel, wedge
-        "body 0,66 2,60 30,60 60,58 96,55 100,58 99,66 80,67 60,67 30,67 | "
-        "strap 12,60 22,34 40,60 | strap 26,60 60,26 74,57 | strap 60,58 54,42 30,46",
-        "body 0,68 2,62 30,62 60,58 94,56 99,58 98,68 78,69 60,68 30,69 | "
-        "strap 8,62 18,34 32,62 | strap 34,62 48,26 62,58 | strap 68,57 84,6 96,57",
-        "body 2,92 3,88 26,87 55,62 86,36 95,40 92,93 88,93 85,48 28,92 | "
-        "strap 8,88 18,50 34,80 | strap 30,84 58,40 66,54 | strap 60,32 84,-6 93,38",
-        "body 1,88 2,78 30,76 60,58 90,46 98,50 97,89 75,89 55,89 30,89 | "
-        "strap 8,78 18,36 36,72 | strap 34,74 54,18 64,56 | strap 64,34 86,0 95,46",
-    ),
-    6: (  # Shirt: long sleeves, half sleeves, blouse, tunic
-        "body 0,14 6,8 11,0 31,8 42,46 46,88 37,91 29,42 29,97 0,93 | seam 0,14 0,92 | seam 0,16 9,10 11,2 | "
-        "seam 30,14 29,42 29,86",
-        "body 0,12 6,7 11,0 31,7 45,36 35,43 28,32 28,62 29,98 0,95 | seam 0,12 0,94 | seam 0,14 9,10 11,2 | "
-        "seam 30,12 28,28 28,33",
-        "body 0,18 8,9 13,0 29,7 42,38 45,62 34,64 27,38 33,98 0,99 | seam 0,18 0,40 | seam 0,20 9,12 13,2 | "
-        "seam 28,14 27,38 29,56",
-        "body 0,22 6,10 10,0 27,6 37,42 38,66 30,68 25,40 26,99 0,96 | seam 0,22 0,60 | seam 0,24 7,14 10,2 | "
-        "seam 26,12 25,40 25,60",
-    ),
-    7: (  # Sneaker: low, running shoe, high, slim
-        "body 0,68 4,56 20,50 36,38 48,28 56,34 74,38 90,32 98,30 100,50 100,70 50,71 | "
-        "trim 0,67 100,67 99,74 50,75 3,75 | seam 26,48 34,54 | seam 32,43 40,50 | seam 38,38 46,46",
-        "body 0,64 6,55 24,50 40,40 50,32 57,37 72,40 88,36 96,28 99,46 100,66 50,70 | "
-        "trim 0,64 40,68 100,62 99,73 2,73 | seam 30,48 42,57 | seam 36,44 60,60 | seam 44,40 70,62",
-        "body 0,76 4,66 18,60 36,46 50,26 58,22 76,22 92,20 98,25 98,52 100,78 50,80 | "
-        "trim 0,75 100,75 99,84 50,85 2,85 | seam 30,54 40,60 | seam 37,46 46,54 | seam 42,40 52,47",
-        "body 0,66 4,58 24,52 40,44 52,38 58,42 76,46 90,42 98,40 99,54 100,67 50,69 | "
-        "trim 0,66 100,66 99,70 50,71 3,71 | seam 30,52 38,57 | seam 36,48 44,54 | seam 42,45 50,51",
-    ),
-    8: (  # Bag: handbag, clutch, tote, shoulder bag
-        "body 0,38 28,38 40,42 45,88 41,94 0,95 | strap 0,5 16,5 18,18 21,39 | seam 0,54 26,52 42,46 | "
-        "trim 0,50 4,50 4,60 0,60",
-        "body 0,24 44,24 48,28 48,72 45,76 0,76 | strap 0,26 9,26 17,26 20,26 | seam 0,50 26,49 46,30 | "
-        "trim 0,46 4,46 4,53 0,53",
-        "body 0,30 38,30 41,32 34,96 31,99 0,99 | strap 0,2 12,2 14,14 15,31 | seam 0,34 26,34 39,34 | "
-        "trim 0,56 9,56 9,64 0,64",
-        "body 0,46 26,46 34,50 36,92 32,96 0,97 | strap 0,2 12,2 20,16 30,48 | seam 0,74 22,72 34,54 | "
-        "trim 0,70 3,70 3,76 0,76",
-    ),
-    9: (  # Ankle boot: plain, pull-on, laced with a thick sole, heeled
-        "body 0,90 4,78 22,68 38,56 44,40 44,6 60,4 88,4 89,40 95,64 97,92 50,92 | "
-        "trim 0,89 60,90 66,92 97,89 97,98 72,98 64,94 2,94 | seam 50,10 52,30 | seam 40,56 66,64 94,62",
-        "body 0,88 6,78 26,70 44,54 50,34 46,2 62,3 92,0 91,40 96,66 98,90 50,91 | "
-        "trim 0,88 60,89 66,90 98,88 98,96 70,96 64,92 2,92 | seam 66,6 68,44 | seam 66,44 78,44 80,6",
-        "body 0,86 4,70 20,60 36,50 40,34 38,4 56,2 84,2 86,36 92,60 96,88 50,88 | "
-        "trim 0,84 60,85 66,86 97,84 97,97 70,97 64,95 1,95 | seam 38,46 54,50 | "
-        "seam 40,28 50,30 56,32",
-        "body 2,94 8,84 28,74 42,58 48,40 44,6 60,5 86,4 86,36 92,56 93,66 56,80 | "
-        "trim 2,93 34,90 58,74 94,60 92,98 82,98 80,76 34,96 | seam 64,8 66,40 | seam 34,70 52,62 90,54",
-    ),
-}
-
-
-def pen_path(form: str, step: float = 4.0) -> list[np.ndarray]:
-    """The strokes of a form in `FORMS`, each (n_points, 2) float64 of (x, y): a Catmull-Rom curve, a point every `step`
-    units of its length (so that the points' mean is the ink's centre)."""
-    strokes = []
-    for stroke in form.split("|"):
-        knots = np.array([point.split(",") for point in stroke.split()], dtype=np.float64)
-        closed = np.array_equal(knots[0], knots[-1])
-        before, after = (knots[-2], knots[1]) if closed else (knots[0], knots[-1])
-        p0, p1, p2, p3 = (np.vstack([before, knots, after])[i : len(knots) - 1 + i, None] for i in range(4))
-        t = np.linspace(0, 1, 16)[:, None]
-        curve = p1 + t / 2 * (p2 - p0 + t * (2 * p0 - 5 * p1 + 4 * p2 - p3 + t * (3 * (p1 - p2) + p3 - p0)))
-        curve = curve.reshape(-1, 2)
-        length = np.concatenate([[0], np.hypot(*np.diff(curve, axis=0).T).cumsum()])
-        at = np.linspace(0, length[-1], max(2, round(length[-1] / step)))
-        strokes.append(np.stack([np.interp(at, length, curve[:, axis]) for axis in range(2)], axis=1))
-    return strokes
-
-
-def place(points: np.ndarray, thickness: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Bends and places n copies of a form's `points`, (n_points, 2) in its units, for pens of `thickness`, (n,) pixels.
-
-    As in MNIST, a digit with its pen fits a box of 20x20 pixels, whose ink is centred in the image: here up to a shift,
-    and less of it where the digit would touch the border. Returns (n, n_points, 2) float64 of (x, y) in pixels.
-    """
-    n = len(thickness)
-    u, v = (points - (points.min(axis=0) + points.max(axis=0)) / 2).T / 50  # v in [-1, 1], u about [-0.6, 0.6]
-    # smooth functions of the place, so that strokes which meet go on meeting
-    basis = np.stack([u * v, u**2, v**2, np.sin(np.pi * u) / 2, np.sin(np.pi * v) / 2])
-    bent = np.stack([u, v], axis=1) + np.einsum("nkc,kp->npc", rng.normal(0, 0.11, (n, len(basis), 2)), basis)
-
-    width = np.exp(rng.normal(0.15, 0.15, n))
-    slant = rng.normal(0.12, 0.25, n).clip(-0.4, 0.7)
-    angle = rng.normal(0, 0.09, n)
-    cos, sin = np.cos(angle), np.sin(angle)
-    x, y = bent[..., 0] * width[:, None] - bent[..., 1] * slant[:, None], bent[..., 1]
-    drawn = np.stack([x * cos[:, None] - y * sin[:, None], x * sin[:, None] + y * cos[:, None]], axis=2)
-
-    extent = np.ptp(drawn, axis=1).max(axis=1)
-    drawn *= ((20 - thickness) * rng.uniform(0.86, 1, n) / extent)[:, None, None]
-    margin = 1.5 + thickness[:, None] / 2
-    centre = 14 - drawn.mean(axis=1) + rng.normal(0, 0.5, (n, 2))
-    return drawn + centre.clip(margin - drawn.min(axis=1), 28 - margin - drawn.max(axis=1))[:, None]
-
-
-def digits(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draws n made digits: images (n, 28, 28) uint8, white (255) on black, and labels (n,) uint8 in random order, whose
-    ten counts differ by at most one."""
-    zoom, fraction_bits = 4, 4  # drawn at four times the size, for grey edges
-    labels = rng.permutation(np.arange(n) % 10).astype(np.uint8)
-    style = rng.random(n)  # chooses the form
-    pen = (rng.normal(2.15, 0.5, n).clip(1.25, 3.75) * zoom).round().astype(int)  # in pixels of the zoomed canvas
-    blur = rng.uniform(0.3, 0.55, n)
-    ink = rng.uniform(1.1, 1.5, n)  # above 1 the stroke's middle saturates, as MNIST's does
-    faint = np.full((28, 28), 16, dtype=np.uint8)  # and its surroundings are quite black
-    images = np.empty((n, 28, 28), dtype=np.uint8)
-    for digit, paths in FORMS.items():
-        for form, path in enumerate(paths):
-            strokes = pen_path(path)
-            ends = np.cumsum([len(stroke) for stroke in strokes])[:-1]
-            members = np.flatnonzero((labels == digit) & ((style * len(paths)).astype(int) == form))
-            placed = place(np.concatenate(strokes), pen[members] / zoom, rng)
-            # OpenCV's coordinates are of pixel centres, in fixed point
-            fixed = ((placed * zoom - 0.5) * 2**fraction_bits).round().astype(np.int32)
-            for i, points in zip(members, fixed, strict=True):
-                canvas = np.zeros((28 * zoom, 28 * zoom), dtype=np.uint8)
-                cv2.polylines(canvas, np.split(points, ends), False, 255, int(pen[i]), cv2.LINE_8, fraction_bits)
-                small = cv2.resize(canvas, (28, 28), interpolation=cv2.INTER_AREA)
-                soft = cv2.subtract(cv2.GaussianBlur(small, (3, 3), blur[i]), faint)
-                images[i] = cv2.convertScaleAbs(soft, alpha=ink[i])
-    return images, labels
-
-
-def garment_parts(kind: int) -> list[tuple[str, np.ndarray]]:
-    """The parts of a class in `GARMENTS` in the order of drawing: name, and points (n_forms, n_points, 2) float64."""
-    parts = []
-    for forms in zip(*(form.split("|") for form in GARMENTS[kind]), strict=True):
-        words = [form.split() for form in forms]
-        name = words[0][0]
-        points = np.array([[point.split(",") for point in form[1:]] for form in words], dtype=np.float64)
-        mirrored = points * (-1, 1)
-        if kind in SHOES:
-            parts.append((name, points))
-        elif name in AREAS:
-            parts.append((name, np.concatenate([points, mirrored[:, ::-1]], axis=1)))
-        else:
-            parts += [(name, points), (name, mirrored)]
-    return parts
-
-
-def bezier(points: np.ndarray) -> np.ndarray:
-    """The curves of n sets of control points, (n, n_points, 2), each as a line through nine points: (n, 9, 2)."""
-    k, t = np.arange(points.shape[1]), np.linspace(0, 1, 9)[:, None]
-    weight = [math.comb(k[-1], i) for i in k] * t**k * (1 - t) ** k[::-1]
-    return np.einsum("tp,npc->ntc", weight, points)
-
-
-def fit(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Bends and stretches n garments a little, each (n_points, 2) in its units, and places them.
-
-    As in FashionMNIST, the longer side about fills the image, and the box is centred: here up to a shift. Returns
-    (n, n_points, 2) float64 of (x, y) in pixels.
-    """
-    n = len(points)
-    u, v = np.moveaxis(points - (points.min(axis=1, keepdims=True) + points.max(axis=1, keepdims=True)) / 2, 2, 0) / 50
-    basis = np.stack([u, v, u * v, u**2, v**2], axis=1)
-    drawn = np.stack([u, v], axis=2) + np.einsum("nkc,nkp->npc", rng.normal(0, 0.03, (n, 5, 2)), basis)
-    drawn[..., 0] *= np.exp(rng.normal(0, 0.06, (n, 1)))
-    drawn *= (rng.uniform(25.5, 27.6, n) / np.ptp(drawn, axis=1).max(axis=1))[:, None, None]
-    low, high = drawn.min(axis=1), drawn.max(axis=1)
-    centre = 14 - (low + high) / 2 + rng.normal(0, 0.4, (n, 2))
-    return drawn + centre.clip(0.2 - low, 27.8 - high)[:, None]
-
-
-def cloth(patterned: float, rng: np.random.Generator) -> np.ndarray:
-    """The brightness of a piece of cloth with soft folds and a grain, (28, 28) float64 in [0, 1]; with probability
-    `patterned` it is striped across, or along, or both, or printed."""
-    x, y = np.arange(28), np.arange(28)[:, None]
-
-    def wave(place: np.ndarray, shortest: float, longest: float) -> np.ndarray:
-        return np.sin(2 * np.pi * (place / rng.uniform(shortest, longest) + rng.random()))
-
-    brightness = 0.15 + 0.85 * rng.beta(1.4, 0.9) + 0.06 * wave(x + rng.uniform(-0.7, 0.7) * y, 9, 20)
-    if rng.random() < patterned:
-        across, along, printed = ((1, 0, 0), (0, 1, 0), (0.5, 0.5, 0), (0, 0, 1))[rng.integers(4)]
-        blots = cv2.blur(rng.normal(0, 1, (28, 28)), (2, 2))
-        pattern = across * wave(y, 3, 8) + along * wave(x, 3, 8) + printed * blots
-        brightness = brightness + rng.uniform(0.1, 0.3) * pattern
-    return (brightness + rng.normal(0, 0.03, (28, 28))).clip(0.04, 1)
-
-
-def garments(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draws n made garments, shoes and bags: images (n, 28, 28) uint8 on black (0), and labels (n,) uint8, numbered as
-    FashionMNIST's classes, in random order, whose ten counts differ by at most one."""
-    zoom, fraction_bits = 4, 4  # as in `digits`
-    paint = {"body": (255, 0), "seam": (130, 0), "trim": (0, 255), "strap": (0, 255)}  # how much of the two materials
-    labels = rng.permutation(np.arange(n) % 10).astype(np.uint8)
-    images = np.empty((n, 28, 28), dtype=np.uint8)
-    for kind, forms in GARMENTS.items():
-        members = np.flatnonzero(labels == kind)
-        names, points = zip(*garment_parts(kind), strict=True)
-        mixture = rng.dirichlet(np.full(len(forms), 0.5), len(members))
-        mixed = np.einsum("nf,fpc->npc", mixture, np.concatenate(points, axis=1))
-        placed = np.split(fit(mixed, rng), np.cumsum([part.shape[1] for part in points])[:-1], axis=1)
-        shapes = [part if name in AREAS else bezier(part) for name, part in zip(names, placed, strict=True)]
-        fixed = [((shape * zoom - 0.5) * 2**fraction_bits).round().astype(np.int32) for shape in shapes]
-        for i, member in enumerate(members):
-            canvas = np.zeros((28 * zoom, 28 * zoom, 2), dtype=np.uint8)
-            strap = round(rng.uniform(0.9, 1.8) * zoom)
-            for name, shape in zip(names, fixed, strict=True):
-                if name in AREAS:
-                    cv2.fillPoly(canvas, [shape[i]], paint[name], cv2.LINE_8, fraction_bits)
-                else:
-                    width = strap if name == "strap" else zoom - 1
-                    cv2.polylines(canvas, [shape[i]], False, paint[name], width, cv2.LINE_8, fraction_bits)
-            body, trim = np.moveaxis(cv2.resize(canvas, (28, 28), interpolation=cv2.INTER_AREA), 2, 0)
-            fabric = cloth(0.1 if kind in SHOES else 0.4, rng)
-            images[member] = (body * fabric + trim * rng.uniform(0.15, 1)).round()
-    return images, labels
+CELEBA_ATTRIBUTES = (
+    "5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair "
+    "Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones Male "
+    "Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks "
+    "Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace "
+    "Wearing_Necktie Young"
+)
+"""The 40 columns of CelebA's list of attributes."""
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -372,6 +64,10 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     replace_file(path, gzip.compress(idx_bytes(array), compresslevel=1, mtime=0))
 
 
+def unwritable(folder: Path, error: OSError) -> OSError:
+    return OSError(f"cannot write in {folder} ({error.strerror}): give a folder that can be written")
+
+
 def claim_folder(raw: Path) -> None:
     """Makes the folder `raw`, and sees that it can be written. Raises OSError, its message being one line for the user:
     FileExistsError where the set in it is not made, which is to say has no checksums beside it."""
@@ -382,20 +78,73 @@ def claim_folder(raw: Path) -> None:
         raw.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=raw).close()
     except OSError as error:
-        raise OSError(f"cannot write in {raw} ({error.strerror}): give a folder that can be written") from error
+        raise unwritable(raw, error) from error
 
 
-def write_set(raw: Path, draw: Draw, *, train: int, test: int, seed: int) -> None:
-    """Draws `train` + `test` labelled images, from two random streams of `seed`, and writes them to the folder `raw` as
-    MNIST's four files, with the MD5 sums of the uncompressed ones. Raises OSError."""
+def write_set(draw: Draw, raw: Path, counts: Sequence[int], seed: int) -> None:
+    """Draws labelled images for training and testing, as many as `counts` says, from two random streams of `seed`.
+
+    They go to the folder `raw` as MNIST's four files, with the MD5 sums of the uncompressed ones. Raises OSError.
+    """
     claim_folder(raw)
-    splits = [draw(n, np.random.default_rng([seed, stream])) for stream, n in enumerate((train, test))]
+    splits = [draw(n, np.random.default_rng([seed, stream])) for stream, n in enumerate(counts)]
     files = dict(zip(IDX_NAMES, [array for split in splits for array in split], strict=True))
     sums = {name: hashlib.md5(idx_bytes(array), usedforsecurity=False).hexdigest() for name, array in files.items()}
     # The sums come first: a set that was cut short then fails its check, and is known as made when it is written again.
     replace_file(raw / CHECKSUMS, "".join(f"{sums[name]}  {name}\n" for name in files).encode())
     for name, array in files.items():
         write_idx(raw / f"{name}.gz", array)
+
+
+def all_attributes(drawn: np.ndarray) -> np.ndarray:
+    """The 40 attributes, (n, 40) int64 of 1 and -1, of faces with the 18 `drawn`, (n, 18) bool: of the other 22, those
+    that follow from the drawn ones."""
+    has = dict(zip(DRAWN, drawn.T, strict=True))
+    has["High_Cheekbones"] = has["Smiling"]
+    has["No_Beard"] = ~has["Mustache"]
+    has["Wearing_Lipstick"] = has["Heavy_Makeup"]
+    has["Young"] = ~has["Gray_Hair"]
+    absent = np.zeros(len(drawn), dtype=bool)
+    return np.stack([np.where(has.get(name, absent), 1, -1) for name in CELEBA_ATTRIBUTES.split()], axis=1)
+
+
+def table(columns: Iterable[str], rows: np.ndarray) -> bytes:
+    """A list in the manner of CelebA's: the count, the columns' names, a row of whole numbers for each image."""
+    lines = [f"{len(rows)}", "".join(f"{name} " for name in columns)]
+    lines += [f"{i:06}.jpg " + " ".join(f"{value:2}" for value in row) for i, row in enumerate(rows.tolist(), 1)]
+    return "".join(f"{line}\r\n" for line in lines).encode()
+
+
+def write_faces(folder: Path, counts: Sequence[int], seed: int) -> None:
+    """Draws faces for training, validation and testing, as many as `counts` says, from three random streams of `seed`,
+    and makes the folder of them: whole, or not at all. Raises OSError, its message being one line for the user."""
+    if os.path.lexists(folder):
+        raise FileExistsError(f"{folder} is there already: give another folder, or remove it")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.", suffix=".partial")
+    except OSError as error:
+        raise unwritable(folder.parent, error) from error
+    with temporary as name:
+        whole = Path(name, folder.name)
+        for part in ("img_align_celeba", "Anno", "Eval"):
+            (whole / part).mkdir(parents=True)
+        streams = [np.random.default_rng([seed, stream]) for stream in range(len(counts))]
+        drawn = [attributes(n, rng) for n, rng in zip(counts, streams, strict=True)]
+        painted = (face for rows, rng in zip(drawn, streams, strict=True) for face in faces(rows, rng))
+        landmarks = []
+        for i, (image, points) in enumerate(tqdm(painted, total=sum(counts), leave=False, disable=None), 1):
+            _, jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+            (whole / "img_align_celeba" / f"{i:06}.jpg").write_bytes(jpeg.tobytes())
+            landmarks.append(points.ravel())
+        splits = np.repeat(np.arange(len(counts)), counts)
+        partition = "".join(f"{i:06}.jpg {split}\r\n" for i, split in enumerate(splits, 1))
+        (whole / "Eval" / "list_eval_partition.txt").write_bytes(partition.encode())
+        attribute_list = table(CELEBA_ATTRIBUTES.split(), all_attributes(np.concatenate(drawn)))
+        (whole / "Anno" / "list_attr_celeba.txt").write_bytes(attribute_list)
+        columns = [f"{axis}{i}" for i in range(68) for axis in "xy"]
+        (whole / "Anno" / "list_landmarks_68.txt").write_bytes(table(columns, np.stack(landmarks)))
+        whole.rename(folder)
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
@@ -409,38 +158,50 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-SETS: dict[str, tuple[str, str, Draw]] = {
-    "digits": ("MNIST", "digits", digits),
-    "fashion": ("FashionMNIST", "garments", garments),
+MNIST_SPLITS = {"train": 60_000, "test": 10_000}
+CELEBA_SPLITS = {"train": 8_000, "val": 1_000, "test": 1_000}
+
+WORDS = {"train": "training", "val": "validation", "test": "testing"}
+
+SETS: dict[str, tuple[str, str, dict[str, int], Callable[[Path, Sequence[int], int], None]]] = {
+    "digits": ("MNIST/raw", "28x28 grey digits", MNIST_SPLITS, functools.partial(write_set, digits)),
+    "fashion": ("FashionMNIST/raw", "28x28 grey garments", MNIST_SPLITS, functools.partial(write_set, garments)),
+    "faces": ("celeba", "178x218 coloured faces", CELEBA_SPLITS, write_faces),
 }
-"""By command: the folder and layout, what is drawn, and how."""
+"""By command: the folder, what is drawn, how many for each split, and what writes them."""
 
 
 def run(options: argparse.Namespace) -> None:
     """A command. Raises OSError."""
-    folder, what, draw = SETS[options.command]
-    raw = Path(options.dir, folder, "raw")
-    write_set(raw, draw, train=options.train, test=options.test, seed=options.seed)
-    print(f"{raw}: {options.train} + {options.test} made {what} (train + test), seed {options.seed}")
+    name, what, splits, write = SETS[options.command]
+    folder = Path(options.dir, name)
+    counts = [getattr(options, split) for split in splits]
+    write(folder, counts, options.seed)
+    numbers = " + ".join(map(str, counts))
+    print(f"{folder}: {numbers} made {what.split()[-1]} ({' + '.join(splits)}), seed {options.seed}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status, which is 2, after a line on stderr, where it was called wrongly."""
+    """Runs a command; returns the exit status: 2, after a line on stderr, where it was called wrongly, 130 where it was
+    interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m mvae.synthetic", description="Make a data set.", exit_on_error=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (folder, what, _) in SETS.items():
+    for name, (folder, what, splits, _) in SETS.items():
+        dataset = folder.removesuffix("/raw").replace("celeba", "CelebA")
         command = commands.add_parser(
             name,
-            help=f"28x28 grey {what}, as {folder}'s files",
-            description=f"Writes 28x28 grey images of made {what} to DIR/{folder}/raw, as {folder}'s four files.",
+            help=f"{what}, as {dataset}'s files",
+            description=f"Writes made images, {what}, to DIR/{folder}, in the layout of {dataset}'s files.",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             exit_on_error=False,
         )
         command.add_argument("dir", metavar="DIR", help="the data folder, made where there is none")
-        command.add_argument("--train", type=whole_number(1, 1_000_000), default=60_000, help="training images to draw")
-        command.add_argument("--test", type=whole_number(1, 1_000_000), default=10_000, help="test images to draw")
+        for split, n in splits.items():
+            command.add_argument(
+                f"--{split}", type=whole_number(1, 1_000_000), default=n, help=f"images to draw for {WORDS[split]}"
+            )
         command.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="the same seed, the same bytes")
     cv2.setNumThreads(1)  # images this small gain nothing from threads, whose waiting costs others a core
     try:
@@ -449,6 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (argparse.ArgumentError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
