@@ -16,7 +16,7 @@ from mvae.model import MVAE
 import datasets
 from model import build_model
 
-QUANTITIES = of_a_pair(*datasets.MODALITIES)
+QUANTITIES = of_a_pair(("image",), ("text",), y_proposal=("text",))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .checkpoint import write_atomically
 from .errors import UsageError, UserError
-from .estimators import Evaluation, mean_and_error
+from .estimators import Evaluation, listed, mean_and_error
 from .training import Options
 
 T = TypeVar("T")
@@ -54,10 +54,14 @@ def training_parser(
     epochs: int,
     annealing_epochs: int,
     lr: float,
-    n_val: int,
+    n_val: int | None = None,
+    approx_m: int | None = None,
     reconstruct: str = "given",
 ) -> argparse.ArgumentParser:
-    """The flags of a train.py, with its defaults; `lambdas` gives each --lambda-NAME its default."""
+    """The flags of a train.py, with its defaults; `lambdas` gives each --lambda-NAME its default.
+
+    There is --n-val where the data have no validation split of their own, and --approx-m where subsets are drawn.
+    """
     result = parser(description)
     model = result.add_argument_group("model and objective")
     model.add_argument("--n-latents", type=positive_int, default=n_latents, help="size of z")
@@ -73,6 +77,10 @@ def training_parser(
     model.add_argument(
         "--annealing-epochs", type=non_negative_int, default=annealing_epochs, help="epochs over which β rises to 1"
     )
+    if approx_m is not None:
+        model.add_argument(
+            "--approx-m", type=non_negative_int, default=approx_m, help="ELBO terms of random subsets, drawn each step"
+        )
     optimisation = result.add_argument_group("optimisation")
     optimisation.add_argument(
         "--batch-size", type=positive_int, default=batch_size, help="examples a step, over all processes"
@@ -84,7 +92,8 @@ def training_parser(
     )
     optimisation.add_argument("--compile", action="store_true", help="compile the step; on CUDA, capture it as a graph")
     data = result.add_argument_group("data and files")
-    data.add_argument("--n-val", type=positive_int, default=n_val, help="training examples held out for validation")
+    if n_val is not None:
+        data.add_argument("--n-val", type=positive_int, default=n_val, help="training examples held out for validation")
     data.add_argument("--limit", type=positive_int, help="train on the first N examples only, for trying out")
     data.add_argument("--out-dir", type=Path, default=Path("./trained_models"), help="folder of checkpoints and logs")
     data.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out-dir, if there is one")
@@ -113,20 +122,22 @@ def loglike_parser(description: str | None) -> argparse.ArgumentParser:
 
 def report(found: Evaluation, measures: Mapping[str, Tensor], args: argparse.Namespace) -> None:
     """Prints what a loglike.py found, and writes it to --json. `measures`: further values (n,), by their names."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (quantity, proposal), estimate in found.estimates.items():
         mean, error = mean_and_error(estimate.log_p)
         variance = estimate.log_weight_variance.mean().item()
-        under = f"q(z | {', '.join(proposal)})" if proposal else "p(z)"
+        under = f"q(z | {listed(proposal)})" if proposal else "p(z)"
         row = {"quantity": quantity.name, "proposal": under, "mean": mean, "standard_error": error}
         rows.append({**row, "log_weight_variance": variance})
     n = len(next(iter(found.estimates.values())).log_p)
     print(f"Test log-likelihood in nats: mean ± standard error over {n} examples, {args.n_samples} importance samples,")
     print("and the variance of the log importance weights (mean over examples).")
-    print(f"{'quantity':24}{'proposal':24}{'log-likelihood':>20}{'variance':>12}")
+    widths = [max(24, *(len(row[name]) + 2 for row in rows)) for name in ("quantity", "proposal")]
+    print(f"{'quantity':{widths[0]}}{'proposal':{widths[1]}}{'log-likelihood':>20}{'variance':>12}")
     for row in rows:
         value = f"{row['mean']:.3f} ± {row['standard_error']:.3f}"
-        print(f"{row['quantity']:24}{row['proposal']:24}{value:>20}{row['log_weight_variance']:>12.2f}")
+        names = f"{row['quantity']:{widths[0]}}{row['proposal']:{widths[1]}}"
+        print(f"{names}{value:>20}{row['log_weight_variance']:>12.2f}")
     others = {name: mean_and_error(values) for name, values in measures.items()}
     for name, (mean, error) in others.items():
         print(f"{name}: {mean:.4f} ± {error:.4f}")
@@ -149,14 +160,17 @@ def options(args: argparse.Namespace) -> Options:
     return Options(**values, device=device(args.cuda))
 
 
-def reconstruct(args: argparse.Namespace) -> str | list[str]:
-    """--reconstruct as the objective takes it. Raises UserError where given or all stands beside other names."""
+def reconstruct(args: argparse.Namespace, groups: Mapping[str, Sequence[str]] | None = None) -> str | list[str]:
+    """--reconstruct as the objective takes it; `groups` are names that stand for several modalities.
+
+    Raises UsageError where given or all stands beside other names.
+    """
     names = args.reconstruct
     if len(names) == 1 and names[0] in ("given", "all"):
         return names[0]
     if {"given", "all"} & set(names):
         raise UsageError(f"--reconstruct takes given, all, or names of modalities, not {' '.join(names)}")
-    return names
+    return [one for name in names for one in (groups or {}).get(name, [name])]
 
 
 def settings(args: argparse.Namespace) -> dict[str, object]:

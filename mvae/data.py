@@ -20,28 +20,44 @@ from .errors import UsageError, UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """N examples, held as stored and made into a batch of modalities on the device where they are.
+    """N examples, held as stored and made into a batch of modalities on the device where they are, or on another.
 
-    tensors: each (N, ...), as stored: uint8 pictures, class indices, ...
+    tensors: each (N, ...), as stored: uint8 pictures, class indices, ...; memory-mapped ones are never read whole.
     transform: from the rows of `tensors` to a batch by modality name. It may draw from torch's global generator.
     present: bool (N,) by modality: which examples have it. Modalities not named are there for all; None: all are.
+    streamed_to: the device that each batch's rows are copied to before `transform`; None: they stay where they are.
     """
 
     tensors: Mapping[str, Tensor]
     transform: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
     present: Mapping[str, Tensor] | None = None
+    streamed_to: torch.device | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
 
     @property
-    def device(self) -> torch.device:
+    def stored_on(self) -> torch.device:
+        """Where the tensors are, and the rows that `batch` is asked for."""
         return next(iter(self.tensors.values())).device
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches are."""
+        return self.streamed_to or self.stored_on
+
     def batch(self, rows: Tensor) -> tuple[dict[str, Tensor], Mapping[str, Tensor] | None]:
-        """The examples `rows` (batch,), on the data's device: modalities, and which are present."""
-        present = self.present and {name: here[rows] for name, here in self.present.items()}
-        return self.transform({name: tensor[rows] for name, tensor in self.tensors.items()}), present
+        """The examples `rows` (batch,): modalities, and which are present, on `device`."""
+        rows = rows.to(self.stored_on)
+        present = self.present and {name: self._send(here[rows]) for name, here in self.present.items()}
+        return self.transform({name: self._send(tensor[rows]) for name, tensor in self.tensors.items()}), present
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        if self.streamed_to is None:
+            return tensor
+        if self.streamed_to.type == "cuda":
+            tensor = tensor.pin_memory()  # so that the copy goes on while the device computes
+        return tensor.to(self.streamed_to, non_blocking=True)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Data":
         tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
@@ -49,7 +65,12 @@ class Data:
         return dataclasses.replace(self, tensors=tensors, present=present)
 
     def to(self, device: torch.device) -> "Data":
-        return self._map(lambda tensor: tensor.to(device))
+        """These examples with batches on `device`: moved there, or streamed if they'd fill half a GPU's free memory."""
+        n_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
+        from_cpu = device.type == "cuda" and self.stored_on.type == "cpu"
+        if from_cpu and n_bytes > torch.cuda.mem_get_info(device)[0] / 2:
+            return dataclasses.replace(self, streamed_to=device)
+        return dataclasses.replace(self._map(lambda tensor: tensor.to(device)), streamed_to=None)
 
     def __getitem__(self, rows: slice) -> "Data":
         return self._map(lambda tensor: tensor[rows])
@@ -72,19 +93,19 @@ def seed_of(*numbers: int) -> int:
 
 
 def permuted_rows(data: Data, batch_size: int, seed: int) -> list[Tensor]:
-    """The rows of an epoch's batches, in an order that `seed` decides, on the data's device.
+    """The rows of an epoch's batches, in an order that `seed` decides, where the data's tensors are.
 
     The incomplete last batch is dropped, so that a step's shapes stay the same and batch norm never meets one example;
     another epoch's permutation drops others.
     """
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(data.device)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(data.stored_on)
     size = min(batch_size, len(data))
     return list(order[: len(data) // size * size].split(size))
 
 
 def consecutive_rows(data: Data, batch_size: int) -> list[Tensor]:
-    """The rows of all examples in their own order, the incomplete last batch included."""
-    return list(torch.arange(len(data), device=data.device).split(batch_size))
+    """The rows of all examples in their own order, where the data's tensors are, the incomplete last batch included."""
+    return list(torch.arange(len(data), device=data.stored_on).split(batch_size))
 
 
 def pictures_and_labels(rows: dict[str, Tensor]) -> dict[str, Tensor]:

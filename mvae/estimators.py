@@ -33,18 +33,26 @@ class Quantity(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"log p({', '.join(self.target)}{' | ' if self.given else ''}{', '.join(self.given)})"
+        return f"log p({listed(self.target)}{' | ' if self.given else ''}{listed(self.given)})"
 
 
-def of_a_pair(x: str, y: str) -> dict[Quantity, list[Modalities]]:
-    """What the paper's table 2 reports of two modalities, each with its proposals; and log p(y), p(y | x)."""
-    both: list[Modalities] = [(x,), (x, y)]
+def listed(names: Sequence[str], separator: str = ", ") -> str:
+    """The names in a row; of more than three, the first two and the last."""
+    return separator.join(names if len(names) < 4 else (*names[:2], "...", names[-1]))
+
+
+def of_a_pair(x: Modalities, y: Modalities, y_proposal: Modalities = ()) -> dict[Quantity, list[Modalities]]:
+    """What the paper's table 2 reports of two (sets of) modalities, each with its proposals; and log p(y), p(y | x).
+
+    `y_proposal` is what log p(y) is estimated under where it is taken off a joint: the prior, or y.
+    """
+    both = [x, x + y]
     return {
-        Quantity((x,)): both,
-        Quantity((x, y)): both,
-        Quantity((x,), given=(y,)): both,
-        Quantity((y,), given=(x,), given_proposal=(x,)): both,
-        Quantity((y,)): [(), (y,)],
+        Quantity(x): both,
+        Quantity(x + y): both,
+        Quantity(x, given=y, given_proposal=y_proposal): both,
+        Quantity(y, given=x, given_proposal=x): both,
+        Quantity(y): [(), y],
     }
 
 
@@ -171,7 +179,7 @@ def evaluate(
     for rows in progress(consecutive_rows(data, max(1, max_rows // n_samples))):
         batch, _ = data.batch(rows)
         noise = torch.stack([_noise(n_samples, model.n_latents, seed, row) for row in rows.tolist()], dim=1)
-        noise = noise.to(rows.device)
+        noise = noise.to(data.device)
         for proposal in {proposal for proposal, _ in found}:
             targets = [target for other, target in found if other == proposal]
             some = log_likelihood(model, batch, proposal=proposal, targets=targets, noise=noise, max_rows=max_rows)

@@ -58,7 +58,7 @@ class Bernoulli(Likelihood):
     def log_prob(self, z: Tensor, x: Tensor) -> Tensor:
         logits = self.decode(z)
         nats = F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
-        return -nats.flatten(z.dim() - 1).sum(dim=-1)
+        return -nats.reshape(*z.shape[:-1], -1).sum(dim=-1)
 
     def mean(self, z: Tensor) -> Tensor:
         return self.decode(z).sigmoid()

@@ -13,9 +13,10 @@ from torch.utils.tensorboard import SummaryWriter
 from . import checkpoint, pictures
 from .data import Data
 from .errors import UsageError, UserError
+from .estimators import listed
 from .objective import Objective, Totals
 
-MAY_CHANGE = {"epochs", "cuda", "compile", "data_dir", "out_dir", "log_interval", "resume"}
+MAY_CHANGE = {"epochs", "cuda", "compile", "data_dir", "cache_dir", "workers", "out_dir", "log_interval", "resume"}
 """The settings that a resumed run may be given anew; any other would make it another run."""
 
 
@@ -103,7 +104,8 @@ class Run:
         """Reports the last finished epoch: a line on the terminal, stats.jsonl, TensorBoard."""
         record = self.history[-1]
         terms = record["validation"]["terms"]
-        elbos = [f"ELBO({name}) {term['elbo']:.2f}" for name, term in terms.items() if term["elbo"] is not None]
+        short = {name: listed(name.split("+"), "+") for name in terms}
+        elbos = [f"ELBO({short[name]}) {term['elbo']:.2f}" for name, term in terms.items() if term["elbo"] is not None]
         losses = f"loss {record['train']['loss']:.2f}  validation loss {record['validation']['loss']:.2f}"
         speed = f"{record['examples_per_second']:.0f} examples/s"
         parts = [f"epoch {record['epoch']}", f"beta {record['beta']:.3f}", losses + " (best)" * best, *elbos[:7], speed]

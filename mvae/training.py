@@ -83,6 +83,8 @@ def fit(
         UserError: a loss or gradient that isn't finite (no file is overwritten), or a file that can't be written.
         Stopped: SIGINT or SIGTERM, after saving; resuming goes on from that very step.
     """
+    if options.compile and options.approx_m:
+        raise UsageError("--compile needs the same terms at every step: it goes with --approx-m 0")
     rank, world = _join(options)
     settings = {**(settings or {}), "n_train": len(train)}
     train, validation = train.to(options.device), validation.to(options.device)

@@ -1,0 +1,49 @@
+"""CelebA: faces (3, 64, 64) in [0, 1] as `image`, and each of 18 attributes, 0 or 1, as a modality by its name.
+
+As a command it looks whether the set is complete, and decodes its pictures: python datasets.py [--data-dir DIR]
+"""
+
+import dataclasses
+from pathlib import Path
+
+from torch import Tensor
+
+from mvae import celeba, cli
+from mvae.celeba import ATTRIBUTES
+from mvae.data import Data
+
+MODALITIES = ("image", *ATTRIBUTES)
+
+
+def apart(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A `transform`: `image` as floats in [0, 1], and each attribute (batch,) as floats, 0 and 1."""
+    batch = celeba.pictures_and_attributes(rows)
+    return {"image": batch["image"], **dict(zip(ATTRIBUTES, batch["attrs"].unbind(dim=1), strict=True))}
+
+
+def training_data(
+    data_dir: Path, cache_dir: Path, *, limit: int | None = None, allow_missing: bool, workers: int
+) -> tuple[Data, Data]:
+    """The official training split (the first `limit` of it) and the official validation split, of all modalities."""
+    parts = celeba.training_data(data_dir, cache_dir, limit=limit, allow_missing=allow_missing, workers=workers)
+    train, validation = (dataclasses.replace(part, transform=apart) for part in parts)
+    return train, validation
+
+
+def test_data(data_dir: Path, cache_dir: Path, *, allow_missing: bool, workers: int) -> Data:
+    """The official test split, of all modalities."""
+    test = celeba.test_data(data_dir, cache_dir, allow_missing=allow_missing, workers=workers)
+    return dataclasses.replace(test, transform=apart)
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    celeba.add_flags(parser)
+    args = parser.parse_args()
+    print(celeba.check(args.data_dir, args.allow_missing))
+    celeba.training_data(args.data_dir, args.cache_dir, allow_missing=args.allow_missing, workers=args.workers)
+    print(f"its pictures are decoded in {args.cache_dir}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

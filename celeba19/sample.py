@@ -1,0 +1,37 @@
+"""Draw faces and attributes from the model, given nothing, a picture, attributes, or both.
+
+Writes sample_image.png, a grid of the pictures' means, and sample_attrs.txt, a line of each one's more probable
+attributes in the same order. Those that --condition-on-attrs doesn't name are inferred.
+"""
+
+import torch
+
+from mvae import attributes, celeba, checkpoint, cli, pictures
+
+from model import build_model
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = cli.sampling_parser(__doc__)
+    celeba.add_flags(parser)
+    attributes.add_conditions(parser)
+    args = parser.parse_args(attributes.arguments())
+    device = cli.device(args.cuda)
+    model, _ = checkpoint.load_model(args.model_path, "celeba19", build_model, device)
+    torch.manual_seed(args.seed)
+    given = {}
+    if args.condition_on_image is not None:
+        given["image"] = attributes.condition(args).to(device)
+    if args.condition_on_attrs is not None:
+        given |= {name: torch.tensor([float(there)], device=device) for name, there in args.condition_on_attrs.items()}
+    z = model.draw(given, args.n_samples, device)
+    pictures.save_grid(args.out_dir / "sample_image.png", model.likelihood("image").mean(z))
+    probabilities = torch.stack([model.likelihood(name).mean(z) for name in celeba.ATTRIBUTES], dim=1)
+    lines = attributes.lines(probabilities > 0.5)
+    checkpoint.write_atomically(args.out_dir / "sample_attrs.txt", lines.encode())
+    print(f"wrote sample_image.png and sample_attrs.txt in {args.out_dir}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,266 @@
+"""CelebA on disk: pictures, lists and the official split, as `Data` of 64x64 pictures and 18 attributes."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import cli
+from .data import Data
+from .decoded import Entry, decoded, listing
+from .errors import UserError
+
+ATTRIBUTES = (
+    "Bald",
+    "Bangs",
+    "Black_Hair",
+    "Blond_Hair",
+    "Brown_Hair",
+    "Bushy_Eyebrows",
+    "Eyeglasses",
+    "Gray_Hair",
+    "Heavy_Makeup",
+    "Male",
+    "Mouth_Slightly_Open",
+    "Mustache",
+    "Pale_Skin",
+    "Receding_Hairline",
+    "Smiling",
+    "Straight_Hair",
+    "Wavy_Hair",
+    "Wearing_Hat",
+)
+"""The 18 of the 40 attributes that Wu & Goodman (2018) use, in the order of the list's columns."""
+
+SPLITS = ("train", "validation", "test")  # 0, 1 and 2 of the official partition
+FEWEST = 50  # examples of a split, where images lack
+
+FOLDERS = ("", "celeba", "CelebA")
+IMAGES = ("img_align_celeba", "Img/img_align_celeba", "img_align_celeba.zip", "Img/img_align_celeba.zip")
+ATTRIBUTE_LIST = ("list_attr_celeba.txt", "Anno/list_attr_celeba.txt")
+PARTITION_LIST = ("list_eval_partition.txt", "Eval/list_eval_partition.txt")
+
+
+class Faces(NamedTuple):
+    """The images of CelebA that are there, split by split, each split in the order of the lists.
+
+    source: the folder or the zip of the images.
+    entries: the n images in it.
+    attributes: (n, 40) int8 of 1 and -1, by `columns`.
+    counts: how many there are in each of `SPLITS`.
+    named: how many the lists name in each.
+    """
+
+    source: Path
+    entries: list[Entry]
+    attributes: np.ndarray
+    columns: list[str]
+    counts: tuple[int, ...]
+    named: tuple[int, ...]
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags --cache-dir, --allow-missing and --workers, which every script has that reads the pictures."""
+    group = parser.add_argument_group("pictures")
+    cache_dir = Path(os.environ.get("MVAE_CACHE_DIR", "./data/cache"))
+    group.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=cache_dir,
+        help="folder of the pictures decoded once; $MVAE_CACHE_DIR, else ./data/cache",
+    )
+    group.add_argument(
+        "--allow-missing", action="store_true", help="do with the images that are there, where the lists name more"
+    )
+    group.add_argument(
+        "--workers", type=cli.positive_int, default=os.cpu_count() or 1, help="processes that decode pictures"
+    )
+
+
+def pictures_and_attributes(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A `transform`: `image` becomes floats in [0, 1], and `attrs` (batch, 18) floats, 0 and 1."""
+    return {"image": rows["image"].float() / 255, "attrs": rows["attrs"].float()}
+
+
+def training_data(
+    data_dir: Path,
+    cache_dir: Path,
+    *,
+    limit: int | None = None,
+    allow_missing: bool,
+    workers: int,
+) -> tuple[Data, Data]:
+    """The official training split (the first `limit` of it) and the official validation split.
+
+    Both hold `image` (N, 3, 64, 64), memory-mapped, and `attrs` (N, 18) in {0, 1} by `ATTRIBUTES`, all uint8.
+
+    Raises UserError, in one line, for whatever lacks, doesn't fit or is damaged.
+    """
+    train, validation, _ = _splits(data_dir, cache_dir, allow_missing, workers)
+    return train[:limit], validation
+
+
+def test_data(data_dir: Path, cache_dir: Path, *, allow_missing: bool, workers: int) -> Data:
+    """The official test split, as `training_data` gives the others."""
+    return _splits(data_dir, cache_dir, allow_missing, workers)[2]
+
+
+def check(data_dir: Path, allow_missing: bool = False) -> str:
+    """One line that says how many of the images are there. Raises UserError as `training_data` does.
+
+    The images themselves aren't opened.
+    """
+    faces = find(data_dir, allow_missing)
+    shares = zip(SPLITS, faces.counts, faces.named, strict=True)
+    return f"CelebA in {faces.source}: " + ", ".join(f"{name} {here} of {all_} images" for name, here, all_ in shares)
+
+
+def find(data_dir: Path, allow_missing: bool = False) -> Faces:
+    """Finds CelebA below `data_dir`, in the official download's layout or torchvision's, and reads its lists.
+
+    Images that the lists name and the folder lacks are counted, in a line on stderr.
+
+    Raises UserError if anything but images is missing, or a list is damaged; or images, without `allow_missing`.
+    """
+    source, attribute_list, partition_list = locate(data_dir)
+    names, columns, attributes = read_attributes(attribute_list)
+    partition_names, partition = read_partition(partition_list)
+    _check_same(attribute_list, names, 3, partition_list, partition_names, 1)
+    files = listing(source)
+    here = np.array([name in files for name in names])
+    named, counts = (tuple(np.bincount(some, minlength=3).tolist()) for some in (partition, partition[here]))
+    n_missing = len(names) - sum(counts)
+    missing = f"{n_missing} of the {len(names)} images that {attribute_list} names are not in {source}"
+    if n_missing and not allow_missing:
+        raise UserError(f"{missing}: --allow-missing does with the others")
+    if min(counts) < (FEWEST if n_missing else 1):
+        left = ", ".join(f"{n} for {split}" for split, n in zip(SPLITS, counts, strict=True))
+        raise UserError(f"{missing}; too few are left: {left}" if n_missing else f"{partition_list} leaves {left}")
+    if n_missing and os.environ.get("RANK", "0") == "0":
+        print(f"{missing}; going on with the others", file=sys.stderr)
+    rows = here.nonzero()[0]
+    rows = rows[partition[rows].argsort(kind="stable")]
+    return Faces(source, [files[names[row]] for row in rows], attributes[rows], columns, counts, named)
+
+
+def locate(data_dir: Path) -> tuple[Path, Path, Path]:
+    """The images (a folder or a zip), the list of attributes and the list of the partition. Raises UserError."""
+    wanted = ("img_align_celeba/ or img_align_celeba.zip", ATTRIBUTE_LIST[0], PARTITION_LIST[0])
+    best: list[Path | None] = [None] * 3
+    for folder in FOLDERS:
+        candidates = [
+            [data_dir / folder / name for name in names] for names in (IMAGES, ATTRIBUTE_LIST, PARTITION_LIST)
+        ]
+        found = [next((path for path in paths if path.exists()), None) for paths in candidates]
+        best = max(best, found, key=lambda paths: sum(path is not None for path in paths))
+    images, attributes, partition = best
+    if images and attributes and partition:
+        return images, attributes, partition
+    missing = " and ".join(name for name, path in zip(wanted, best, strict=True) if path is None)
+    whence = "the official page of CelebA, mmlab.ie.cuhk.edu.hk/projects/CelebA.html (Align&Cropped Images, Anno, Eval)"
+    raise UserError(
+        f"CelebA in {data_dir} lacks {missing}: get them from {whence} and put img_align_celeba/ or its zip, "
+        f"list_attr_celeba.txt and list_eval_partition.txt in {data_dir / 'celeba'}, or name another --data-dir"
+    )
+
+
+def read_attributes(path: Path) -> tuple[list[str], list[str], np.ndarray]:
+    """The images' names, the columns' names, and the values, (N, columns) int8 of 1 and -1, of list_attr_celeba.txt.
+
+    Its first line is the number of rows, its second names the columns. Raises UserError, naming file and line.
+    """
+    content = _read(path)
+    number, _, rest = content.partition(b"\n")
+    header, _, rows = rest.partition(b"\n")
+    columns = header.decode(errors="replace").split()
+    lacking = [name for name in ATTRIBUTES if columns.count(name) != 1]
+    if lacking:
+        raise UserError(f"{path}, line 2: doesn't name the column {lacking[0]} once, as the list's header does")
+    names, values = _table(path, rows, 3, len(columns), (-1, 1))
+    if number.strip() != str(len(names)).encode():
+        said = number[:40].decode(errors="replace").strip()
+        raise UserError(f"{path}, line 1: is '{said}' where the number of rows stands, and there are {len(names)}")
+    return names, columns, values
+
+
+def read_partition(path: Path) -> tuple[list[str], np.ndarray]:
+    """The images' names and each one's part, (N,) int8 of 0, 1 and 2 as in `SPLITS`, of list_eval_partition.txt.
+
+    Raises UserError, naming file and line.
+    """
+    names, values = _table(path, _read(path), 1, 1, (0, 1, 2))
+    return names, values[:, 0]
+
+
+def _splits(data_dir: Path, cache_dir: Path, allow_missing: bool, workers: int) -> list[Data]:
+    """The data of each of `SPLITS`: slices of one file of all decoded pictures."""
+    faces = find(data_dir, allow_missing)
+    image = decoded(faces.source, faces.entries, cache_dir / "celeba-64.pictures", workers=workers)
+    attributes = faces.attributes[:, [faces.columns.index(name) for name in ATTRIBUTES]]
+    attrs = torch.from_numpy((attributes == 1).astype(np.uint8))
+    whole = Data(tensors={"image": image, "attrs": attrs}, transform=pictures_and_attributes)
+    ends = np.cumsum(faces.counts).tolist()
+    return [whole[end - n : end] for n, end in zip(faces.counts, ends, strict=True)]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror or error}") from None
+
+
+def _table(
+    path: Path, content: bytes, first: int, n_columns: int, allowed: Sequence[int]
+) -> tuple[list[str], np.ndarray]:
+    """Names (N) and one-digit values (N, n_columns) int8 of lines `NAME VALUE ...`, of which the first is line `first`.
+
+    Words are found in the bytes by numpy: the list of attributes has eight million.
+    """
+    content = content.rstrip()
+    text = np.frombuffer(content, np.uint8)
+    blank = np.concatenate([[True], text <= 32, [True]])  # spaces and line ends
+    starts = (blank[:-1] & ~blank[1:]).nonzero()[0].astype(np.int32)
+    ends = (~blank[:-1] & blank[1:]).nonzero()[0].astype(np.int32)
+    lines = np.concatenate([[0], (text == 10).nonzero()[0], [len(text)]])
+    counts = np.diff(np.searchsorted(starts, lines))
+    wrong = (counts != n_columns + 1).nonzero()[0]
+    if len(wrong):
+        found = f"{counts[wrong[0]]} words, where a name and {n_columns} values are wanted"
+        raise UserError(f"{path}, line {first + wrong[0]}: {found}")
+    starts, ends = starts.reshape(-1, n_columns + 1), ends.reshape(-1, n_columns + 1)
+    names = [content[start:end].decode(errors="replace") for start, end in zip(starts[:, 0], ends[:, 0], strict=True)]
+    starts, ends = starts[:, 1:], ends[:, 1:]
+    negative = text[starts] == ord("-")
+    values = text[ends - 1].astype(np.int8) - ord("0")
+    values[negative] *= -1
+    bad = (ends - starts != 1 + negative) | ~np.isin(values, allowed)
+    wrong = bad.any(axis=1).nonzero()[0]
+    if len(wrong):
+        column = bad[wrong[0]].argmax()
+        word = content[starts[wrong[0], column] : ends[wrong[0], column]].decode(errors="replace")
+        wanted = " or ".join(map(str, allowed))
+        raise UserError(f"{path}, line {first + wrong[0]} ({names[wrong[0]]}): '{word}' where {wanted} is wanted")
+    if len(set(names)) < len(names):
+        first_row: dict[str, int] = {}
+        row = next(row for row, name in enumerate(names) if first_row.setdefault(name, row) != row)
+        raise UserError(f"{path}, line {first + row}: names {names[row]} a second time")
+    return names, values
+
+
+def _check_same(one: Path, names: list[str], first: int, other: Path, others: list[str], other_first: int) -> None:
+    """Raises UserError, naming the first line that differs, unless both lists name the same images in one order."""
+    if names == others:
+        return
+    n = min(len(names), len(others))
+    row = next((row for row in range(n) if names[row] != others[row]), n)
+    said, other_said = (some[row] if row < len(some) else "no more" for some in (names, others))
+    raise UserError(
+        f"{other}, line {other_first + row}: names {other_said}, and {one}, line {first + row}, names {said}"
+    )
