@@ -38,6 +38,7 @@ test: lint
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/pictures.py
 
 clean:
 	rm -rf .venv demo

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mvae import checkpoint, cli, data
+from mvae import checkpoint, cli, data, idx
 from mvae.errors import UsageError, UserError
 
 MODALITIES = ("image", "text")
@@ -149,7 +149,7 @@ def make(data_dir: Path, canvas_dir: Path, recipe: Recipe) -> None:
     """
     content: dict[str, Any] = {"recipe": dataclasses.asdict(recipe)}
     for stream, (part, source, n) in enumerate((("train", "train", recipe.train), ("test", "t10k", recipe.test))):
-        images, labels = (tensor.numpy() for tensor in data.load_idx(data_dir, "MNIST", source))
+        images, labels = (tensor.numpy() for tensor in idx.load_idx(data_dir, "MNIST", source))
         rng = np.random.default_rng([recipe.seed, stream])
         image, text = draw(images, labels, n, recipe, rng, held_out=HELD_OUT if part == "train" else None)
         content |= {f"{part}_image": torch.from_numpy(image), f"{part}_text": torch.from_numpy(text)}

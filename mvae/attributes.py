@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import sys
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def attributes(text: str) -> dict[str, bool]:
 
 def picture_or_attributes(text: str) -> Path | dict[str, bool]:
     """An argparse type: the path of a file that is there, or else `attributes`."""
-    if Path(text).is_file():
+    if os.path.isfile(text):  # unlike Path's, it says no to any words
         return Path(text)
     try:
         return attributes(text)

@@ -19,9 +19,10 @@ import pytest
 import torch
 from torchvision import datasets as official
 
-from mvae import data
-from mvae.data import Data, consecutive_rows, load_idx, permuted_rows, random_example, seed_of, split
+from mvae import idx
+from mvae.data import Data, consecutive_rows, permuted_rows, random_example, seed_of, split
 from mvae.errors import UsageError, UserError
+from mvae.idx import load_idx
 from mvae.synthetic import CHECKSUMS, IDX_NAMES
 
 from helpers import assert_refused, environment, experiment_module, run
@@ -179,7 +180,7 @@ def official_is(raw: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(official.MNIST, "mirrors", [address])
     monkeypatch.setattr(official.MNIST, "resources", resources)
     sums = {name[:-3]: hashlib.md5(gzip.decompress(content)).hexdigest() for name, content in packed.items()}
-    monkeypatch.setitem(data.CONTENT_MD5, "MNIST", sums)
+    monkeypatch.setitem(idx.CONTENT_MD5, "MNIST", sums)
 
 
 @pytest.mark.usefixtures("no_proxy")
