@@ -1,6 +1,7 @@
 """The Multimodal Variational Autoencoder: an expert and a likelihood for each modality, over one latent z ~ N(0, I)."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -12,6 +13,17 @@ from .likelihoods import Likelihood
 
 Batch = Mapping[str, Tensor]
 """Tensors by modality name, each (batch, *event)."""
+
+
+@contextlib.contextmanager
+def running_statistics(network: nn.Module, only: bool) -> Iterator[None]:
+    """Where `only`, has batch norm use its running statistics, as in evaluation: one example has none of its own."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and only]
+    for norm in norms:
+        norm.eval()
+    yield
+    for norm in norms:
+        norm.train()
 
 
 class MVAE(nn.Module):
@@ -55,7 +67,8 @@ class MVAE(nn.Module):
                 rows = present[len(mus)].nonzero().squeeze(1)
                 mu, logvar = torch.zeros(2, len(x), self.n_latents, device=x.device)
                 if len(rows):
-                    some_mu, some_logvar = self.encoders[name](x[rows])
+                    with running_statistics(self.encoders[name], only=len(rows) == 1):
+                        some_mu, some_logvar = self.encoders[name](x[rows])
                     mu = mu.to(some_mu.dtype).index_copy(0, rows, some_mu)
                     logvar = logvar.to(some_mu.dtype).index_copy(0, rows, some_logvar)
             mus.append(mu)
@@ -109,6 +122,7 @@ class MVAE(nn.Module):
                 for t in terms:
                     rows = mask[t, m].nonzero().squeeze(1)
                     if len(rows):
-                        score = self.likelihood(name).log_prob(z[t, rows], batch[name][rows])
+                        with running_statistics(self.decoders[name], only=len(rows) == 1):
+                            score = self.likelihood(name).log_prob(z[t, rows], batch[name][rows])
                         scores[t][m] = nothing.index_copy(0, rows, score)
         return torch.stack([torch.stack(row) for row in scores])

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -86,6 +86,9 @@ def fit(
     if options.compile and options.approx_m:
         raise UsageError("--compile needs the same terms at every step: it goes with --approx-m 0")
     rank, world = _join(options)
+    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in objective.modules())
+    if has_batch_norm and min(options.batch_size, len(train)) < 2 * world:
+        raise UsageError("these networks have batch norm: --batch-size is to give each process 2 examples or more")
     settings = {**(settings or {}), "n_train": len(train)}
     train, validation = train.to(options.device), validation.to(options.device)
     objective.to(options.device).train()

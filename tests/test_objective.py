@@ -147,6 +147,18 @@ def test_encoders_batch_norm_sees_each_present_example_once(missing: bool) -> No
         torch.testing.assert_close(buffer, plain.encoders.get_buffer(name), msg=name)
 
 
+def test_batch_norm_of_one_present_example_takes_its_running_statistics() -> None:
+    model, batch = small_model(6, batch_norm=True).train(), small_batch(6, 8)
+    before = copy.deepcopy(model)
+    present = {"m1": torch.arange(8) == 3}
+    mu, _ = model.encode(batch, torch.stack([present.get(name, torch.ones(8).bool()) for name in model.modalities]))
+    expected, _ = before.encoders["m1"].eval()(batch["m1"][3:4])
+    torch.testing.assert_close(mu[1, 3:4], expected)
+    loss, _ = Objective(model)(batch, 1.0, (), present)
+    assert loss.isfinite()
+    assert all(module.training for module in model.modules())
+
+
 def rows_run(model: MVAE, *arguments: Any, **settings: Any) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     """The rows of each call of each encoder, and of each decoder, in one forward of Objective(model, **settings)."""
     encoded: dict[str, list[int]] = {name: [] for name in model.modalities}
