@@ -1,7 +1,7 @@
 # make demo | make test | make bench: each first sets up .venv, and only when that is out of date.
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
-EXPERIMENTS := mnist fashionmnist multimnist celeba celeba19
+EXPERIMENTS := mnist fashionmnist multimnist celeba celeba19 vision
 
 .PHONY: demo test lint bench clean
 

@@ -24,6 +24,7 @@ class Experiment(NamedTuple):
     plain_encode: how the plain reference runs an encoder that ours runs more cleverly; see `plain.loss`.
     plain_model: by its latents, the plain reference's model where ours has other modules; they compute the same.
     approx_m: random subsets a step.
+    reconstruct: what every term scores beside what it is given.
     """
 
     data: Callable[[], Data]
@@ -35,6 +36,7 @@ class Experiment(NamedTuple):
     plain_encode: Mapping[str, plain.Encode] = {}
     plain_model: Callable[[int], MVAE] | None = None
     approx_m: int = 0
+    reconstruct: str = "given"
 
 
 def digits_or_garments() -> Data:
@@ -59,6 +61,14 @@ def faces_and_attributes() -> Data:
     from datasets import apart  # of the experiment's folder
 
     return dataclasses.replace(faces(), transform=apart)
+
+
+def six_pictures() -> Data:
+    from datasets import six  # of the experiment's folder
+
+    channels = {"image": 3, "gray": 1, "edge": 1, "mask": 1}
+    tensors = {name: torch.randint(256, (2000, n, 64, 64), dtype=torch.uint8) for name, n in channels.items()}
+    return Data(tensors=tensors, transform=six)
 
 
 class AttributeEncoder(nn.Module):
@@ -135,5 +145,14 @@ EXPERIMENTS = {
         predictions=dict.fromkeys(ATTRIBUTES, ("image",)),
         plain_model=attributes_apart,
         approx_m=1,
+    ),
+    "vision": Experiment(
+        data=six_pictures,
+        batch_size=50,
+        n_latents=250,
+        weights={},
+        lr=1e-4,
+        predictions={},
+        reconstruct="all",
     ),
 }

@@ -237,7 +237,8 @@ def _objective(experiment: Experiment, device: torch.device, build: Callable[[in
     from model import build_model  # of the experiment's folder
 
     model = (build or build_model)(experiment.n_latents)
-    return Objective(model, weights=experiment.weights).to(device).train()
+    objective = Objective(model, weights=experiment.weights, reconstruct=experiment.reconstruct)
+    return objective.to(device).train()
 
 
 def _rows(data: Data, batch_size: int) -> Iterator[Tensor]:

@@ -36,8 +36,8 @@ def main() -> None:
         weights={"image": args.lambda_image, "text": args.lambda_text},
         reconstruct=cli.reconstruct(args),
     )
-    settings = {name: value for name, value in cli.settings(args).items() if name != "canvas_dir"}
-    fit(objective, train, validation, options, experiment="multimnist", settings={**settings, "canvases": recipe})
+    settings = {**cli.settings(args), "canvases": recipe}
+    fit(objective, train, validation, options, experiment="multimnist", settings=settings)
 
 
 if __name__ == "__main__":

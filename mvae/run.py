@@ -16,8 +16,8 @@ from .errors import UsageError, UserError
 from .estimators import listed
 from .objective import Objective, Totals
 
-MAY_CHANGE = {"epochs", "cuda", "compile", "data_dir", "cache_dir", "workers", "out_dir", "log_interval", "resume"}
-"""The settings that a resumed run may be given anew; any other would make it another run."""
+MAY_CHANGE = {"epochs", "cuda", "compile", "workers", "log_interval", "resume"}
+"""The settings that a resumed run may be given anew, beside folders (..._dir); any other would make it another run."""
 
 
 class Run:
@@ -55,6 +55,7 @@ class Run:
             raise UsageError(f"{self.out_dir} holds a run: go on with --resume, or name another --out-dir")
         saved = checkpoint.load(path, self.experiment)
         names = sorted((saved["settings"].keys() | self.settings.keys()) - MAY_CHANGE)
+        names = [name for name in names if not name.endswith("_dir")]
         pairs = [(name, saved["settings"].get(name), self.settings.get(name)) for name in names]
         differ = [f"{name} was {old}, now {new}" for name, old, new in pairs if old != new]
         if differ:

@@ -29,7 +29,10 @@ from .run import Run, sums_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to fit. `batch_size` is the whole step's, over all processes; `approx_m` is the number of random subsets."""
+    """How to fit. `batch_size` is the whole step's, over all processes; `approx_m` is the number of random subsets.
+
+    Raises UsageError where `compile` meets random subsets: it needs the same terms at every step.
+    """
 
     epochs: int
     annealing_epochs: int
@@ -43,6 +46,10 @@ class Options:
     log_interval: int = 100
     out_dir: Path = Path("trained_models")
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        if self.compile and self.approx_m:
+            raise UsageError("--compile needs the same terms at every step: it goes with --approx-m 0")
 
 
 class Stopped(UserError):
@@ -83,8 +90,6 @@ def fit(
         UserError: a loss or gradient that isn't finite (no file is overwritten), or a file that can't be written.
         Stopped: SIGINT or SIGTERM, after saving; resuming goes on from that very step.
     """
-    if options.compile and options.approx_m:
-        raise UsageError("--compile needs the same terms at every step: it goes with --approx-m 0")
     rank, world = _join(options)
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in objective.modules())
     if has_batch_norm and min(options.batch_size, len(train)) < 2 * world:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributions, nn
 
 from mvae.data import Data
-from mvae.estimators import Evaluation, Quantity, evaluate, log_likelihood, mean_and_error, predict
+from mvae.estimators import Evaluation, Quantity, evaluate, log_likelihood, mean_and_error, of_a_pair, predict
 from mvae.likelihoods import Categorical, Gaussian
 from mvae.model import MVAE, Batch
 from mvae.objective import Objective
@@ -323,6 +323,22 @@ def test_names_of_quantities() -> None:
     assert Quantity(("image",)).name == "log p(image)"
     assert Quantity(("image", "text")).name == "log p(image, text)"
     assert Quantity(("image",), given=("text",)).name == "log p(image | text)"
+    assert Quantity(("a", "b", "c"), given=("d", "e", "f", "g")).name == "log p(a, b, c | d, e, ..., g)"
+
+
+def test_a_pairs_conditionals_are_taken_off_joints_under_their_own_proposals() -> None:
+    x, y = ("image",), ("hat", "hair")
+    prior, posterior = of_a_pair(x, y), of_a_pair(x, y, y_proposal=y)
+    assert [quantity.name for quantity in prior] == [
+        "log p(image)",
+        "log p(image, hat, hair)",
+        "log p(image | hat, hair)",
+        "log p(hat, hair | image)",
+        "log p(hat, hair)",
+    ]
+    assert [quantity.given_proposal for quantity in prior] == [(), (), (), x, ()]
+    assert [quantity.given_proposal for quantity in posterior] == [(), (), y, x, ()]
+    assert list(posterior.values()) == [[x, x + y]] * 4 + [[(), y]]
 
 
 def test_mean_and_its_standard_error() -> None:
