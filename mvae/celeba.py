@@ -67,19 +67,8 @@ class Faces(NamedTuple):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags --cache-dir, --allow-missing and --workers, which every script has that reads the pictures."""
-    group = parser.add_argument_group("pictures")
-    cache_dir = Path(os.environ.get("MVAE_CACHE_DIR", "./data/cache"))
-    group.add_argument(
-        "--cache-dir",
-        type=Path,
-        default=cache_dir,
-        help="folder of the pictures decoded once; $MVAE_CACHE_DIR, else ./data/cache",
-    )
-    group.add_argument(
+    cli.add_cache_flags(parser).add_argument(
         "--allow-missing", action="store_true", help="do with the images that are there, where the lists name more"
-    )
-    group.add_argument(
-        "--workers", type=cli.positive_int, default=os.cpu_count() or 1, help="processes that decode pictures"
     )
 
 

@@ -101,6 +101,22 @@ def training_parser(
     return result
 
 
+def add_cache_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The flags --cache-dir and --workers of the scripts that read pictures, in a group of their own."""
+    group = parser.add_argument_group("pictures")
+    cache_dir = Path(os.environ.get("MVAE_CACHE_DIR", "./data/cache"))
+    group.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=cache_dir,
+        help="folder of the pictures decoded once; $MVAE_CACHE_DIR, else ./data/cache",
+    )
+    group.add_argument(
+        "--workers", type=positive_int, default=os.cpu_count() or 1, help="processes that decode pictures"
+    )
+    return group
+
+
 def sampling_parser(description: str | None) -> argparse.ArgumentParser:
     """The flags of a sample.py; the experiment adds its conditions."""
     result = parser(description)

@@ -1,0 +1,404 @@
+"""Vision: its networks, its six modalities from four folders of drawn pictures, and the scripts as a user runs them."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mvae import checkpoint
+from mvae.errors import UsageError, UserError
+from mvae.layers import FoldConvTranspose2d
+from mvae.model import MVAE
+
+from helpers import assert_ended, experiment_module, run, stats
+
+datasets = experiment_module("vision/datasets.py")
+networks = experiment_module("vision/model.py")
+
+MODALITIES = ("image", "gray", "edge", "mask", "obscured", "watermark")
+NAMES = [f"{number:06}.png" for number in range(1, 121)]
+PARTS = [0] * 104 + [1] * 4 + [2] * 12
+FOLDERS = {"image": "images", "gray": "grayscale", "edge": "edge", "mask": "mask"}
+TRAIN = ["--batch-size", 8, "--limit", 8, "--n-latents", 4, "--annealing-epochs", 4, "--lr", 1e-3]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `data`, as setup.py leaves it: rectangles, 64x64, in grey, their rims, and on white; and the list.
+
+    Not to be written to.
+    """
+    root = tmp_path_factory.mktemp("vision")
+    rng = np.random.default_rng(0)
+    for folder in FOLDERS.values():
+        (root / "data" / folder).mkdir(parents=True)
+    for name in NAMES:
+        pixels = np.full((64, 64, 3), rng.integers(256, size=3), dtype=np.uint8)
+        mask = np.full((64, 64), 255, dtype=np.uint8)
+        top, left = rng.integers(8, 40, size=2)
+        pixels[top : top + 20, left : left + 16] = rng.integers(256, size=3)
+        mask[top : top + 20, left : left + 16] = 0
+        edge = np.zeros((64, 64), dtype=np.uint8)
+        edge[top, left : left + 16] = edge[top : top + 20, left] = 255
+        image = Image.fromarray(pixels)
+        made = {
+            "image": image,
+            "gray": image.convert("L"),
+            "edge": Image.fromarray(edge),
+            "mask": Image.fromarray(mask),
+        }
+        for kind, picture in made.items():
+            picture.save(root / "data" / FOLDERS[kind] / name, compress_level=1)
+    rows = (f"{name} {part}\n" for name, part in zip(NAMES, PARTS, strict=True))
+    (root / "data" / "list_eval_partition.txt").write_text("".join(rows))
+    return root
+
+
+@pytest.fixture
+def copied(drawn: Path, tmp_path: Path) -> Path:
+    """A test's own copy of the data, without the list."""
+    data = Path(shutil.copytree(drawn / "data", tmp_path / "data"))
+    (data / "list_eval_partition.txt").unlink()
+    return data
+
+
+@pytest.fixture(scope="module")
+def sample() -> ModuleType:
+    """vision/sample.py, with vision's files for the modules that it imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", datasets)
+        patch.setitem(sys.modules, "model", networks)
+        return experiment_module("vision/sample.py")
+
+
+@pytest.fixture(scope="module")
+def trained(drawn: Path) -> Iterator[Path]:
+    """Where a run of one epoch, taken up for a second one, has written."""
+    out_dir = drawn / "trained_models"
+    assert_ended(run("vision/train.py", *TRAIN, "--epochs", 1, cwd=drawn))
+    assert_ended(run("vision/train.py", *TRAIN, "--epochs", 2, "--resume", cwd=drawn))
+    yield out_dir
+    shutil.rmtree(out_dir)  # half a gigabyte
+
+
+def folders(data: Path) -> dict[str, Path]:
+    return {kind: data / folder for kind, folder in FOLDERS.items()}
+
+
+def read(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def as_bytes(pictures: Tensor) -> np.ndarray:
+    """(batch, channels, height, width) in [0, 1] as uint8 (batch, height, width, channels)."""
+    whole = (pictures * 255).round()
+    torch.testing.assert_close(pictures, whole / 255, rtol=0, atol=0)
+    return whole.byte().permute(0, 2, 3, 1).numpy()
+
+
+def n_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# model.py
+
+
+@pytest.fixture(scope="module")
+def model() -> MVAE:
+    torch.manual_seed(0)
+    return networks.build_model(250).eval()
+
+
+def test_image_network_has_the_papers_number_of_parameters() -> None:
+    assert n_parameters(networks.PictureEncoder(3, 100)) == 4_070_472
+
+
+def test_networks_differ_by_their_pictures_channels_alone(model: MVAE) -> None:
+    counts = [n_parameters(model.encoders[name]) for name in MODALITIES]
+    assert counts == [4_224_372, *[4_224_372 - 2 * 16 * 32] * 3, 4_224_372, 4_224_372]
+
+
+def test_decoders_of_one_channel_end_in_a_fold(model: MVAE) -> None:
+    folds = [
+        name for name in MODALITIES if any(isinstance(m, FoldConvTranspose2d) for m in model.decoders[name].modules())
+    ]
+    assert folds == ["gray", "edge", "mask"]
+
+
+@torch.no_grad()
+def test_networks_give_a_posterior_and_six_pictures(model: MVAE) -> None:
+    channels = {name: 1 if name in ("gray", "edge", "mask") else 3 for name in MODALITIES}
+    mu, logvar = model.posterior({name: torch.rand(2, n, 64, 64) for name, n in channels.items()})
+    assert mu.shape == logvar.shape == (2, 250)
+    assert {name: model.likelihood(name).mean(mu).shape for name in model.modalities} == {
+        name: (2, n, 64, 64) for name, n in channels.items()
+    }
+
+
+# datasets.py: the batch
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, Tensor]:
+    """Twenty examples of all values, as they are stored."""
+    rng = torch.Generator().manual_seed(0)
+    return {
+        kind: torch.randint(256, (20, 3 if kind == "image" else 1, 64, 64), dtype=torch.uint8, generator=rng)
+        for kind in FOLDERS
+    }
+
+
+def test_watermark_is_what_pil_pastes(rows: dict[str, Tensor]) -> None:
+    mark = Image.open(datasets.WATERMARK)
+    batch = datasets.six(rows)
+    for before, after in zip(as_bytes(batch["image"]), as_bytes(batch["watermark"]), strict=True):
+        pasted = Image.fromarray(before)
+        pasted.paste(mark, (0, 0), mark)
+        assert (after == np.asarray(pasted)).all()
+        assert (
+            after == np.asarray(Image.alpha_composite(Image.fromarray(before).convert("RGBA"), mark))[..., :3]
+        ).all()
+
+
+def test_watermark_is_seen_over_the_clean_picture(rows: dict[str, Tensor]) -> None:
+    batch = datasets.six(rows)
+    differ = (batch["watermark"] != batch["image"]).flatten(2).float().mean(dim=(1, 2))
+    assert ((differ > 0.05) & (differ < 0.6)).all()
+    assert (batch["watermark"][..., 32:] > 0).float().mean() > 0.9
+
+
+def test_right_half_of_the_obscured_is_black_as_pil_makes_it(rows: dict[str, Tensor]) -> None:
+    batch = datasets.six(rows)
+    for before, after in zip(as_bytes(batch["image"]), as_bytes(batch["obscured"]), strict=True):
+        pasted = Image.fromarray(before)
+        pasted.paste((0, 0, 0), (32, 0, 64, 64))
+        assert (after == np.asarray(pasted)).all()
+
+
+def test_batch_is_of_six_floats_and_the_rows_are_left_as_they_are(rows: dict[str, Tensor]) -> None:
+    before = {kind: tensor.clone() for kind, tensor in rows.items()}
+    batch = datasets.six(rows)
+    assert tuple(batch) == datasets.MODALITIES == MODALITIES
+    assert {tensor.dtype for tensor in batch.values()} == {torch.float32}
+    assert all(torch.equal(rows[kind], before[kind]) for kind in rows)
+
+
+# datasets.py: the folders
+
+
+def test_pictures_are_the_files_and_masks_are_white_on_black(drawn: Path) -> None:
+    data = drawn / "data"
+    test = datasets.test_data(folders(data), data, data / "cache", workers=1)
+    batch, present = test.batch(torch.tensor([2, 7]))
+    assert present is None
+    for i, name in enumerate((NAMES[110], NAMES[115])):
+        assert (as_bytes(batch["image"])[i] == read(data / "images" / name)).all()
+        for kind in ("gray", "edge"):
+            assert (as_bytes(batch[kind])[i, ..., 0] == read(data / FOLDERS[kind] / name)).all()
+        assert (as_bytes(batch["mask"])[i, ..., 0] == 255 - read(data / "mask" / name)).all()
+
+
+def test_limit_takes_the_first_of_the_training_split(drawn: Path) -> None:
+    data = drawn / "data"
+    train, validation = datasets.training_data(folders(data), data, data / "cache", limit=5, workers=1)
+    assert (len(train), len(validation)) == (5, 4)
+    assert (as_bytes(train.batch(torch.tensor([4]))[0]["image"])[0] == read(data / "images" / NAMES[4])).all()
+
+
+def members(found: tuple) -> list[list[str]]:
+    """The names of each split, which are the same in all four folders."""
+    entries, counts, _ = found
+    names = [[entry.member for entry in some] for some in entries.values()]
+    assert all(some == names[0] for some in names)
+    ends = np.cumsum(counts)
+    return [names[0][end - n : end] for n, end in zip(counts, ends, strict=True)]
+
+
+@pytest.mark.parametrize("where", ["data", "elsewhere/celeba", "elsewhere/CelebA/Eval"])
+def test_official_list_splits_the_pictures(drawn: Path, copied: Path, where: str) -> None:
+    path = copied.parent / where / "list_eval_partition.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(drawn / "data" / path.name, path)
+    found = datasets.find(folders(copied), copied.parent / "elsewhere")
+    assert members(found) == [NAMES[:104], NAMES[104:108], NAMES[108:]]
+    assert found.partition == path
+
+
+def test_without_the_list_a_name_decides(copied: Path) -> None:
+    train, validation, test = members(datasets.find(folders(copied), copied))
+    assert sorted(train + validation + test) == NAMES
+    assert min(len(validation), len(test)) >= 6
+    assert [datasets.split_by_name(some[0]) for some in (train, validation, test)] == [0, 1, 2]
+
+
+def test_names_split_pictures_into_eight_one_and_one_of_ten() -> None:
+    parts = [datasets.split_by_name(f"{number:06}.jpg") for number in range(10_000)]
+    assert np.bincount(parts) == pytest.approx([8000, 1000, 1000], rel=0.1)
+
+
+def test_pictures_that_a_folder_lacks_are_told_in_one_line(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copied / "grayscale" / NAMES[3]).unlink()
+    (copied / "mask" / NAMES[3]).unlink()
+    (copied / "mask" / NAMES[7]).unlink()
+    (copied / "images" / NAMES[9]).unlink()
+    found = datasets.find(folders(copied), copied)
+    assert sorted(name for part in members(found) for name in part) == [
+        name for i, name in enumerate(NAMES) if i not in (3, 7, 9)
+    ]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    for words in ("119 pictures", f"1 are not in {copied / 'grayscale'}", f"2 are not in {copied / 'mask'}", "117"):
+        assert words in said[0]
+    assert str(copied / "edge") not in said[0]
+
+
+def assert_not_found(data: Path, *said: object) -> None:
+    with pytest.raises(UserError) as caught:
+        datasets.find(folders(data), data)
+    assert "\n" not in str(caught.value)
+    for words in said:
+        assert str(words) in str(caught.value)
+
+
+@pytest.mark.parametrize("command", ["grayscale", "edge", "mask"])
+@pytest.mark.parametrize("empty", [False, True])
+def test_folder_without_pictures_is_told_with_the_command_that_fills_it(
+    copied: Path, command: str, empty: bool
+) -> None:
+    shutil.rmtree(copied / command)
+    if empty:
+        (copied / command).mkdir()
+    assert_not_found(copied, f"python setup.py {command} {copied / 'images'} {copied / command}")
+
+
+def test_folder_of_images_is_asked_for(copied: Path) -> None:
+    shutil.rmtree(copied / "images")
+    assert_not_found(copied, f"no folder {copied / 'images'}", "--image-dir")
+    (copied / "images").mkdir()
+    assert_not_found(copied, f"no pictures in {copied / 'images'}", "--image-dir")
+
+
+def test_too_few_pictures_for_three_splits_are_refused(copied: Path) -> None:
+    for name in NAMES[1:]:
+        (copied / "edge" / name).unlink()
+    assert_not_found(copied, "the 1 pictures", "0 for", "1 for")
+
+
+# sample.py: the conditions
+
+
+def test_condition_of_any_size_and_mode_becomes_its_modality(sample: ModuleType, tmp_path: Path) -> None:
+    Image.new("RGBA", (300, 100), (255, 0, 0, 255)).save(tmp_path / "wide.png")
+    Image.new("L", (10, 40), 51).save(tmp_path / "small.jpg")
+    files = [tmp_path / "wide.png", tmp_path / "small.jpg"]
+    given = sample.conditions(files, ["gray", "obscured"])
+    assert {name: tuple(picture.shape) for name, picture in given.items()} == {
+        "gray": (1, 1, 64, 64),
+        "obscured": (1, 3, 64, 64),
+    }
+    torch.testing.assert_close(given["gray"], torch.full((1, 1, 64, 64), 76 / 255))  # red's luminance
+    torch.testing.assert_close(given["obscured"], torch.full((1, 3, 64, 64), 51 / 255))  # and no half of it is black
+
+
+def test_mask_of_a_file_is_inverted_as_the_datas_are(sample: ModuleType, drawn: Path) -> None:
+    given = sample.conditions([drawn / "data" / "mask" / NAMES[110]], ["mask"])
+    data = datasets.test_data(folders(drawn / "data"), drawn / "data", drawn / "data" / "cache", workers=1)
+    torch.testing.assert_close(given["mask"], data.batch(torch.tensor([2]))[0]["mask"])
+
+
+def wrong_call(sample: ModuleType, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["sample.py", "model.pth.tar", *flags])
+    sample.main()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--condition-type", "edge"], "0 files and 1 types"),
+        (["--condition-file", "a.png", "--condition-file", "b.png", "--condition-type", "edge"], "2 files and 1 types"),
+        (["--condition-file", "a.png", "--condition-type", "edge"] * 2, "edge is there 2 times"),
+    ],
+)
+def test_each_condition_needs_a_type_of_its_own(
+    sample: ModuleType, monkeypatch: pytest.MonkeyPatch, flags: list[str], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        wrong_call(sample, monkeypatch, *flags)
+
+
+def test_unknown_type_is_refused_and_the_six_are_listed(
+    sample: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        wrong_call(sample, monkeypatch, "--condition-file", "a.png", "--condition-type", "sketch")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert all(words in said for words in ("--condition-type", "'sketch'", *MODALITIES))
+
+
+def test_condition_that_cannot_be_read_is_named(sample: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"can't read absent\.png"):
+        wrong_call(sample, monkeypatch, "--condition-file", "absent.png", "--condition-type", "edge")
+
+
+# The scripts, run as a user runs them, where ./data is.
+
+
+def test_resumed_run_goes_on(trained: Path) -> None:
+    first, second = stats(trained)
+    assert (first["beta"], second["beta"]) == (1 / 4, 2 / 4)
+    assert second["train"]["loss"] < first["train"]["loss"]
+
+
+def test_every_term_scores_all_six_by_default(trained: Path) -> None:
+    terms = stats(trained)[0]["validation"]["terms"]
+    assert list(terms) == ["+".join(MODALITIES), *MODALITIES]
+    assert all(tuple(term["reconstruction"]) == MODALITIES for term in terms.values())
+
+
+def test_sample_draws_from_the_prior(
+    trained: Path, tmp_path: Path, sample: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sample.py", str(trained / checkpoint.BEST), "--n-samples", "3"])
+    sample.main()
+    sizes = {path.stem: Image.open(path).size for path in (tmp_path / "samples").iterdir()}
+    sheet = {"contact_sheet": (6 * sample.CELL, sample.HEADER + 3 * sample.CELL)}
+    assert sizes == dict.fromkeys(MODALITIES, (3 * 66 + 2, 66 + 2)) | sheet
+
+
+def test_sample_shows_what_is_given_beside_the_six(
+    trained: Path, drawn: Path, sample: ModuleType, tmp_path: Path
+) -> None:
+    data = drawn / "data"
+    arguments = ["--condition-file", data / "images" / NAMES[0], "--condition-type", "watermark"]
+    arguments += ["--condition-file", data / "edge" / NAMES[0], "--condition-type", "edge", "--n-samples", 2]
+    assert_ended(run("vision/sample.py", trained / checkpoint.BEST, *arguments, "--out-dir", tmp_path, cwd=drawn))
+    sheet = read(tmp_path / "contact_sheet.png")
+    assert sheet.shape == (sample.HEADER + 2 * sample.CELL, 8 * sample.CELL, 3)
+    given = [sheet[sample.HEADER :][:64, 3 + i * sample.CELL :][:, :64] for i in range(2)]
+    assert (given[0] == read(data / "images" / NAMES[0])).all()
+    assert (given[1][..., 0] == read(data / "edge" / NAMES[0])).all()
+    labels = sheet[: sample.HEADER].min(axis=(0, 2)).reshape(8, sample.CELL).min(axis=1)
+    assert (labels < 100).all()
+
+
+def test_loglike_writes_every_quantity(trained: Path, drawn: Path, tmp_path: Path) -> None:
+    arguments = [trained / checkpoint.BEST, "--n-samples", 5, "--limit", 4, "--json", tmp_path / "numbers.json"]
+    assert_ended(run("vision/loglike.py", *arguments, cwd=drawn))
+    rows = json.loads((tmp_path / "numbers.json").read_text())["log_likelihood"]
+    both = ["q(z | image)", "q(z | image, gray, ..., watermark)"]
+    found = {(row["quantity"], row["proposal"]) for row in rows}
+    wanted = {(f"log p({name})", under) for name in MODALITIES for under in (f"q(z | {name})", both[1])}
+    wanted |= {(f"log p({name} | image)", under) for name in MODALITIES[1:] for under in both}
+    wanted |= {("log p(image, gray, ..., watermark)", under) for under in both}
+    assert found == wanted
+    assert all(row["mean"] < 0 < row["standard_error"] for row in rows)
