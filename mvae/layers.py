@@ -17,7 +17,9 @@ class FoldConvTranspose2d(nn.ConvTranspose2d):
         self.geometry = kernel_size, stride, padding
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        squares = self.weight.flatten(1).t() @ x.flatten(2)
+        n, channels = x.shape[:2]
+        squares = x.permute(0, 2, 3, 1).reshape(-1, channels) @ self.weight.flatten(1)
+        squares = squares.view(n, -1, squares.shape[1]).transpose(1, 2)
         kernel_size, stride, padding = self.geometry
         height, width = ((n - 1) * stride - 2 * padding + kernel_size for n in x.shape[2:])
         return F.fold(squares, (height, width), kernel_size, padding=padding, stride=stride)
