@@ -10,7 +10,7 @@ from mvae.estimators import evaluate, of_a_pair
 import datasets
 from model import build_model
 
-QUANTITIES = of_a_pair(("image",), ("attrs",), y_proposal=("attrs",))
+QUANTITIES = of_a_pair(("image",), ("attrs",))
 
 
 def main() -> None:

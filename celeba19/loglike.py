@@ -12,7 +12,7 @@ from mvae.estimators import evaluate, of_a_pair
 import datasets
 from model import build_model
 
-QUANTITIES = of_a_pair(("image",), celeba.ATTRIBUTES, y_proposal=celeba.ATTRIBUTES)
+QUANTITIES = of_a_pair(("image",), celeba.ATTRIBUTES)
 
 
 def main() -> None:
