@@ -1,6 +1,7 @@
 """Data and runs that many tests share, made once by each test process."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 from mvae import synthetic
 
 from helpers import ROOT, SHORT, Trained, run
+
+# Shells start background jobs with Ctrl-C ignored, and the scripts under test would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
