@@ -10,12 +10,7 @@ training_data, test_data = celeba.training_data, celeba.test_data
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
-    celeba.add_flags(parser)
-    args = parser.parse_args()
-    print(celeba.check(args.data_dir, args.allow_missing))
-    celeba.training_data(args.data_dir, args.cache_dir, allow_missing=args.allow_missing, workers=args.workers)
-    print(f"its pictures are decoded in {args.cache_dir}")
+    celeba.prepare(__doc__)
 
 
 if __name__ == "__main__":

@@ -37,12 +37,7 @@ def test_data(data_dir: Path, cache_dir: Path, *, allow_missing: bool, workers: 
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
-    celeba.add_flags(parser)
-    args = parser.parse_args()
-    print(celeba.check(args.data_dir, args.allow_missing))
-    celeba.training_data(args.data_dir, args.cache_dir, allow_missing=args.allow_missing, workers=args.workers)
-    print(f"its pictures are decoded in {args.cache_dir}")
+    celeba.prepare(__doc__)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,21 @@ def check(data_dir: Path, allow_missing: bool = False) -> str:
 
     The images themselves aren't opened.
     """
-    faces = find(data_dir, allow_missing)
+    return _summary(find(data_dir, allow_missing))
+
+
+def prepare(description: str | None) -> None:
+    """What a datasets.py does as a command: says how many of the images are there, and decodes them."""
+    parser = cli.parser(description)
+    add_flags(parser)
+    args = parser.parse_args()
+    faces = find(args.data_dir, args.allow_missing)
+    print(_summary(faces), flush=True)
+    _decoded(faces, args.cache_dir, args.workers)
+    print(f"its pictures are decoded in {args.cache_dir}")
+
+
+def _summary(faces: Faces) -> str:
     shares = zip(SPLITS, faces.counts, faces.named, strict=True)
     return f"CelebA in {faces.source}: " + ", ".join(f"{name} {here} of {all_} images" for name, here, all_ in shares)
 
@@ -190,12 +204,16 @@ def read_partition(path: Path) -> tuple[list[str], np.ndarray]:
 def _splits(data_dir: Path, cache_dir: Path, allow_missing: bool, workers: int) -> list[Data]:
     """The data of each of `SPLITS`: slices of one file of all decoded pictures."""
     faces = find(data_dir, allow_missing)
-    image = decoded(faces.source, faces.entries, cache_dir / "celeba-64.pictures", workers=workers)
+    image = _decoded(faces, cache_dir, workers)
     attributes = faces.attributes[:, [faces.columns.index(name) for name in ATTRIBUTES]]
     attrs = torch.from_numpy((attributes == 1).astype(np.uint8))
     whole = Data(tensors={"image": image, "attrs": attrs}, transform=pictures_and_attributes)
     ends = np.cumsum(faces.counts).tolist()
     return [whole[end - n : end] for n, end in zip(faces.counts, ends, strict=True)]
+
+
+def _decoded(faces: Faces, cache_dir: Path, workers: int) -> Tensor:
+    return decoded(faces.source, faces.entries, cache_dir / "celeba-64.pictures", workers=workers)
 
 
 def _read(path: Path) -> bytes:
