@@ -25,11 +25,15 @@ def run(main: Callable[[], None]) -> None:
     """Runs a script: a UserError becomes one line on stderr and its exit status."""
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(error.status)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # who reads the output has left, as `head` does: end as other commands do, by SIGPIPE
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """The MNIST scripts as a user runs them: train, sample, estimate; what they write, print and refuse."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from helpers import (
     assert_ended,
     assert_refused,
     assert_same_run,
+    command,
     environment,
     experiment_module,
     run,
@@ -321,6 +323,26 @@ def test_loglike_prints_what_it_writes(estimated: tuple[dict[str, Any], subproce
         assert f"{row['mean']:.3f} ± {row['standard_error']:.3f}" in line
     assert "60 examples, 20 importance samples" in done.stdout
     assert "nats" in done.stdout
+
+
+def test_loglike_ends_quietly_where_the_reader_of_its_output_has_left(
+    trained: Trained, digits_dir: Path, tmp_path: Path
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = [trained.out_dir / checkpoint.BEST, "--data-dir", digits_dir, *FEW]
+    done = subprocess.run(
+        command("mnist/loglike.py", *arguments),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_log_p_of_the_joint_less_the_conditional_is_that_of_the_label(
