@@ -402,3 +402,18 @@ def test_loglike_writes_every_quantity(trained: Path, drawn: Path, tmp_path: Pat
     wanted |= {("log p(image, gray, ..., watermark)", under) for under in both}
     assert found == wanted
     assert all(row["mean"] < 0 < row["standard_error"] for row in rows)
+
+
+def test_transform_draws_each_output_below_its_input(trained: Path, drawn: Path, tmp_path: Path) -> None:
+    arguments = [trained / checkpoint.BEST, "--n-samples", 3, "--out-dir", tmp_path]
+    assert_ended(run("vision/transform.py", *arguments, cwd=drawn))
+    rows = {"edges_and_mask": 3, "colourisation": 2, "completion": 2, "watermark_removal": 2}
+    assert {path.stem: read(path).shape for path in tmp_path.iterdir()} == {
+        name: (2 + n * 66, 2 + 3 * 66, 3) for name, n in rows.items()
+    }
+    held_out = {read(drawn / "data" / "images" / name).tobytes() for name in NAMES[104:108]}
+    faces = read(tmp_path / "edges_and_mask.png")[2:66]
+    assert {np.ascontiguousarray(faces[:, 2 + i * 66 :][:, :64]).tobytes() for i in range(3)} < held_out
+    halves = read(tmp_path / "completion.png")
+    assert not halves[2:66, 34:66].any()
+    assert halves[68:132, 34:66].any()
