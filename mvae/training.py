@@ -264,12 +264,18 @@ def _agreed(caught: list[int], asked: bool, world: int, device: torch.device) ->
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them; a second one of the same kind kills as usual."""
+    """Collects SIGINT and SIGTERM instead of dying of them; one that comes a second after its first kills as usual.
+
+    Sooner ones are the same request: `timeout`, for one, sends its signal to the process and then to its group.
+    """
     caught: list[int] = []
+    first: dict[int, float] = {}
 
     def catch(number: int, frame: Any) -> None:
+        if time.monotonic() - first.setdefault(number, time.monotonic()) > 1:
+            signal.signal(number, previous[number])
+            signal.raise_signal(number)
         caught.append(number)
-        signal.signal(number, previous[number])
 
     previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in previous:

@@ -164,6 +164,29 @@ def test_run_that_is_given_more_epochs_is_the_straight_run(options: dict[str, An
     assert_same_run(tmp_path / "run", tmp_path / "straight", "small")
 
 
+def test_signal_that_comes_twice_at_once_is_one_request(tmp_path: Path) -> None:
+    def stop(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        return rows
+
+    with pytest.raises(Stopped) as stopped:
+        fit_small(tmp_path, train=small_data(24, seed=0, transform=at_call(2, stop)))
+    assert stopped.value.status == 143
+    assert checkpoint.load(tmp_path / checkpoint.LATEST, "small")["step"] == 2
+
+
+def test_signal_that_comes_again_later_ends_a_step_that_hangs(tmp_path: Path) -> None:
+    def hang(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(1.1)
+        signal.raise_signal(signal.SIGINT)
+        return rows
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_small(tmp_path, train=small_data(24, seed=0, transform=at_call(2, hang)))
+
+
 def test_signals_are_as_before_after_a_run(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     fit_small(tmp_path)
