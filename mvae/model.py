@@ -113,16 +113,20 @@ class MVAE(nn.Module):
         nothing = z.new_zeros(z.shape[1])
         scores = [[nothing] * len(self.modalities) for _ in scored]
         for m, name in enumerate(self.modalities):
-            terms = [t for t, names in enumerate(scored) if name in names]
-            if mask is None and terms:
-                stacked = self.likelihood(name).log_prob(torch.stack([z[t] for t in terms]), batch[name])
+            likelihood, terms = self.likelihood(name), [t for t, names in enumerate(scored) if name in names]
+            if not terms:
+                continue
+            if mask is None:
+                stacked = likelihood.log_prob(torch.stack([z[t] for t in terms]), batch[name])
                 for t, score in zip(terms, stacked, strict=True):
                     scores[t][m] = score
-            elif mask is not None:
-                for t in terms:
-                    rows = mask[t, m].nonzero().squeeze(1)
-                    if len(rows):
-                        with running_statistics(self.decoders[name], only=len(rows) == 1):
-                            score = self.likelihood(name).log_prob(z[t, rows], batch[name][rows])
-                        scores[t][m] = nothing.index_copy(0, rows, score)
+                continue
+            for some in [[t] for t in terms] if likelihood.norm_by_term else [terms]:
+                which, rows = mask[some, m].nonzero(as_tuple=True)
+                if len(rows):
+                    with running_statistics(likelihood, only=len(rows) == 1):
+                        score = likelihood.log_prob(z[some][which, rows], batch[name][rows])
+                    stacked = torch.stack([nothing] * len(some)).index_put((which, rows), score)
+                    for t, one in zip(some, stacked, strict=True):
+                        scores[t][m] = one
         return torch.stack([torch.stack(row) for row in scores])

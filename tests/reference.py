@@ -27,7 +27,7 @@ class Encoder(nn.Module):
         return mu, logvar
 
 
-def small_model(n_modalities: int, *, batch_norm: bool = False) -> MVAE:
+def small_model(n_modalities: int, *, batch_norm: bool = False, joint_norm: bool = False) -> MVAE:
     """Modalities m0, m1, ...: by turns Bernoulli of shape (2, 3), Categorical, Gaussian of shape (5,). In float64."""
 
     def hidden() -> list[nn.Module]:
@@ -43,13 +43,14 @@ def small_model(n_modalities: int, *, batch_norm: bool = False) -> MVAE:
         name = f"m{m}"
         if m % 3 == 0:
             encoders[name] = Encoder(nn.Flatten(), nn.Linear(6, HIDDEN, bias=not batch_norm), *hidden())
-            likelihoods[name] = Bernoulli(decoder(nn.Linear(HIDDEN, 6), nn.Unflatten(1, (2, 3))))
+            last = nn.Linear(HIDDEN, 6), nn.Unflatten(1, (2, 3))
+            likelihoods[name] = Bernoulli(decoder(*last), joint_norm=joint_norm)
         elif m % 3 == 1:
             encoders[name] = Encoder(nn.Embedding(CLASSES, HIDDEN), *hidden())
-            likelihoods[name] = Categorical(decoder(nn.Linear(HIDDEN, CLASSES)))
+            likelihoods[name] = Categorical(decoder(nn.Linear(HIDDEN, CLASSES)), joint_norm=joint_norm)
         else:
             encoders[name] = Encoder(nn.Linear(5, HIDDEN, bias=not batch_norm), *hidden())
-            likelihoods[name] = Gaussian(decoder(nn.Linear(HIDDEN, 5)), std=0.7)
+            likelihoods[name] = Gaussian(decoder(nn.Linear(HIDDEN, 5)), std=0.7, joint_norm=joint_norm)
     return MVAE(encoders=encoders, likelihoods=likelihoods, n_latents=LATENTS).double()
 
 

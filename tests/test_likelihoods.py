@@ -14,9 +14,9 @@ from reference import CLASSES, LATENTS, distribution, small_batch, small_model
 KINDS = ["m0", "m1", "m2"]  # Bernoulli, Categorical, Gaussian
 
 
-def likelihood_of(kind: str, *, batch_norm: bool = False) -> Likelihood:
+def likelihood_of(kind: str, *, batch_norm: bool = False, joint_norm: bool = False) -> Likelihood:
     """One of `small_model`'s, its last layer made larger, so that z matters."""
-    found = small_model(3, batch_norm=batch_norm).likelihood(kind)
+    found = small_model(3, batch_norm=batch_norm, joint_norm=joint_norm).likelihood(kind)
     for layer in found.modules():
         if isinstance(layer, nn.Linear):
             layer.weight.data *= 3
@@ -111,6 +111,14 @@ def test_batch_norm_in_training_does_not_mix_terms(kind: str, leading: tuple[int
     found, z = likelihood_of(kind, batch_norm=True).train(), latents(*leading, 7)
     expected = torch.stack([found.decoder(part) for part in z.reshape(-1, 7, LATENTS)])
     torch.testing.assert_close(found.decode(z), expected.reshape(*leading, *expected.shape[1:]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("leading", [(4,), (2, 3)])
+def test_joint_batch_norm_in_training_takes_all_terms_together(kind: str, leading: tuple[int, ...]) -> None:
+    found, z = likelihood_of(kind, batch_norm=True, joint_norm=True).train(), latents(*leading, 7)
+    expected = found.decoder(z.reshape(-1, LATENTS))
+    torch.testing.assert_close(found.decode(z), expected.reshape(*leading, 7, *expected.shape[1:]))
 
 
 def test_batch_norm_in_training_counts_every_term() -> None:

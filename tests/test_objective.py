@@ -136,6 +136,35 @@ def test_objective_is_the_plain_one_with_batch_norm(missing: bool, reconstruct: 
 
 
 @pytest.mark.parametrize("missing", [False, True])
+def test_joint_batch_norm_sees_all_that_is_scored_at_once(missing: bool) -> None:
+    model, batch, noise = small_model(6, batch_norm=True, joint_norm=True).train(), small_batch(6, 8), noise_of(6, 8)
+    present = presence_with_batch_norm() if missing else None
+    calls: dict[str, list[Tensor]] = {name: [] for name in model.modalities}
+    for name in model.modalities:
+        model.likelihood(name).decoder.register_forward_hook(
+            lambda module, inputs, output, some=calls[name]: some.append(inputs[0])
+        )
+    _, totals = Objective(model, reconstruct="all")(batch, 1.0, SUBSETS[6], present, noise)
+    n_scored = dict(zip(model.modalities, totals.n_log_prob.sum(dim=0).tolist(), strict=True))
+    assert {name: [len(z) for z in some] for name, some in calls.items()} == {n: [k] for n, k in n_scored.items()}
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_joint_batch_norm_scores_as_evaluation_does(missing: bool) -> None:
+    model, batch, noise = small_model(6, batch_norm=True, joint_norm=True).train(), small_batch(6, 8), noise_of(6, 8)
+    present = presence_with_batch_norm() if missing else None
+    for module in model.decoders.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.momentum = 1.0  # the running statistics are those of the last call
+    objective = Objective(model, reconstruct="all")
+    _, trained = objective(batch, 1.0, SUBSETS[6], present, noise)
+    model.decoders.eval()
+    _, evaluated = objective(batch, 1.0, SUBSETS[6], present, noise)
+    # Up to the variance's n - 1, of at least 30 rows, that the running statistics have.
+    torch.testing.assert_close(evaluated.log_prob, trained.log_prob, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("missing", [False, True])
 def test_encoders_batch_norm_sees_each_present_example_once(missing: bool) -> None:
     model, batch = small_model(6, batch_norm=True).train(), small_batch(6, 8)
     plain = copy.deepcopy(model)

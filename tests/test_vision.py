@@ -1,5 +1,6 @@
 """Vision: its networks, its six modalities from four folders of drawn pictures, and the scripts as a user runs them."""
 
+import copy
 import json
 import shutil
 import sys
@@ -120,6 +121,14 @@ def model() -> MVAE:
 
 def test_image_network_has_the_papers_number_of_parameters() -> None:
     assert n_parameters(networks.PictureEncoder(3, 100)) == 4_070_472
+
+
+def test_decoders_norms_take_all_terms_together(model: MVAE) -> None:
+    z = torch.randn(2, 2, 250)
+    for name in MODALITIES:
+        decoder = copy.deepcopy(model.likelihood(name)).train()
+        expected = copy.deepcopy(decoder.decoder)(z.flatten(0, 1))
+        torch.testing.assert_close(decoder.decode(z).flatten(0, 1), expected)
 
 
 def test_networks_differ_by_their_pictures_channels_alone(model: MVAE) -> None:

@@ -47,7 +47,7 @@ def build_model(n_latents: int) -> MVAE:
     """The MVAE of the six; its experts are fused by `mvae.experts.product`, with the prior as one more."""
     model = MVAE(
         encoders={name: PictureEncoder(n, n_latents) for name, n in CHANNELS.items()},
-        likelihoods={name: Bernoulli(picture_decoder(n, n_latents)) for name, n in CHANNELS.items()},
+        likelihoods={name: Bernoulli(picture_decoder(n, n_latents), joint_norm=True) for name, n in CHANNELS.items()},
         n_latents=n_latents,
     )
     return model.to(memory_format=torch.channels_last)  # faster convolutions, on a CPU and on a GPU
