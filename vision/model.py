@@ -44,7 +44,10 @@ def picture_decoder(n_channels: int, n_latents: int) -> nn.Sequential:
 
 
 def build_model(n_latents: int) -> MVAE:
-    """The MVAE of the six; its experts are fused by `mvae.experts.product`, with the prior as one more."""
+    """The MVAE of the six; its experts are fused by `mvae.experts.product`, with the prior as one more.
+
+    Terms score pictures that they weren't given, from posteriors of their own kinds: hence the decoders' joint norm.
+    """
     model = MVAE(
         encoders={name: PictureEncoder(n, n_latents) for name, n in CHANNELS.items()},
         likelihoods={name: Bernoulli(picture_decoder(n, n_latents), joint_norm=True) for name, n in CHANNELS.items()},
