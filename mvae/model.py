@@ -113,7 +113,8 @@ class MVAE(nn.Module):
         nothing = z.new_zeros(z.shape[1])
         scores = [[nothing] * len(self.modalities) for _ in scored]
         for m, name in enumerate(self.modalities):
-            likelihood, terms = self.likelihood(name), [t for t, names in enumerate(scored) if name in names]
+            likelihood = self.likelihood(name)
+            terms = [t for t, names in enumerate(scored) if name in names]
             if not terms:
                 continue
             if mask is None:
@@ -126,7 +127,7 @@ class MVAE(nn.Module):
                 if len(rows):
                     with running_statistics(likelihood, only=len(rows) == 1):
                         score = likelihood.log_prob(z[some][which, rows], batch[name][rows])
-                    stacked = torch.stack([nothing] * len(some)).index_put((which, rows), score)
+                    stacked = z.new_zeros(len(some), z.shape[1]).index_put((which, rows), score)
                     for t, one in zip(some, stacked, strict=True):
                         scores[t][m] = one
         return torch.stack([torch.stack(row) for row in scores])
