@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mvae.celeba import ATTRIBUTES, pictures_and_attributes
 from mvae.data import Data, pictures_and_labels
+from mvae.datasets.celeba import ATTRIBUTES, pictures_and_attributes
 from mvae.likelihoods import Bernoulli
 from mvae.model import MVAE
 

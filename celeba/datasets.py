@@ -3,15 +3,16 @@
 As a command it looks whether the set is complete, and decodes its pictures: python datasets.py [--data-dir DIR]
 """
 
-from mvae import celeba, cli
+from mvae.datasets import celeba
+from mvae.scripts import faces, flags
 
 MODALITIES = ("image", "attrs")
 training_data, test_data = celeba.training_data, celeba.test_data
 
 
 def main() -> None:
-    celeba.prepare(__doc__)
+    faces.prepare(__doc__)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

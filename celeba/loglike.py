@@ -4,8 +4,11 @@ Colour pixels are scored by the Bernoulli cross-entropy, which is not a normalis
 from an image are those more probable than not, by the mean of p(attrs | z) over q(z | image).
 """
 
-from mvae import attributes, celeba, checkpoint, cli
+from mvae import checkpoint, metrics
+from mvae.datasets.celeba import ATTRIBUTES
 from mvae.estimators import evaluate, of_a_pair
+from mvae.scripts import faces, flags
+from mvae.scripts.report import report
 
 import datasets
 from model import build_model
@@ -14,11 +17,11 @@ QUANTITIES = of_a_pair(("image",), ("attrs",))
 
 
 def main() -> None:
-    parser = cli.loglike_parser(__doc__)
-    celeba.add_flags(parser)
+    parser = flags.loglike_parser(__doc__)
+    faces.add_flags(parser)
     args = parser.parse_args()
-    device = cli.device(args.cuda)
-    model, _ = checkpoint.load_model(args.model_path, "celeba", build_model, device)
+    device = flags.device(args.cuda)
+    model, trained = checkpoint.load_model(args.model_path, "celeba", build_model, device)
     test = datasets.test_data(args.data_dir, args.cache_dir, allow_missing=args.allow_missing, workers=args.workers)
     found = evaluate(
         model,
@@ -27,10 +30,10 @@ def main() -> None:
         predictions={"attrs": ("image",)},
         n_samples=args.n_samples,
         seed=args.seed,
-        progress=cli.progress,
+        progress=flags.progress,
     )
-    cli.report(found, attributes.measures(found.predictions["attrs"], found.truth["attrs"]), args)
+    report(found, metrics.accuracies(found.predictions["attrs"], found.truth["attrs"], ATTRIBUTES), args, trained)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -6,32 +6,35 @@ attributes in the same order. The attributes are one vector: those that --condit
 
 import torch
 
-from mvae import attributes, celeba, checkpoint, cli, pictures
+from mvae import checkpoint, pictures
+from mvae.datasets.celeba import ATTRIBUTES
+from mvae.files import write_atomically
+from mvae.scripts import faces, flags
 
 from model import build_model
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = cli.sampling_parser(__doc__)
-    celeba.add_flags(parser)
-    attributes.add_conditions(parser)
-    args = parser.parse_args(attributes.arguments())
-    device = cli.device(args.cuda)
+    parser = flags.sampling_parser(__doc__)
+    faces.add_flags(parser)
+    faces.add_conditions(parser)
+    args = parser.parse_args(faces.arguments())
+    device = flags.device(args.cuda)
     model, _ = checkpoint.load_model(args.model_path, "celeba", build_model, device)
     torch.manual_seed(args.seed)
     given = {}
     if args.condition_on_image is not None:
-        given["image"] = attributes.condition(args).to(device)
+        given["image"] = faces.condition(args).to(device)
     if args.condition_on_attrs is not None:
-        there = [args.condition_on_attrs.get(name, False) for name in celeba.ATTRIBUTES]
+        there = [args.condition_on_attrs.get(name, False) for name in ATTRIBUTES]
         given["attrs"] = torch.tensor([there], dtype=torch.float32, device=device)
     z = model.draw(given, args.n_samples, device)
     pictures.save_grid(args.out_dir / "sample_image.png", model.likelihood("image").mean(z))
-    lines = attributes.lines(model.likelihood("attrs").mean(z) > 0.5)
-    checkpoint.write_atomically(args.out_dir / "sample_attrs.txt", lines.encode())
+    lines = faces.lines(model.likelihood("attrs").mean(z) > 0.5)
+    write_atomically(args.out_dir / "sample_attrs.txt", lines.encode())
     print(f"wrote sample_image.png and sample_attrs.txt in {args.out_dir}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

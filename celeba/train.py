@@ -5,16 +5,27 @@ The loss is the negative sum of ELBO(image, attrs), ELBO(image) and ELBO(attrs),
 
 import torch
 
-from mvae import celeba, cli
-from mvae.objective import Objective
-from mvae.training import fit
+from mvae import Objective, fit, metrics, schedules
+from mvae.scripts import faces, flags
 
 import datasets
 from model import build_model
 
+PRESETS = {
+    "fast": {
+        "reconstruct": ["attrs"],
+        "epochs": 20,
+        "annealing_epochs": 8,
+        "lr": 1e-3,
+        "lr_schedule": "late",
+        "warmup_epochs": 0.2,
+    }
+}
+"""Defaults for --preset, in place of the paper's, which are below."""
+
 
 def main() -> None:
-    parser = cli.training_parser(
+    parser = flags.training_parser(
         __doc__,
         modalities=datasets.MODALITIES,
         lambdas={"image": 1.0, "attrs": 10.0},
@@ -23,10 +34,11 @@ def main() -> None:
         epochs=100,
         annealing_epochs=20,
         lr=1e-4,
+        presets=PRESETS,
     )
-    celeba.add_flags(parser)
+    faces.add_flags(parser)
     args = parser.parse_args()
-    options = cli.options(args)
+    options = flags.options(args)
     train, validation = datasets.training_data(
         args.data_dir, args.cache_dir, limit=args.limit, allow_missing=args.allow_missing, workers=args.workers
     )
@@ -34,10 +46,21 @@ def main() -> None:
     objective = Objective(
         build_model(args.n_latents),
         weights={"image": args.lambda_image, "attrs": args.lambda_attrs},
-        reconstruct=cli.reconstruct(args),
+        reconstruct=flags.reconstruct(args),
     )
-    fit(objective, train, validation, options, experiment="celeba", settings=cli.settings(args))
+    fit(
+        objective,
+        torch.optim.Adam(objective.parameters(), args.lr, fused=True),
+        train,
+        validation,
+        options,
+        beta=schedules.linear(args.annealing_epochs),
+        lr=flags.lr_schedule(args),
+        metrics={"attribute_accuracy": metrics.attribute_accuracy(["attrs"])},
+        experiment="celeba",
+        settings=flags.settings(args),
+    )
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

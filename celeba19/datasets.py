@@ -8,9 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mvae import celeba, cli
-from mvae.celeba import ATTRIBUTES
 from mvae.data import Data
+from mvae.datasets import celeba
+from mvae.datasets.celeba import ATTRIBUTES
+from mvae.scripts import faces, flags
 
 MODALITIES = ("image", *ATTRIBUTES)
 
@@ -37,8 +38,8 @@ def test_data(data_dir: Path, cache_dir: Path, *, allow_missing: bool, workers: 
 
 
 def main() -> None:
-    celeba.prepare(__doc__)
+    faces.prepare(__doc__)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -6,36 +6,39 @@ from an image are those more probable than not, by the mean of p(attribute | z) 
 
 import torch
 
-from mvae import attributes, celeba, checkpoint, cli
+from mvae import checkpoint, metrics
+from mvae.datasets.celeba import ATTRIBUTES
 from mvae.estimators import evaluate, of_a_pair
+from mvae.scripts import faces, flags
+from mvae.scripts.report import report
 
 import datasets
 from model import build_model
 
-QUANTITIES = of_a_pair(("image",), celeba.ATTRIBUTES)
+QUANTITIES = of_a_pair(("image",), ATTRIBUTES)
 
 
 def main() -> None:
-    parser = cli.loglike_parser(__doc__)
-    celeba.add_flags(parser)
+    parser = flags.loglike_parser(__doc__)
+    faces.add_flags(parser)
     args = parser.parse_args()
-    device = cli.device(args.cuda)
-    model, _ = checkpoint.load_model(args.model_path, "celeba19", build_model, device)
+    device = flags.device(args.cuda)
+    model, trained = checkpoint.load_model(args.model_path, "celeba19", build_model, device)
     test = datasets.test_data(args.data_dir, args.cache_dir, allow_missing=args.allow_missing, workers=args.workers)
     found = evaluate(
         model,
         test[: args.limit].to(device),
         quantities=QUANTITIES,
-        predictions=dict.fromkeys(celeba.ATTRIBUTES, ("image",)),
+        predictions=dict.fromkeys(ATTRIBUTES, ("image",)),
         n_samples=args.n_samples,
         seed=args.seed,
-        progress=cli.progress,
+        progress=flags.progress,
     )
     predicted, truth = (
-        torch.stack([part[name] for name in celeba.ATTRIBUTES], dim=1) for part in (found.predictions, found.truth)
+        torch.stack([part[name] for name in ATTRIBUTES], dim=1) for part in (found.predictions, found.truth)
     )
-    cli.report(found, attributes.measures(predicted, truth), args)
+    report(found, metrics.accuracies(predicted, truth, ATTRIBUTES), args, trained)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

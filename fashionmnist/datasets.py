@@ -6,14 +6,15 @@ As a command it downloads what is absent, and checks it: python datasets.py [--d
 import argparse
 from functools import partial
 
-from mvae import cli, idx
+from mvae.datasets import mnist
+from mvae.scripts import flags
 
 MODALITIES = ("image", "text")
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
-training_data, test_data = partial(idx.training_data, "FashionMNIST"), partial(idx.test_data, "FashionMNIST")
+training_data, test_data = partial(mnist.training_data, "FashionMNIST"), partial(mnist.test_data, "FashionMNIST")
 
 
 def class_number(text: str) -> int:
@@ -28,8 +29,8 @@ def class_number(text: str) -> int:
 
 
 def main() -> None:
-    print(idx.check("FashionMNIST", cli.parser(__doc__).parse_args().data_dir))
+    print(mnist.check("FashionMNIST", flags.parser(__doc__).parse_args().data_dir))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

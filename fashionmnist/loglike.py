@@ -4,8 +4,10 @@ Grey pixels are scored by the Bernoulli cross-entropy, which is not a normalised
 --binarize is scored on binary pixels, drawn once, which is one.
 """
 
-from mvae import checkpoint, cli
+from mvae import checkpoint
 from mvae.estimators import evaluate, of_a_pair
+from mvae.scripts import flags
+from mvae.scripts.report import report
 
 import datasets
 from model import build_model
@@ -14,21 +16,21 @@ QUANTITIES = of_a_pair(("image",), ("text",))
 
 
 def main() -> None:
-    args = cli.loglike_parser(__doc__).parse_args()
-    device = cli.device(args.cuda)
-    model, settings = checkpoint.load_model(args.model_path, "fashionmnist", build_model, device)
+    args = flags.loglike_parser(__doc__).parse_args()
+    device = flags.device(args.cuda)
+    model, trained = checkpoint.load_model(args.model_path, "fashionmnist", build_model, device)
     found = evaluate(
         model,
-        datasets.test_data(args.data_dir, binarize=settings["binarize"])[: args.limit].to(device),
+        datasets.test_data(args.data_dir, binarize=trained["settings"]["binarize"])[: args.limit].to(device),
         quantities=QUANTITIES,
         predictions={"text": ("image",)},
         n_samples=args.n_samples,
         seed=args.seed,
-        progress=cli.progress,
+        progress=flags.progress,
     )
     right = (found.predictions["text"].argmax(dim=1) == found.truth["text"]).double()
-    cli.report(found, {"accuracy of the label predicted from the image": right}, args)
+    report(found, {"accuracy of the label predicted from the image": right}, args, trained)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

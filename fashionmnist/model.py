@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import Permute
 
-from mvae.layers import FoldConvTranspose2d
-from mvae.likelihoods import Bernoulli, Categorical
-from mvae.model import MVAE
+from mvae import MVAE, Bernoulli, Categorical, experts
+from mvae.layers import FoldConvTranspose2d, Permute
 
 HIDDEN = 512
 
@@ -20,7 +18,7 @@ class ImageEncoder(nn.Module):
         self.hidden = nn.Sequential(
             nn.Conv2d(1, 64, 4, stride=2, padding=1, bias=False), nn.SiLU(),
             nn.Conv2d(64, 128, 4, stride=2, padding=1, bias=False), nn.SiLU(),
-            Permute([0, 2, 3, 1]), nn.Flatten(), nn.Linear(7 * 7 * 128, HIDDEN), nn.SiLU(),
+            Permute(0, 2, 3, 1), nn.Flatten(), nn.Linear(7 * 7 * 128, HIDDEN), nn.SiLU(),
         )  # fmt: skip
         self.mu = nn.Linear(HIDDEN, n_latents)
         self.logvar = nn.Linear(HIDDEN, n_latents)
@@ -52,7 +50,7 @@ def image_decoder(n_latents: int) -> nn.Sequential:
     """From z to the pixels' logits, (rows, 1, 28, 28): the encoder's layers in reverse."""
     return nn.Sequential(
         nn.Linear(n_latents, HIDDEN), nn.SiLU(),
-        nn.Linear(HIDDEN, 7 * 7 * 128), nn.SiLU(), nn.Unflatten(1, (7, 7, 128)), Permute([0, 3, 1, 2]),
+        nn.Linear(HIDDEN, 7 * 7 * 128), nn.SiLU(), nn.Unflatten(1, (7, 7, 128)), Permute(0, 3, 1, 2),
         nn.ConvTranspose2d(128, 64, 4, stride=2, padding=1, bias=False), nn.SiLU(),
         FoldConvTranspose2d(64, 1, 4, stride=2, padding=1),
     )  # fmt: skip
@@ -67,10 +65,11 @@ def text_decoder(n_latents: int) -> nn.Sequential:
 
 
 def build_model(n_latents: int) -> MVAE:
-    """The MVAE of image and text; its experts are fused by `mvae.experts.product`, with the prior as one more."""
+    """The MVAE of image and text."""
     model = MVAE(
         encoders={"image": ImageEncoder(n_latents), "text": TextEncoder(n_latents)},
         likelihoods={"image": Bernoulli(image_decoder(n_latents)), "text": Categorical(text_decoder(n_latents))},
         n_latents=n_latents,
+        fuse=experts.product,
     )
     return model.to(memory_format=torch.channels_last)  # faster convolutions, on a CPU and on a GPU

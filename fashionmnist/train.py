@@ -5,16 +5,28 @@ The loss is the negative sum of ELBO(image, text), ELBO(image) and ELBO(text), i
 
 import torch
 
-from mvae import cli
-from mvae.objective import Objective
-from mvae.training import fit
+from mvae import Objective, fit, metrics, schedules
+from mvae.scripts import flags
 
 import datasets
 from model import build_model
 
+PRESETS = {
+    "fast": {
+        "lambda_text": 50.0,
+        "reconstruct": ["text"],
+        "epochs": 50,
+        "annealing_epochs": 20,
+        "lr": 2e-3,
+        "lr_schedule": "late",
+        "warmup_epochs": 0.2,
+    }
+}
+"""Defaults for --preset, in place of the paper's, which are below."""
+
 
 def main() -> None:
-    parser = cli.training_parser(
+    parser = flags.training_parser(
         __doc__,
         modalities=datasets.MODALITIES,
         lambdas={"image": 1.0, "text": 10.0},
@@ -24,10 +36,11 @@ def main() -> None:
         annealing_epochs=200,
         lr=1e-3,
         n_val=5000,
+        presets=PRESETS,
     )
     parser.add_argument("--binarize", action="store_true", help="draw each pixel from Bernoulli(grey)")
     args = parser.parse_args()
-    options = cli.options(args)
+    options = flags.options(args)
     train, validation = datasets.training_data(
         args.data_dir, n_val=args.n_val, limit=args.limit, binarize=args.binarize
     )
@@ -35,10 +48,21 @@ def main() -> None:
     objective = Objective(
         build_model(args.n_latents),
         weights={"image": args.lambda_image, "text": args.lambda_text},
-        reconstruct=cli.reconstruct(args),
+        reconstruct=flags.reconstruct(args),
     )
-    fit(objective, train, validation, options, experiment="fashionmnist", settings=cli.settings(args))
+    fit(
+        objective,
+        torch.optim.Adam(objective.parameters(), args.lr, fused=True),
+        train,
+        validation,
+        options,
+        beta=schedules.linear(args.annealing_epochs),
+        lr=flags.lr_schedule(args),
+        metrics={"label_accuracy": metrics.label_accuracy("text")},
+        experiment="fashionmnist",
+        settings=flags.settings(args),
+    )
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

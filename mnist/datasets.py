@@ -5,17 +5,18 @@ As a command it downloads what is absent, and checks it: python datasets.py [--d
 
 from functools import partial
 
-from mvae import cli, idx
+from mvae.datasets import mnist
+from mvae.scripts import flags
 
 MODALITIES = ("image", "text")
 CLASSES = tuple(str(digit) for digit in range(10))
 
-training_data, test_data = partial(idx.training_data, "MNIST"), partial(idx.test_data, "MNIST")
+training_data, test_data = partial(mnist.training_data, "MNIST"), partial(mnist.test_data, "MNIST")
 
 
 def main() -> None:
-    print(idx.check("MNIST", cli.parser(__doc__).parse_args().data_dir))
+    print(mnist.check("MNIST", flags.parser(__doc__).parse_args().data_dir))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -3,8 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mvae.likelihoods import Bernoulli, Categorical
-from mvae.model import MVAE
+from mvae import MVAE, Bernoulli, Categorical, experts
 
 HIDDEN = 512
 
@@ -52,7 +51,7 @@ def decoder(n_latents: int, *output: nn.Module) -> nn.Sequential:
 
 
 def build_model(n_latents: int) -> MVAE:
-    """The MVAE of image and text; its experts are fused by `mvae.experts.product`, with the prior as one more."""
+    """The MVAE of image and text."""
     return MVAE(
         encoders={"image": ImageEncoder(n_latents), "text": TextEncoder(n_latents)},
         likelihoods={
@@ -60,4 +59,5 @@ def build_model(n_latents: int) -> MVAE:
             "text": Categorical(decoder(n_latents, nn.Linear(HIDDEN, 10))),
         },
         n_latents=n_latents,
+        fuse=experts.product,
     )

@@ -6,7 +6,9 @@ same order.
 
 import torch
 
-from mvae import checkpoint, cli, data, pictures
+from mvae import checkpoint, data, pictures
+from mvae.files import write_atomically
+from mvae.scripts import flags
 
 import datasets
 from model import build_model
@@ -14,17 +16,18 @@ from model import build_model
 
 @torch.no_grad()
 def main() -> None:
-    parser = cli.sampling_parser(__doc__)
+    parser = flags.sampling_parser(__doc__)
     label = {"choices": datasets.CLASSES, "metavar": "LABEL"}
     parser.add_argument("--condition-on-image", **label, help="a held-out picture of this digit, chosen by --seed")
     parser.add_argument("--condition-on-text", **label, help="this label, 0 to 9")
     args = parser.parse_args()
-    device = cli.device(args.cuda)
-    model, settings = checkpoint.load_model(args.model_path, "mnist", build_model, device)
+    device = flags.device(args.cuda)
+    model, trained = checkpoint.load_model(args.model_path, "mnist", build_model, device)
     torch.manual_seed(args.seed)
     given = {}
     if args.condition_on_image is not None:
-        _, held_out = datasets.training_data(args.data_dir, n_val=settings["n_val"], binarize=settings["binarize"])
+        how = trained["settings"]
+        _, held_out = datasets.training_data(args.data_dir, n_val=how["n_val"], binarize=how["binarize"])
         is_wanted = held_out.tensors["text"] == datasets.CLASSES.index(args.condition_on_image)
         example = data.random_example(held_out, is_wanted, f"a {args.condition_on_image}")
         given["image"] = example["image"].to(device)
@@ -34,9 +37,9 @@ def main() -> None:
     pictures.save_grid(args.out_dir / "sample_image.png", model.likelihood("image").mean(z))
     labels = model.likelihood("text").mean(z).argmax(dim=1).tolist()
     text = "".join(f"{datasets.CLASSES[label]}\n" for label in labels)
-    checkpoint.write_atomically(args.out_dir / "sample_text.txt", text.encode())
+    write_atomically(args.out_dir / "sample_text.txt", text.encode())
     print(f"wrote sample_image.png and sample_text.txt in {args.out_dir}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -21,12 +21,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mvae import checkpoint, cli, data, idx
+from mvae import data
+from mvae.datasets import mnist
 from mvae.errors import UsageError, UserError
+from mvae.files import write_atomically
+from mvae.scripts import flags
 
 MODALITIES = ("image", "text")
 LENGTH = 4  # symbols of a text: up to four digits, then FILL
-FILL, START, N_SYMBOLS = 10, 11, 12  # after the digits 0 to 9; START stands in no text, it begins the decoder's input
+FILL = 10  # the symbol after the digits 0 to 9
 
 CANVAS, DIGIT = 50, 28  # pixels
 SCALE = 1.3
@@ -149,7 +152,7 @@ def make(data_dir: Path, canvas_dir: Path, recipe: Recipe) -> None:
     """
     content: dict[str, Any] = {"recipe": dataclasses.asdict(recipe)}
     for stream, (part, source, n) in enumerate((("train", "train", recipe.train), ("test", "t10k", recipe.test))):
-        images, labels = (tensor.numpy() for tensor in idx.load_idx(data_dir, "MNIST", source))
+        images, labels = (tensor.numpy() for tensor in mnist.load_idx(data_dir, "MNIST", source))
         rng = np.random.default_rng([recipe.seed, stream])
         image, text = draw(images, labels, n, recipe, rng, held_out=HELD_OUT if part == "train" else None)
         content |= {f"{part}_image": torch.from_numpy(image), f"{part}_text": torch.from_numpy(text)}
@@ -159,7 +162,7 @@ def make(data_dir: Path, canvas_dir: Path, recipe: Recipe) -> None:
     try:
         canvas_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=canvas_dir) as own:
-            checkpoint.write_atomically(Path(own, FILE), buffer.getvalue())
+            write_atomically(Path(own, FILE), buffer.getvalue())
             os.replace(Path(own, FILE), canvas_dir / FILE)
     except OSError as error:
         reason = error.strerror or error
@@ -310,7 +313,7 @@ def _data(canvas_dir: Path, part: str) -> data.Data:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__)
+    parser = flags.parser(__doc__)
     add_canvas_dir(parser)
     counts = {"type": int, "choices": range(LENGTH + 1), "metavar": "N"}
     parser.add_argument("--min-digits", default=Recipe.min_digits, **counts, help="the least digits on a canvas")
@@ -326,8 +329,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scramble", action="store_true", help="the text has the digits in random order")
     parser.add_argument("--reverse", action="store_true", help="every other text, at random, is read backwards")
     parser.add_argument("--no-repeat", action="store_true", help="the digits of a canvas are all different")
-    parser.add_argument("--train", type=cli.positive_int, default=Recipe.train, help="training canvases")
-    parser.add_argument("--test", type=cli.positive_int, default=Recipe.test, help="test canvases")
+    parser.add_argument("--train", type=flags.positive_int, default=Recipe.train, help="training canvases")
+    parser.add_argument("--test", type=flags.positive_int, default=Recipe.test, help="test canvases")
     return parser
 
 
@@ -339,4 +342,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

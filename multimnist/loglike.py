@@ -8,10 +8,12 @@ right at their place.
 import torch
 from torch import Tensor
 
-from mvae import checkpoint, cli
+from mvae import checkpoint
 from mvae.data import Data, consecutive_rows
 from mvae.estimators import evaluate, of_a_pair
 from mvae.model import MVAE
+from mvae.scripts import flags
+from mvae.scripts.report import report
 
 import datasets
 from model import build_model
@@ -28,15 +30,15 @@ def read_texts(model: MVAE, test: Data) -> Tensor:
 
 
 def main() -> None:
-    parser = cli.loglike_parser(__doc__)
+    parser = flags.loglike_parser(__doc__)
     datasets.add_canvas_dir(parser)
     args = parser.parse_args()
-    device = cli.device(args.cuda)
-    model, settings = checkpoint.load_model(args.model_path, "multimnist", build_model, device)
-    datasets.prepare(args.data_dir, args.canvas_dir, settings["canvases"])
+    device = flags.device(args.cuda)
+    model, trained = checkpoint.load_model(args.model_path, "multimnist", build_model, device)
+    datasets.prepare(args.data_dir, args.canvas_dir, trained["settings"]["canvases"])
     test = datasets.test_data(args.canvas_dir)[: args.limit].to(device)
     found = evaluate(
-        model, test, quantities=QUANTITIES, n_samples=args.n_samples, seed=args.seed, progress=cli.progress
+        model, test, quantities=QUANTITIES, n_samples=args.n_samples, seed=args.seed, progress=flags.progress
     )
     texts = test.tensors["text"]
     right = (read_texts(model, test) == texts).double()
@@ -44,8 +46,8 @@ def main() -> None:
         "accuracy of the text read off the image, whole strings": right.prod(dim=1),
         "accuracy of the text read off the image, per digit": right[texts != datasets.FILL],
     }
-    cli.report(found, measures, args)
+    report(found, measures, args, trained)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mvae import MVAE, Bernoulli, Likelihood, experts
 from mvae.layers import FoldConvTranspose2d
-from mvae.likelihoods import Bernoulli, Likelihood
-from mvae.model import MVAE
 
-from datasets import FILL, LENGTH, N_SYMBOLS, START
+LENGTH, FILL, START, N_SYMBOLS = 4, 10, 11, 12
+"""Of a text: its places, and the symbols after the digits: the one that fills it up, and the decoder's first input."""
 
 HIDDEN, LAYERS = 200, 2
 
@@ -140,10 +140,11 @@ class Text(Likelihood):
 
 
 def build_model(n_latents: int) -> MVAE:
-    """The MVAE of image and text; its experts are fused by `mvae.experts.product`, with the prior as one more."""
+    """The MVAE of image and text."""
     model = MVAE(
         encoders={"image": ImageEncoder(n_latents), "text": TextEncoder(n_latents)},
         likelihoods={"image": Bernoulli(image_decoder(n_latents)), "text": Text(TextDecoder(n_latents))},
         n_latents=n_latents,
+        fuse=experts.product,
     )
     return model.to(memory_format=torch.channels_last)  # faster convolutions, on a CPU and on a GPU

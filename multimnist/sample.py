@@ -8,7 +8,9 @@ from typing import cast
 
 import torch
 
-from mvae import checkpoint, cli, data, pictures
+from mvae import checkpoint, data, pictures
+from mvae.files import write_atomically
+from mvae.scripts import flags
 
 import datasets
 from model import Text, build_model
@@ -16,20 +18,20 @@ from model import Text, build_model
 
 @torch.no_grad()
 def main() -> None:
-    parser = cli.sampling_parser(__doc__)
+    parser = flags.sampling_parser(__doc__)
     datasets.add_canvas_dir(parser)
     text = {"type": datasets.text_argument, "metavar": "TEXT"}
     parser.add_argument("--condition-on-image", **text, help="a held-out canvas with this text, chosen by --seed")
     parser.add_argument("--condition-on-text", **text, help="this text: up to four digits; '' is the empty canvas")
-    parser.add_argument("--temperature", type=cli.positive_float, help="draw texts at this temperature; 1 is p(text|z)")
+    parser.add_argument("--temperature", type=flags.positive_float, help="draw texts at it; 1 is p(text | z)")
     args = parser.parse_args()
-    device = cli.device(args.cuda)
-    model, settings = checkpoint.load_model(args.model_path, "multimnist", build_model, device)
+    device = flags.device(args.cuda)
+    model, trained = checkpoint.load_model(args.model_path, "multimnist", build_model, device)
     torch.manual_seed(args.seed)
     given = {}
     if args.condition_on_image is not None:
-        datasets.prepare(args.data_dir, args.canvas_dir, settings["canvases"])
-        _, held_out = datasets.training_data(args.canvas_dir, n_val=settings["n_val"])
+        datasets.prepare(args.data_dir, args.canvas_dir, trained["settings"]["canvases"])
+        _, held_out = datasets.training_data(args.canvas_dir, n_val=trained["settings"]["n_val"])
         is_wanted = (held_out.tensors["text"] == datasets.encode(args.condition_on_image)).all(dim=1)
         example = data.random_example(held_out, is_wanted, f"the text '{args.condition_on_image}'")
         given["image"] = example["image"].to(device)
@@ -41,9 +43,9 @@ def main() -> None:
     greedy = args.temperature is None
     symbols = text_given_z.mean(z).argmax(dim=2) if greedy else text_given_z.sample(z, args.temperature)
     lines = "".join(f"{text}\n" for text in datasets.decode(symbols))
-    checkpoint.write_atomically(args.out_dir / "sample_text.txt", lines.encode())
+    write_atomically(args.out_dir / "sample_text.txt", lines.encode())
     print(f"wrote sample_image.png and sample_text.txt in {args.out_dir}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -1,8 +1,6 @@
 """Checkpoints: one file of tensors and plain values, written atomically and read without running anything in it."""
 
-import contextlib
 import io
-import os
 import pickle
 import warnings
 from collections.abc import Callable
@@ -12,34 +10,12 @@ from typing import Any
 import torch
 
 from .errors import UserError
+from .files import write_atomically
 from .model import MVAE
 
 LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
-FORMAT = "mvae checkpoint 1"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that at any moment either the old content or the new stands under its name.
-
-    Raises UserError if the folder can't be written or the disk is full; the old file is then still there.
-    """
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"can't write {path}: {error.strerror or error}; what was there before is unchanged") from None
+TRAINED = ("settings", "epoch", "validation_loss", "training_seconds")
+FORMAT = "mvae checkpoint 2"
 
 
 def save(path: Path, experiment: str, content: dict[str, Any]) -> None:
@@ -67,6 +43,9 @@ def load(path: Path, experiment: str) -> dict[str, Any]:
     except Exception:  # torch.load fails in many ways on a damaged file; each means the same to the user
         raise UserError(f"{path} is no checkpoint, or a truncated or damaged one") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else None
+        if str(found).startswith("mvae checkpoint "):
+            raise UserError(f"{path} has the format '{found}', and this version reads '{FORMAT}': train it again")
         raise UserError(f"{path} is not a checkpoint written by this program (it lacks the mark '{FORMAT}')")
     if content.get("experiment") != experiment:
         raise UserError(f"{path} is a checkpoint of {content.get('experiment')}, not of {experiment}")
@@ -78,14 +57,15 @@ def load_model(
 ) -> tuple[MVAE, dict[str, Any]]:
     """Rebuilds the model from its file: `build(n_latents)` with the saved weights, in evaluation mode on `device`.
 
-    Returns the model and the settings (the flags) that it was trained with. Raises UserError as `load` does, and if
-    the weights don't fit the network.
+    Returns the model and what the file says of its training: `settings` (the flags), and of a best model `epoch`,
+    `validation_loss` and `training_seconds`. Raises UserError as `load` does, and if the weights don't fit the network.
     """
     content = load(path, experiment)
     try:
         model = build(content["n_latents"])
         model.load_state_dict(content["model"])
-        settings = content["settings"]
+        content["settings"]
     except (KeyError, RuntimeError, TypeError):
         raise UserError(f"{path} holds weights that don't fit the networks of {experiment}/model.py") from None
-    return model.to(device).eval(), settings
+    trained = {name: value for name, value in content.items() if name in TRAINED}
+    return model.to(device).eval(), trained

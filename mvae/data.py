@@ -75,7 +75,7 @@ def split(data: Data, n_val: int, limit: int | None) -> tuple[Data, Data]:
     """
     n_train = len(data) - n_val
     if n_val < 1 or n_train < 1:
-        raise UsageError(f"--n-val {n_val} doesn't leave examples for both: the training split has {len(data)}")
+        raise UsageError(f"`n_val` {n_val} doesn't leave examples for both: the training split has {len(data)}")
     return data[: min(n_train, limit or n_train)], data[n_train:]
 
 

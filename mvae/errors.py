@@ -1,4 +1,7 @@
-"""Errors that a user can mend: the scripts print them as one line, without a traceback."""
+"""Errors that a user can mend: the scripts print them as one line, without a traceback.
+
+A message names a parameter in backticks: `batch_size`. The scripts print the flag in its place: --batch-size.
+"""
 
 
 class UserError(Exception):
@@ -8,6 +11,6 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """A wrong call: a flag or value that isn't allowed. Scripts exit with status 2, as argparse does."""
+    """A wrong call: a parameter or value that isn't allowed. Scripts exit with status 2, as argparse does."""
 
     status = 2

@@ -44,7 +44,7 @@ def listed(names: Sequence[str], separator: str = ", ") -> str:
 def of_a_pair(x: Modalities, y: Modalities, y_proposal: Modalities = ()) -> dict[Quantity, list[Modalities]]:
     """What the paper's table 2 reports of two (sets of) modalities, each with its proposals; and log p(y), p(y | x).
 
-    `y_proposal` is what log p(y) is estimated under where it is taken off a joint: the prior, or y.
+    log p(x | y) is a difference: log p(x, y) less log p(y), which `y_proposal` is the proposal of: () is the prior.
     """
     both = [x, x + y]
     return {
@@ -103,7 +103,8 @@ def log_likelihood(
             z = experts.draw(mu[rows], logvar[rows], eps)
             log_q = experts.log_standard_normal(eps) - 0.5 * logvar[rows].sum(dim=-1)
             ratio = experts.log_standard_normal(z) - log_q
-            log_probs = {name: model.likelihood(name).log_prob(z, some[name]) for name in scored}
+            log_prob = model.log_prob(z, some, [scored] * len(z))
+            log_probs = dict(zip(model.modalities, log_prob.unbind(dim=1), strict=True))
             for target in targets:
                 weights[target].append(sum((log_probs[name] for name in target), start=ratio))
         for target in targets:
@@ -114,16 +115,19 @@ def log_likelihood(
 
 
 @torch.no_grad()
-def predict(model: MVAE, batch: Batch, *, given: Modalities, name: str, noise: Tensor, max_rows: int = 4096) -> Tensor:
-    """The mean of modality `name` given others: E_q(z|given)[mean of p(x_name | z)], (batch, *event).
+def predict(
+    model: MVAE, batch: Batch, *, given: Modalities, names: Sequence[str], noise: Tensor, max_rows: int = 4096
+) -> dict[str, Tensor]:
+    """The means of the modalities `names` given others: E_q(z|given)[mean of p(x | z)], each (batch, *event).
 
     For a label: its probabilities. `noise` and `max_rows` as in `log_likelihood`.
     """
     mu, logvar = model.posterior({other: batch[other] for other in given})
-    likelihood = model.likelihood(name)
-    chunks = noise.split(max(1, max_rows // noise.shape[1]))
-    means = [likelihood.mean(experts.draw(mu, logvar, eps)).sum(dim=0) for eps in chunks]
-    return torch.stack(means).sum(dim=0) / len(noise)
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    for eps in noise.split(max(1, max_rows // noise.shape[1])):
+        for name, mean in model.mean(experts.draw(mu, logvar, eps), names).items():
+            parts[name].append(mean.sum(dim=0))
+    return {name: torch.stack(sums).sum(dim=0) / len(noise) for name, sums in parts.items()}
 
 
 class Evaluation(NamedTuple):
@@ -166,7 +170,7 @@ def evaluate(
     for quantity in quantities:
         model.check_names(*quantity.target, *quantity.given)
     if data.present is not None:
-        raise UsageError("log-likelihoods are estimated from examples that have all modalities")
+        raise UsageError("log-likelihoods are estimated from examples that have all modalities, and `data` lacks some")
     model.eval()
     if not max_rows:
         example, _ = data.batch(torch.zeros(1, dtype=torch.long))
@@ -188,9 +192,12 @@ def evaluate(
             some = log_likelihood(model, batch, proposal=proposal, targets=targets, noise=noise, max_rows=max_rows)
             for target, estimate in some.items():
                 found[proposal, target].append(estimate)
-        for name, given in (predictions or {}).items():
-            predicted[name].append(predict(model, batch, given=given, name=name, noise=noise, max_rows=max_rows).cpu())
-            truth[name].append(batch[name].cpu())
+        for given in set((predictions or {}).values()):
+            names = [name for name, condition in (predictions or {}).items() if condition == given]
+            means = predict(model, batch, given=given, names=names, noise=noise, max_rows=max_rows)
+            for name, mean in means.items():
+                predicted[name].append(mean.cpu())
+                truth[name].append(batch[name].cpu())
     whole = {key: Estimate(*(torch.cat(part).cpu() for part in zip(*some, strict=True))) for key, some in found.items()}
     estimates = {}
     for which, keys in needed.items():

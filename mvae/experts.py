@@ -5,9 +5,13 @@ always one of the factors (Wu & Goodman 2018, section 2.2), so a precision is at
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+Fusion = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""How experts become a posterior: (mu, logvar, present) -> (mu, logvar), of the shapes that `product` has."""
 
 
 def product(mu: Tensor, logvar: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:

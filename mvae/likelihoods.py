@@ -19,26 +19,16 @@ class Likelihood(nn.Module, ABC):
     """Holds the decoder, and runs it on stacked latents.
 
     Args:
-        decoder: (rows, latents) -> (rows, *event).
-        joint_norm: whether batch norm, if the decoder has it, takes its statistics in training from all terms of the
-            objective together, as it does in evaluation, or from each term alone, as a pass for each term would. The
-            terms' posteriors differ much where some score what they weren't given; what is learned from each one's own
-            statistics then doesn't fit the running ones.
+        decoder: (rows, latents) -> (rows, *event). Batch norm in it takes its statistics in training over the rows of
+            all ELBO terms together: the running ones, which evaluation uses, then fit every term's latents.
     """
 
-    def __init__(self, decoder: nn.Module, *, joint_norm: bool = False):
+    def __init__(self, decoder: nn.Module):
         super().__init__()
         self.decoder = decoder
-        has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in decoder.modules())
-        self.norm_by_term = has_norm and not joint_norm
 
     def decode(self, z: Tensor) -> Tensor:
-        """The decoder's output, float32 at least, for z of (..., batch, latents): one call for all leading dimensions.
-
-        In training, a decoder whose batch norm is each term's own runs once per (batch, latents) slice.
-        """
-        if self.norm_by_term and self.training and z.dim() > 2:
-            return torch.stack([self.decode(part) for part in z])
+        """The decoder's output for z of (..., batch, latents), in one call: (..., batch, *event), float32 at least."""
         output = self.decoder(z.reshape(-1, z.shape[-1]))
         output = output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
         return output.reshape(*z.shape[:-1], *output.shape[1:])
@@ -92,8 +82,8 @@ class Categorical(Likelihood):
 class Gaussian(Likelihood):
     """Independent Gaussian values of one fixed standard deviation `std`; the decoder gives the means."""
 
-    def __init__(self, decoder: nn.Module, std: float = 1.0, *, joint_norm: bool = False):
-        super().__init__(decoder, joint_norm=joint_norm)
+    def __init__(self, decoder: nn.Module, std: float = 1.0):
+        super().__init__(decoder)
         self.std = std
 
     def log_prob(self, z: Tensor, x: Tensor) -> Tensor:

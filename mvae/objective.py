@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import experts
 from .errors import UsageError
 from .model import MVAE, Batch
+from .stats import JOINT, SUBSET, Totals
 
 
 class Term(NamedTuple):
@@ -17,23 +18,6 @@ class Term(NamedTuple):
 
     given: tuple[str, ...]
     scored: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return "+".join(self.given)
-
-
-class Totals(NamedTuple):
-    """Sums over a batch's examples, for reports: never scaled by λ or β.
-
-    log_prob, n_log_prob: (terms, modalities), nats scored and the examples that were scored.
-    kl, n_kl: (terms,), nats of KL(q || p) and the examples that had something given.
-    """
-
-    log_prob: Tensor
-    n_log_prob: Tensor
-    kl: Tensor
-    n_kl: Tensor
 
 
 def random_subsets(modalities: Sequence[str], k: int, rng: np.random.Generator) -> list[tuple[str, ...]]:
@@ -62,6 +46,7 @@ class Objective(nn.Module):
         model: the MVAE.
         weights: λ by modality name; 1 where absent.
         reconstruct: what every term scores beside what it was given: "given" (nothing more), "all", or names.
+        terms: the terms of each step in place of the paper's; each scores what it says, and `reconstruct`.
     """
 
     given: Tensor
@@ -69,33 +54,41 @@ class Objective(nn.Module):
     weights: Tensor
 
     def __init__(
-        self, model: MVAE, *, weights: Mapping[str, float] | None = None, reconstruct: str | Iterable[str] = "given"
+        self,
+        model: MVAE,
+        *,
+        weights: Mapping[str, float] | None = None,
+        reconstruct: str | Iterable[str] = "given",
+        terms: Iterable[Term] | None = None,
     ):
         super().__init__()
-        extra = (
-            {"given": (), "all": model.modalities}.get(reconstruct)
-            if isinstance(reconstruct, str)
-            else tuple(reconstruct)
-        )
+        modalities = model.modalities
+        named = {"given": (), "all": modalities}
+        extra = named.get(reconstruct) if isinstance(reconstruct, str) else tuple(reconstruct)
         if extra is None:
-            names = ", ".join(model.modalities)
-            raise UsageError(f"not {reconstruct}: reconstruct is given, all, or a list of {names}")
+            names = ", ".join(modalities)
+            raise UsageError(f"not {reconstruct}: `reconstruct` is given, all, or a list of {names}")
         model.check_names(*extra, *(weights or {}))
         self.model = model
         self.extra = frozenset(extra)
-        singles = [(name,) for name in model.modalities] if len(model.modalities) > 1 else []
-        self.terms = [self.term(given) for given in [model.modalities, *singles]]
+        if terms is None:
+            singles = [(name,) for name in modalities] if len(modalities) > 1 else []
+            terms = [Term(given, given) for given in [modalities, *singles]]
+        self.terms = [self._in_order(term) for term in terms]
+        self.names = tuple(JOINT if t.given == modalities else "+".join(t.given) for t in self.terms)
+        if len(set(self.names)) < len(self.names) or SUBSET in self.names:
+            raise UsageError(f"the terms are given {', '.join(self.names)}: each needs a name unlike the others'")
         for field in ("given", "scored"):
             self.register_buffer(field, self._mask(getattr(term, field) for term in self.terms), persistent=False)
-        λ = torch.tensor([float((weights or {}).get(name, 1.0)) for name in model.modalities])
+        λ = torch.tensor([float((weights or {}).get(name, 1.0)) for name in modalities])
         self.register_buffer("weights", λ, persistent=False)
 
-    def term(self, given: Iterable[str]) -> Term:
-        """The term that is given these modalities, with what it scores by `reconstruct`."""
-        given = frozenset(given)
-        self.model.check_names(*given)
+    def _in_order(self, term: Term) -> Term:
+        """The term with its names in the model's order, scoring `reconstruct`, too."""
+        self.model.check_names(*term.given, *term.scored)
+        given, scored = set(term.given), {*term.scored, *self.extra}
         in_order = self.model.modalities
-        return Term(tuple(n for n in in_order if n in given), tuple(n for n in in_order if n in given | self.extra))
+        return Term(tuple(n for n in in_order if n in given), tuple(n for n in in_order if n in scored))
 
     def _mask(self, subsets: Iterable[Sequence[str]]) -> Tensor:
         return torch.tensor([[name in subset for name in self.model.modalities] for subset in subsets])
@@ -108,40 +101,50 @@ class Objective(nn.Module):
         present: Mapping[str, Tensor] | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Totals]:
-        """The loss of a batch: the negative objective in nats, a mean over its examples; and its parts.
+        """The loss of a batch: the negative objective in nats, a mean over its examples; and the sums of its parts.
 
-        Each modality is encoded once, every posterior comes from one masked product of experts, and each term decodes
-        just what it scores. A term given nothing of an example has posterior = prior and scores nothing: it adds 0.
+        A term given nothing of an example has the prior for posterior and scores nothing: it adds 0.
 
         Args:
             batch: tensors by modality, each (batch, *event); an absent example's row may hold any finite value.
             beta: the weight of the KL divergence.
-            subsets: further terms' given modalities (see `random_subsets`).
+            subsets: the modalities that further terms are given and score (see `random_subsets`).
             present: bool (batch,) by modality: which examples have it; a modality that isn't named is always there.
             noise: (terms, batch, latents) standard normal; drawn when None.
         """
         given, scored, terms = self.given, self.scored, self.terms
         if subsets:
-            more = [self.term(subset) for subset in subsets]
+            more = [self._in_order(Term(tuple(subset), tuple(subset))) for subset in subsets]
             terms = terms + more
             given = torch.cat([given, self._mask(t.given for t in more).to(given.device)])
             scored = torch.cat([scored, self._mask(t.scored for t in more).to(given.device)])
+        # Two masks say all of it: which experts a term's posterior takes, and which log-probabilities it counts.
         given, scored, mask, here = given.unsqueeze(-1), scored.unsqueeze(-1), None, None
         n = len(next(iter(batch.values())))
-        if present is not None:
+        if present is not None:  # an expert or a score counts for the examples that have the modality
             self.model.check_names(*present)
             always = torch.ones(n, dtype=torch.bool, device=given.device)
             here = torch.stack([present.get(name, always) for name in self.model.modalities])
             given = given & here
             scored = mask = scored & here & given.any(dim=1, keepdim=True)
 
-        mu, logvar = experts.product(*self.model.encode(batch, here), given)
+        # Each modality is encoded once, whatever the number of terms; all posteriors come from one masked fusion.
+        mu, logvar = self.model.fuse(*self.model.encode(batch, here), given)
         z = experts.draw(mu, logvar, torch.randn_like(mu) if noise is None else noise)
+        # Each term decodes just what it scores; a modality's terms go through its decoder together.
         log_prob = self.model.log_prob(z, batch, [term.scored for term in terms], mask)
         kl = experts.kl_to_prior(mu, logvar)
         elbo = (log_prob * self.weights.unsqueeze(-1)).sum(dim=1) - beta * kl
+        loss = -elbo.sum(dim=0).mean()
 
         shape = (len(terms), len(self.model.modalities), n)
-        counts = scored.expand(shape).sum(dim=2), given.expand(shape).any(dim=1).sum(dim=1)
-        totals = Totals(log_prob.sum(dim=2), counts[0], kl.sum(dim=1), counts[1])
-        return -elbo.sum(dim=0).mean(), Totals(*(part.detach() for part in totals))
+        parts = (
+            loss * n,
+            torch.full_like(loss, n),
+            log_prob.sum(dim=2),
+            scored.expand(shape).sum(dim=2),
+            kl.sum(dim=1),
+            given.expand(shape).any(dim=1).sum(dim=1),
+        )
+        names = self.names + (SUBSET,) * len(subsets)
+        return loss, Totals(names, self.model.modalities, *(part.detach() for part in parts))

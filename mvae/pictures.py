@@ -1,4 +1,4 @@
-"""Grids of pictures, and PNG files."""
+"""Grids of pictures, as PNG files."""
 
 import io
 from pathlib import Path
@@ -8,9 +8,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from .checkpoint import write_atomically
-from .decoded import pixels
-from .errors import UserError
+from .files import write_atomically
 from .model import MVAE, Batch
 
 
@@ -19,20 +17,6 @@ def save_grid(path: Path, images: Tensor, columns: int = 8) -> None:
     buffer = io.BytesIO()
     to_pil_image(make_grid(images.cpu(), nrow=columns, padding=2)).save(buffer, format="PNG", optimize=True)
     write_atomically(path, buffer.getvalue())
-
-
-def load_picture(path: Path, mode: str, size: int) -> Tensor:
-    """A picture file of any size and mode as (1, channels, size, size) in [0, 1], made as the training data's are.
-
-    `mode` is "RGB" or "L". Raises UserError if it can't be read or is no picture.
-    """
-    try:
-        content = pixels(path.read_bytes(), mode, size)
-    except OSError as error:  # PIL's error for what is no picture is one, too
-        raise UserError(f"can't read {path} as a picture: {error.strerror or 'it is none, or damaged'}") from None
-    except Exception:  # PIL fails in many ways on a damaged file; each means the same to the user
-        raise UserError(f"can't read {path} as a picture: it is none, or damaged") from None
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(1, len(mode), size, size).float() / 255
 
 
 @torch.no_grad()

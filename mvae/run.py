@@ -2,26 +2,31 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from . import checkpoint, pictures
 from .data import Data
 from .errors import UsageError, UserError
-from .estimators import listed
-from .objective import Objective, Totals
+from .files import write_atomically
+from .objective import Objective
+from .stats import SUBSET, Totals
 
-MAY_CHANGE = {"epochs", "cuda", "compile", "workers", "log_interval", "resume"}
-"""The settings that a resumed run may be given anew, beside folders (..._dir); any other would make it another run."""
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+MAY_CHANGE = {"epochs", "cuda", "compile", "workers", "log_interval", "resume", "command", "commit"}
+"""Settings that may differ when a run is resumed, as may folders (..._dir). Any other change makes another run."""
+
+STATE = ("epoch", "step", "seconds", "beta", "lr", "best", "history", "sums")
+"""The fields of a Run that its checkpoint holds, beside the model's and the optimiser's state."""
 
 
 class Run:
-    """Where a run stands: everything a checkpoint holds. `epoch` counts from 1; `step` steps of it are done."""
+    """Where a run stands: everything that a checkpoint holds. `epoch` counts from 1; `step` steps of it are done."""
 
     def __init__(
         self,
@@ -35,13 +40,14 @@ class Run:
         self.objective, self.optimizer = objective, optimizer
         self.out_dir, self.experiment, self.settings = out_dir, experiment, dict(settings)
         self.epoch, self.step, self.seconds = 1, 0, 0.0
+        self.beta = self.lr = math.nan  # of the latest step
         self.best = math.inf
         self.history: list[dict[str, Any]] = []
-        self.sums = torch.zeros(0)
+        self.sums = torch.zeros(0)  # of this epoch's steps, as Totals.vector; empty before the first
         self.writer: SummaryWriter | None = None
 
     def start(self, resume: bool) -> None:
-        """Takes up the state of the checkpoint in `out_dir`, if asked to and if there is one.
+        """Takes up the state of the checkpoint in `out_dir` if `resume` is set and there is one.
 
         Raises UsageError if there is one and `resume` isn't set, or if it was made with other settings; UserError
         if it can't be gone on from.
@@ -52,40 +58,57 @@ class Run:
                 print(f"there is no {path} yet: starting from the beginning", flush=True)
             return
         if not resume:
-            raise UsageError(f"{self.out_dir} holds a run: go on with --resume, or name another --out-dir")
+            raise UsageError(f"{self.out_dir} holds a run: go on with `resume`, or name another `out_dir`")
         saved = checkpoint.load(path, self.experiment)
         names = sorted((saved["settings"].keys() | self.settings.keys()) - MAY_CHANGE)
         names = [name for name in names if not name.endswith("_dir")]
         pairs = [(name, saved["settings"].get(name), self.settings.get(name)) for name in names]
         differ = [f"{name} was {old}, now {new}" for name, old, new in pairs if old != new]
         if differ:
-            raise UsageError(f"--resume: {path} was made with other settings: {'; '.join(differ)}")
+            raise UsageError(f"`resume`: {path} was made with other settings: {'; '.join(differ)}")
         try:
             self.objective.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
-            for name in ("epoch", "step", "seconds", "best", "history"):
+            for name in STATE:
                 setattr(self, name, saved[name])
-            self.sums = saved["sums"].to(next(self.objective.parameters()).device)
-        except (KeyError, RuntimeError, TypeError, ValueError):
+            self.sums = self.sums.to(next(self.objective.parameters()).device)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
             raise UserError(f"{path} doesn't hold a run of this network to go on from") from None
 
-    def add(self, sums: Tensor) -> None:
-        """Adds a step's `sums_of` to the epoch's."""
-        self.sums = self.sums + sums if len(self.sums) else sums
+    def add(self, totals: Totals) -> None:
+        """Adds a step's sums to the epoch's."""
+        vector = totals.vector()
+        self.sums = self.sums + vector if len(self.sums) else vector
 
-    def end_epoch(self, train: Tensor, validation: Tensor, beta: float) -> bool:
-        """Records the epoch by its sums, and begins the next; returns whether its validation loss is the best yet."""
+    def _totals(self, sums: torch.Tensor) -> Totals:
+        """The epoch's sums by names; terms beyond the objective's own are those of random subsets."""
+        names, modalities = self.objective.names, self.objective.model.modalities
+        while len(Totals.zeros(names, modalities).vector()) < len(sums):
+            names += (SUBSET,)
+        return Totals.of(sums.cpu(), names, modalities)
+
+    def mean_loss(self) -> float:
+        """The mean loss of the epoch so far, in nats per example."""
+        totals = self._totals(self.sums)
+        return (totals.loss / totals.n).item()
+
+    def end_epoch(self, train: torch.Tensor, validation: Mapping[str, float]) -> bool:
+        """Records the epoch, whose steps' sums are `train`, and begins the next.
+
+        Returns True if its validation loss is the best yet.
+        """
+        totals = self._totals(train)
         record: dict[str, Any] = {
             "epoch": self.epoch,
-            "beta": beta,
+            "beta": self.beta,
+            "lr": self.lr,
             "seconds": self.seconds,
-            "examples_per_second": train[1].item() / self.seconds,
-            "train": summary(self.objective, train),
-            "validation": summary(self.objective, validation),
+            "examples_per_second": totals.n.item() / self.seconds,
+            **{f"train/{name}": value for name, value in totals.means().items()},
+            **{f"validation/{name}": value for name, value in validation.items()},
         }
-        loss = record["validation"]["loss"]
-        improved = loss < self.best
-        self.best = min(self.best, loss)
+        improved = validation["loss"] < self.best
+        self.best = min(self.best, validation["loss"])
         self.history.append(record)
         self.epoch, self.step, self.seconds, self.sums = self.epoch + 1, 0, 0.0, torch.zeros(0)
         return improved
@@ -95,22 +118,30 @@ class Run:
         model = self.objective.model
         content = {"model": model.state_dict(), "n_latents": model.n_latents, "settings": self.settings}
         if best:
-            found = {"epoch": self.epoch - 1, "validation_loss": self.best}
+            seconds = sum(record["seconds"] for record in self.history)
+            found = {"epoch": self.epoch - 1, "validation_loss": self.best, "training_seconds": seconds}
             checkpoint.save(self.out_dir / checkpoint.BEST, self.experiment, content | found)
-        content |= {name: getattr(self, name) for name in ("epoch", "step", "seconds", "best", "history", "sums")}
+        content |= {name: getattr(self, name) for name in STATE}
         content["optimizer"] = self.optimizer.state_dict()
         checkpoint.save(self.out_dir / checkpoint.LATEST, self.experiment, content)
 
     def report(self, validation: Data, *, best: bool) -> None:
         """Reports the last finished epoch: a line on the terminal, stats.jsonl, TensorBoard."""
         record = self.history[-1]
-        terms = record["validation"]["terms"]
-        short = {name: listed(name.split("+"), "+") for name in terms}
-        elbos = [f"ELBO({short[name]}) {term['elbo']:.2f}" for name, term in terms.items() if term["elbo"] is not None]
-        losses = f"loss {record['train']['loss']:.2f}  validation loss {record['validation']['loss']:.2f}"
+        losses = f"loss {record['train/loss']:.2f}  validation loss {record['validation/loss']:.2f}"
+        elbos = [
+            f"ELBO({name}) {record[f'validation/{name}/elbo']:.2f}"
+            for name in self.objective.names[:7]
+            if f"validation/{name}/elbo" in record
+        ]
+        metrics = [
+            f"{name.removeprefix('validation/')} {value:.4f}"
+            for name, value in record.items()
+            if name.startswith("validation/") and name.count("/") == 1 and name != "validation/loss"
+        ]
         speed = f"{record['examples_per_second']:.0f} examples/s"
-        parts = [f"epoch {record['epoch']}", f"beta {record['beta']:.3f}", losses + " (best)" * best, *elbos[:7], speed]
-        print("  ".join(parts), flush=True)
+        start = [f"epoch {record['epoch']}", f"beta {record['beta']:.3f}", losses + " (best)" * best]
+        print("  ".join([*start, *elbos, *metrics, speed]), flush=True)
         self.write_stats()
         try:
             self._write_tensorboard(record, validation)
@@ -124,57 +155,19 @@ class Run:
     def write_stats(self) -> None:
         """Writes stats.jsonl whole. Raises UserError if that fails."""
         lines = "".join(json.dumps(record) + "\n" for record in self.history)
-        checkpoint.write_atomically(self.out_dir / "stats.jsonl", lines.encode())
+        write_atomically(self.out_dir / "stats.jsonl", lines.encode())
 
     def _write_tensorboard(self, record: Mapping[str, Any], validation: Data) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a run has need of it
+
         epoch = record["epoch"]
         self.writer = self.writer or SummaryWriter(str(self.out_dir / "tensorboard"), purge_step=epoch)
-        for name, value in _flat({name: value for name, value in record.items() if name != "epoch"}):
-            self.writer.add_scalar(name, value, epoch)
+        for name, value in record.items():
+            if name != "epoch":
+                self.writer.add_scalar(name, value, epoch)
         torch.manual_seed(0)
         some, present = validation.batch(torch.arange(min(8, len(validation)), device=validation.device))
         if present is None:
             for name, grid in pictures.reconstructions(self.objective.model, some).items():
                 self.writer.add_image(f"reconstruction/{name}", grid, epoch)
         self.writer.flush()
-
-
-def sums_of(loss: Tensor, totals: Totals, n: int) -> Tensor:
-    """One vector of a batch of n examples: its loss times n, n, and the totals; such vectors add up over batches."""
-    loss = loss.detach()
-    return torch.cat([torch.stack([loss * n, torch.full_like(loss, n)]), *(part.flatten() for part in totals)]).double()
-
-
-def summary(objective: Objective, sums: Tensor) -> dict[str, Any]:
-    """What `sums` of `sums_of` say in nats per example: the loss (with λ and β), and each term's parts.
-
-    "elbo", "kl" and "reconstruction" (log p of each scored modality) have neither λ nor β. Each is a mean over the
-    examples that have it, None where none has. Random subsets are summed up as the one term "subset".
-    """
-    modalities = objective.model.modalities
-    loss, n = sums[:2].tolist()
-    n_terms = (len(sums) - 2) // (2 * len(modalities) + 2)
-    shape = (n_terms, len(modalities))
-    parts = sums[2:].cpu().split([n_terms * len(modalities)] * 2 + [n_terms] * 2)
-    totals = Totals(parts[0].view(shape), parts[1].view(shape), parts[2], parts[3])
-    rows = {term.name: slice(i, i + 1) for i, term in enumerate(objective.terms)}
-    if n_terms > len(rows):
-        rows["subset"] = slice(len(rows), n_terms)
-    terms = {}
-    for name, which in rows.items():
-        log_prob, kl, n_kl = totals.log_prob[which], totals.kl[which].sum().item(), totals.n_kl[which].sum().item()
-        scored = zip(modalities, log_prob.sum(0).tolist(), totals.n_log_prob[which].sum(0).tolist(), strict=True)
-        terms[name] = {
-            "elbo": (log_prob.sum().item() - kl) / n_kl if n_kl else None,
-            "kl": kl / n_kl if n_kl else None,
-            "reconstruction": {modality: total / count for modality, total, count in scored if count},
-        }
-    return {"loss": loss / n, "terms": terms}
-
-
-def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}/")
-        elif value is not None:
-            yield prefix + name, value

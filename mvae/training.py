@@ -1,4 +1,4 @@
-"""fit: optimises an objective over a data set, resumably, and leaves checkpoints, stats.jsonl and TensorBoard files.
+"""train_step, one step of gradient descent; and fit, a whole run of them: resumable, with its files.
 
 Nothing random is stored: shuffles, subsets and noise are seeded by (seed, epoch, step, rank), so that a resumed run is
 the run, bit for bit on a CPU.
@@ -10,10 +10,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,24 +23,28 @@ from tqdm import tqdm
 
 from .data import Data, consecutive_rows, permuted_rows, seed_of
 from .errors import UsageError, UserError
-from .objective import Objective, Totals, random_subsets
-from .run import Run, sums_of
+from .metrics import Metric
+from .model import Batch
+from .objective import Objective, random_subsets
+from .run import Run
+from .schedules import Schedule, constant
+from .stats import Totals
+
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to fit. `batch_size` is the whole step's, over all processes; `approx_m` is the number of random subsets.
+    """How a run goes. `batch_size` is the whole step's, over all processes; `approx_m` is the number of random subsets.
 
-    Raises UsageError where `compile` meets random subsets: it needs the same terms at every step.
+    Raises UsageError if `compile` meets random subsets: it needs the same terms at every step.
     """
 
     epochs: int
-    annealing_epochs: int
     batch_size: int
-    lr: float
     approx_m: int = 0
     seed: int = 0
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     compile: bool = False
     resume: bool = False
     log_interval: int = 100
@@ -49,7 +53,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.compile and self.approx_m:
-            raise UsageError("--compile needs the same terms at every step: it goes with --approx-m 0")
+            raise UsageError("`compile` needs the same terms at every step: it goes with `approx_m` 0")
 
 
 class Stopped(UserError):
@@ -60,25 +64,60 @@ class Stopped(UserError):
         self.status = 128 + signal_number
 
 
-def annealing(epoch: int, step: int, steps: int, annealing_epochs: int) -> float:
-    """β: rises linearly per step to 1 at the end of epoch `annealing_epochs`, then stays. Epochs count from 1."""
-    return min(1.0, ((epoch - 1) * steps + step + 1) / (annealing_epochs * steps)) if annealing_epochs else 1.0
+def train_step(
+    objective: Callable[..., tuple[Tensor, Totals]],
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    present: Mapping[str, Tensor] | None = None,
+    *,
+    beta: Tensor | float = 1.0,
+    subsets: Sequence[Sequence[str]] = (),
+    precision: Precision = "fp32",
+) -> Totals:
+    """One step of gradient descent on the negative sum of the ELBO terms; returns the sums of its parts.
+
+    On a CPU the weights stay as they were where the loss isn't finite.
+
+    Args:
+        objective: an Objective, or one that is wrapped or compiled.
+        optimizer: of its parameters, with zero gradients (as this function leaves them).
+        batch, present, beta, subsets: as `Objective.forward` takes them.
+        precision: "bf16" runs the networks in bfloat16, and all log-probabilities and sums in float32.
+    """
+    # Encode each modality once, fuse the experts of every term, draw one z for each, decode what each term scores.
+    with torch.autocast(_device_of(batch).type, torch.bfloat16, enabled=precision == "bf16"):
+        loss, totals = objective(batch, beta, subsets, present)
+    # The gradient of the batch's mean. DistributedDataParallel averages it over the processes meanwhile.
+    loss.backward()
+    # A bad loss is to be known before it reaches the weights; but to look would make a GPU wait at every step.
+    if loss.device.type != "cpu" or loss.isfinite():
+        optimizer.step()
+    optimizer.zero_grad()
+    return totals
 
 
 def fit(
     objective: Objective,
+    optimizer: torch.optim.Optimizer,
     train: Data,
     validation: Data,
     options: Options,
     *,
+    beta: Schedule,
+    lr: Schedule = constant(),  # noqa: B008 (a schedule has no state)
+    metrics: Mapping[str, Metric] | None = None,
     experiment: str = "mvae",
     settings: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Trains `objective` by Adam; after each epoch validates at β = 1, and keeps the best model and the latest state.
+    """Trains `objective`; after each epoch validates at β = 1, and keeps the best model and the latest state.
 
     Under torchrun each process takes its share of every batch, and the first one writes.
 
     Args:
+        optimizer: of the objective's parameters, and of nothing else.
+        beta: β as a function of the epochs done, which each step itself adds to; see `mvae.schedules`.
+        lr: a factor of the optimiser's own rates, as a function of the same.
+        metrics: by name, what to measure on validation examples; see `mvae.metrics`.
         experiment: the name written into the checkpoints, which refuse to be loaded as another's.
         settings: plain values to record; `options.resume` asks that they be those of the checkpoint.
 
@@ -93,11 +132,11 @@ def fit(
     rank, world = _join(options)
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in objective.modules())
     if has_batch_norm and min(options.batch_size, len(train)) < 2 * world:
-        raise UsageError("these networks have batch norm: --batch-size is to give each process 2 examples or more")
+        raise UsageError("these networks have batch norm: `batch_size` is to give each process 2 examples or more")
     settings = {**(settings or {}), "n_train": len(train)}
     train, validation = train.to(options.device), validation.to(options.device)
     objective.to(options.device).train()
-    optimizer = torch.optim.Adam(objective.parameters(), lr=options.lr, fused=True)
+    rates = [group["lr"] for group in optimizer.param_groups]
     run = Run(objective, optimizer, out_dir=options.out_dir, experiment=experiment, settings=settings)
     run.start(options.resume)
     if rank == 0:
@@ -109,43 +148,46 @@ def fit(
         step_module = DistributedDataParallel(objective, find_unused_parameters=train.present is not None)
     if options.compile:
         step_module = torch.compile(step_module, mode="reduce-overhead" if options.device.type == "cuda" else None)
-    watch = _Watch(objective)
+    watch = _Watch(run)
+    beta_now = torch.zeros((), device=options.device)
     with _signals() as caught:
         while run.epoch <= options.epochs:
             batches = permuted_rows(train, options.batch_size, seed_of(options.seed, run.epoch))
             started = time.perf_counter() - run.seconds
-            beta = torch.zeros((), device=options.device)
             for rows in _bar(batches[run.step :], run, len(batches), options, rank):
                 torch.manual_seed(seed_of(options.seed, run.epoch, run.step, rank))
                 subset_rng = np.random.default_rng(seed_of(options.seed, run.epoch, run.step))
                 subsets = random_subsets(objective.model.modalities, options.approx_m, subset_rng)
-                beta.fill_(annealing(run.epoch, run.step, len(batches), options.annealing_epochs))
                 batch, present = train.batch(rows[rank::world])
-                with _precision(options):
-                    loss, totals = step_module(batch, beta, subsets, present)
-                loss.backward()
                 run.step += 1
+                t = run.epoch - 1 + run.step / len(batches)
+                run.beta, run.lr = beta(t), rates[0] * lr(t)
+                beta_now.fill_(run.beta)  # a tensor: a compiled step would take each new number for a new program
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * lr(t)
+                totals = train_step(
+                    step_module, optimizer, batch, present,
+                    beta=beta_now, subsets=subsets, precision=options.precision,
+                )  # fmt: skip
                 asked = run.step % options.log_interval == 0 or run.step == len(batches)
                 stop = _agreed(caught, asked, world, options.device)
-                watch.look(loss, totals, raise_now=asked or stop or options.device.type == "cpu", run=run)
-                optimizer.step()
-                optimizer.zero_grad()
-                run.add(sums_of(loss, totals, len(rows) // world))
+                watch.look(totals, raise_now=asked or stop or options.device.type == "cpu")
+                run.add(totals)
                 run.seconds = time.perf_counter() - started
                 if stop:
-                    watch.check_weights(run)
+                    watch.check_weights()
                     run.sums = _sum_over_processes(run.sums, world)
                     if rank == 0:
                         run.save()
                     where = f"epoch {run.epoch}, step {run.step} of {len(batches)}"
-                    raise Stopped(f"stopped at {where}; the state is saved: --resume goes on from it", caught[0])
-            watch.check_weights(run)
-            run.seconds = time.perf_counter() - started
+                    raise Stopped(f"stopped at {where}; the state is saved: `resume` goes on from it", caught[0])
+            watch.check_weights()
             train_sums = _sum_over_processes(run.sums, world)
-            validation_sums = _sum_over_processes(_validate(objective, validation, options, rank, world), world)
-            watch.check_validation(run, validation_sums)
-            beta_reached = annealing(run.epoch, len(batches) - 1, len(batches), options.annealing_epochs)
-            best = run.end_epoch(train_sums, validation_sums, beta_reached)
+            found = validate(objective, validation, options, metrics or {}, rank, world)
+            if not all(map(math.isfinite, found.values())):
+                bad = [name for name, value in found.items() if not math.isfinite(value)]
+                watch.stop([f"validation's {name}" for name in sorted(bad, key=lambda name: "/" not in name)])
+            best = run.end_epoch(train_sums, found)
             if rank == 0:
                 run.save(best=best)
                 run.report(validation, best=best)
@@ -156,77 +198,73 @@ def fit(
 
 
 @torch.no_grad()
-def _validate(objective: Objective, data: Data, options: Options, rank: int, world: int) -> Tensor:
-    """The sums of the validation data at β = 1, with sampled z of a fixed seed, the same for every epoch."""
+def validate(
+    objective: Objective,
+    data: Data,
+    options: Options,
+    metrics: Mapping[str, Metric],
+    rank: int = 0,
+    world: int = 1,
+) -> dict[str, float]:
+    """The means of `Totals.means` and of the metrics over `data`, at β = 1, with z drawn by the same seed each time.
+
+    A metric is a mean over the examples that have all modalities. Each process takes its share of the batches.
+    """
     objective.eval()
-    sums: Tensor | None = None
+    size = len(Totals.zeros(objective.names, objective.model.modalities).vector())
+    sums = torch.zeros(size + 2 * len(metrics), dtype=torch.float64, device=options.device)
     for i, rows in enumerate(consecutive_rows(data, options.batch_size)):
         if i % world == rank:
             torch.manual_seed(seed_of(options.seed, 0, i))
             batch, present = data.batch(rows)
-            with _precision(options):
-                loss, totals = objective(batch, 1.0, (), present)
-            part = sums_of(loss, totals, len(rows))
-            sums = part if sums is None else sums + part
+            with torch.autocast(options.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+                _, totals = objective(batch, 1.0, (), present)
+            sums[:size] += totals.vector()
+            whole = torch.ones(len(rows), dtype=torch.bool, device=options.device)
+            for here in (present or {}).values():
+                whole = whole & here
+            for j, metric in enumerate(metrics.values()):
+                values = metric(objective.model, batch)
+                sums[size + 2 * j] += torch.where(whole, values, 0).sum()
+                sums[size + 2 * j + 1] += whole.sum()
     objective.train()
-    size = 2 + 2 * len(objective.terms) * (len(objective.model.modalities) + 1)
-    return torch.zeros(size, dtype=torch.float64, device=options.device) if sums is None else sums
+    sums = _sum_over_processes(sums, world)
+    found = Totals.of(sums[:size], objective.names, objective.model.modalities).means()
+    measured = dict(zip(metrics, sums[size:].view(-1, 2).tolist(), strict=True))
+    return found | {name: total / n for name, (total, n) in measured.items() if n}
 
 
 class _Watch:
     """Notices the first step that isn't finite, without waiting for the device at every step."""
 
-    def __init__(self, objective: Objective):
-        self.objective = objective
-        self.first = torch.zeros(0)
+    def __init__(self, run: Run):
+        self.run = run
+        self.first: Tensor | None = None
 
-    def look(self, loss: Tensor, totals: Totals, *, raise_now: bool, run: Run) -> None:
-        """Remembers this step's parts unless an earlier step's were bad; those raise UserError if `raise_now`."""
-        parts = torch.cat([totals.log_prob.flatten(), totals.kl, loss.detach().unsqueeze(0)])
-        if len(self.first) != len(parts):
-            self.first = parts
-        self.first = torch.where(self.first.isfinite().all(), parts, self.first)
+    def look(self, totals: Totals, *, raise_now: bool) -> None:
+        """Remembers this step's sums unless an earlier step's were bad; those raise UserError if `raise_now`."""
+        sums = totals.vector()
+        self.first = sums if self.first is None else torch.where(self.first.isfinite().all(), sums, self.first)
         if raise_now and not self.first.isfinite().all():
-            self.check_weights(run)
-            self._stop(run, self._bad(self.first, len(totals.kl)))
+            self.check_weights()
+            self.stop(Totals.of(self.first, totals.terms, totals.modalities).not_finite())
 
-    def check_validation(self, run: Run, sums: Tensor) -> None:
-        """Raises UserError if the validation data's `sums_of` aren't finite."""
-        if not sums.isfinite().all():
-            n_terms = len(self.objective.terms)
-            n_scores = n_terms * len(self.objective.model.modalities)
-            loss, _, log_prob, _, kl, _ = sums.split([1, 1, n_scores, n_scores, n_terms, n_terms])
-            self._stop(run, [f"validation's {name}" for name in self._bad(torch.cat([log_prob, kl, loss]), n_terms)])
-
-    def check_weights(self, run: Run) -> None:
+    def check_weights(self) -> None:
         """Raises UserError if a weight isn't finite, as after a finite loss whose gradient was not."""
-        weights = self.objective.model.named_parameters()
+        weights = self.run.objective.model.named_parameters()
         bad = {".".join(name.split(".")[:2]) for name, weight in weights if not weight.isfinite().all()}
         if bad:
-            self._stop(run, [f"the gradient of {name}" for name in sorted(bad)])
+            self.stop([f"the gradient of {name}" for name in sorted(bad)])
 
-    def _stop(self, run: Run, what: list[str]) -> None:
-        where = f"epoch {run.epoch}, step {run.step}"
+    def stop(self, what: list[str]) -> None:
+        where = f"epoch {self.run.epoch}, step {self.run.step}"
         more = " and more" if len(what) > 4 else ""
-        remedy = "the last good checkpoint is kept; try a smaller --lr, or --precision fp32"
+        remedy = "the last good checkpoint is kept; try a smaller `lr`, or `precision` fp32"
         raise UserError(f"not finite by {where}: {', '.join(what[:4])}{more}; {remedy}")
 
-    def _bad(self, parts: Tensor, n_terms: int) -> list[str]:
-        """The names of those parts (log p by term and modality, KL by term, the loss) that aren't finite.
 
-        Terms that are given less come first: where one modality is bad, only its own single term's scores are.
-        """
-        modalities = self.objective.model.modalities
-        terms = [(len(term.given), f"term {term.name}") for term in self.objective.terms]
-        terms += [(len(modalities), "a random subset's term")] * (n_terms - len(terms))
-        names = [(size, f"log p of {modality} in {term}") for size, term in terms for modality in modalities]
-        names += [*((size, f"KL in {term}") for size, term in terms), (len(modalities), "the loss")]
-        bad = [name for name, part in zip(names, parts.tolist(), strict=True) if not math.isfinite(part)]
-        return [name for _, name in sorted(bad, key=lambda name: name[0])]
-
-
-def _precision(options: Options) -> torch.autocast:
-    return torch.autocast(options.device.type, torch.bfloat16, enabled=options.precision == "bf16")
+def _device_of(batch: Batch) -> torch.device:
+    return next(iter(batch.values())).device
 
 
 def _join(options: Options) -> tuple[int, int]:
@@ -235,7 +273,7 @@ def _join(options: Options) -> tuple[int, int]:
     if world == 1:
         return 0, 1
     if options.batch_size % world:
-        raise UsageError(f"--batch-size {options.batch_size} can't be shared evenly by {world} processes")
+        raise UsageError(f"`batch_size` {options.batch_size} can't be shared evenly by {world} processes")
     if options.device.type == "cuda":
         torch.cuda.set_device(options.device)
     distributed.init_process_group("nccl" if options.device.type == "cuda" else "gloo")
@@ -250,7 +288,7 @@ def _sum_over_processes(sums: Tensor, world: int) -> Tensor:
 
 
 def _agreed(caught: list[int], asked: bool, world: int, device: torch.device) -> bool:
-    """Whether to stop here: at once with one process; with several, when they ask each other, all at the same step."""
+    """True if the run is to stop here. Several processes ask each other when `asked`, so all stop at the same step."""
     if world == 1:
         return bool(caught)
     if not asked:
@@ -264,9 +302,10 @@ def _agreed(caught: list[int], asked: bool, world: int, device: torch.device) ->
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them; one that comes a second after its first kills as usual.
+    """Collects SIGINT and SIGTERM in a list. The second of a kind ends the process if it comes over a second later.
 
-    Sooner ones are the same request: `timeout`, for one, sends its signal to the process and then to its group.
+    A second one within the second is part of the same request: `timeout` sends its signal to the process, and then to
+    its group.
     """
     caught: list[int] = []
     first: dict[int, float] = {}
@@ -294,7 +333,7 @@ def _bar(batches: list[Tensor], run: Run, n: int, options: Options, rank: int) -
     for rows in bar:
         yield rows
         if rank == 0 and run.step % options.log_interval == 0:
-            loss = run.sums[0].item() / run.sums[1].item()
+            loss = run.mean_loss()
             bar.set_postfix_str(f"loss {loss:.2f}")
             if not terminal:
                 speed = run.step * len(rows) / run.seconds

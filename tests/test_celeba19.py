@@ -12,12 +12,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from mvae.attributes import lines
 from PIL import Image
 from torch import Tensor, nn
 
 from mvae import checkpoint
-from mvae.attributes import lines
-from mvae.celeba import ATTRIBUTES
+from mvae.datasets.celeba import ATTRIBUTES
 from mvae.errors import UsageError
 from mvae.model import MVAE
 from mvae.objective import Objective, random_subsets

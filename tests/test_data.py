@@ -21,9 +21,9 @@ from torchvision import datasets as official
 
 from mvae import idx
 from mvae.data import Data, consecutive_rows, permuted_rows, random_example, seed_of, split
+from mvae.datasets.mnist import load_idx
 from mvae.errors import UsageError, UserError
-from mvae.idx import load_idx
-from mvae.synthetic import CHECKSUMS, IDX_NAMES
+from mvae.synthetic.__main__ import CHECKSUMS, IDX_NAMES
 
 from helpers import assert_refused, environment, experiment_module, run
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from mvae.cli import reconstruct, training_parser
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mvae import checkpoint
-from mvae.cli import reconstruct, training_parser
 from mvae.errors import UsageError
 from mvae.estimators import Quantity, evaluate
 

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from mvae import synthetic
-from mvae.made_digits import digits
-from mvae.made_faces import DRAWN, HEIGHT, WIDTH, attributes
-from mvae.made_fashion import GARMENTS, bezier, garments
-from mvae.synthetic import CHECKSUMS, IDX_NAMES, main, write_idx
+from mvae.synthetic.__main__ import CHECKSUMS, IDX_NAMES, main, write_idx
+from mvae.synthetic.digits import digits
+from mvae.synthetic.faces import DRAWN, HEIGHT, WIDTH, attributes
+from mvae.synthetic.fashion import GARMENTS, bezier, garments
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

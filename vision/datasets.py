@@ -9,8 +9,7 @@ As a command it looks whether the folders are complete, and decodes their pictur
 
 import argparse
 import functools
-import os
-import sys
+import logging
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,11 +20,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mvae import celeba, cli
-from mvae.celeba import SPLITS
 from mvae.data import Data
-from mvae.decoded import Entry, decoded, listing
+from mvae.datasets import celeba
+from mvae.datasets.celeba import SPLITS
+from mvae.datasets.picture_cache import Entry, decoded, listing
 from mvae.errors import UserError
+from mvae.scripts import flags
+
+log = logging.getLogger("mvae.vision")
 
 MODES: dict[str, Literal["RGB", "L"]] = {
     "image": "RGB",
@@ -58,7 +60,7 @@ class Pictures(NamedTuple):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every script that reads the pictures: the four folders, --cache-dir and --workers."""
-    group = cli.add_cache_flags(parser)
+    group = flags.add_cache_flags(parser)
     for name, folder in FOLDERS.items():
         what = "the faces" if name == "image" else f"what `python setup.py {COMMANDS[name]}` made of them"
         group.add_argument(f"--{name}-dir", type=Path, default=Path("./data", folder), help=f"folder of {what}")
@@ -108,7 +110,7 @@ def training_data(
 ) -> tuple[Data, Data]:
     """The training split (the first `limit` of it) and the validation split; see `find` for what they are.
 
-    Raises UserError, in one line, for whatever lacks, doesn't fit or is damaged.
+    Raises UserError, in one line, for what is missing, doesn't fit or is damaged.
     """
     train, validation, _ = _splits(folders, data_dir, cache_dir, workers)
     return train[:limit], validation
@@ -124,7 +126,7 @@ def find(folders: Mapping[str, Path], data_dir: Path) -> Pictures:
 
     CelebA's list_eval_partition.txt splits them, if it lies beside the images' folder or, as for `celeba`, in
     `data_dir`. A picture that it doesn't name, or without it each one, is split by its name. Those that a folder lacks
-    are counted, in a line on stderr.
+    are counted, in a warning.
 
     Raises UserError if a folder or a split is left without pictures, or the list is damaged.
     """
@@ -143,10 +145,10 @@ def find(folders: Mapping[str, Path], data_dir: Path) -> Pictures:
         most = max(lacking, key=lacking.__getitem__)
         lack = f"{lacking[most]} of the {len(names)} pictures in {folders['image']} are not in {folders[most]}"
         raise UserError(f"{lack}, and none is in all four folders: {_remedy(most, folders)}")
-    if len(in_all) < len(names) and os.environ.get("RANK", "0") == "0":
+    if len(in_all) < len(names):
         lack = ", ".join(f"{n} are not in {folders[name]}" for name, n in lacking.items() if n)
         of_all = f"of the {len(names)} pictures in {folders['image']}"
-        print(f"{of_all}, {lack}; going on with the {len(in_all)} that are in all four folders", file=sys.stderr)
+        log.warning("%s, %s; going on with the %d that are in all four folders", of_all, lack, len(in_all))
     partition = _partition_list(folders["image"].parent, data_dir)
     official = {} if partition is None else dict(zip(*celeba.read_partition(partition), strict=True))
     parts = np.array([official.get(one, split_by_name(one)) for one in in_all])
@@ -196,7 +198,7 @@ def _splits(folders: Mapping[str, Path], data_dir: Path, cache_dir: Path, worker
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
+    parser = flags.parser(__doc__)
     add_flags(parser)
     args = parser.parse_args()
     found = find(folders(args), args.data_dir)
@@ -207,4 +209,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

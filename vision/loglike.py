@@ -3,8 +3,10 @@
 Pixels are scored by the Bernoulli cross-entropy, which is not a normalised density.
 """
 
-from mvae import checkpoint, cli
+from mvae import checkpoint
 from mvae.estimators import Modalities, Quantity, evaluate
+from mvae.scripts import flags
+from mvae.scripts.report import report
 
 import datasets
 from datasets import MODALITIES
@@ -24,11 +26,11 @@ QUANTITIES: dict[Quantity, list[Modalities]] = {
 
 
 def main() -> None:
-    parser = cli.loglike_parser(__doc__)
+    parser = flags.loglike_parser(__doc__)
     datasets.add_flags(parser)
     args = parser.parse_args()
-    device = cli.device(args.cuda)
-    model, _ = checkpoint.load_model(args.model_path, "vision", build_model, device)
+    device = flags.device(args.cuda)
+    model, trained = checkpoint.load_model(args.model_path, "vision", build_model, device)
     test = datasets.test_data(datasets.folders(args), args.data_dir, args.cache_dir, workers=args.workers)
     found = evaluate(
         model,
@@ -36,10 +38,10 @@ def main() -> None:
         quantities=QUANTITIES,
         n_samples=args.n_samples,
         seed=args.seed,
-        progress=cli.progress,
+        progress=flags.progress,
     )
-    cli.report(found, {}, args)
+    report(found, {}, args, trained)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -13,8 +13,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from mvae import checkpoint, cli, pictures
+from mvae import checkpoint, pictures
 from mvae.errors import UsageError
+from mvae.files import write_atomically
+from mvae.scripts import flags
 
 from datasets import MODALITIES, MODES, SIZE
 from model import build_model
@@ -74,12 +76,12 @@ def contact_sheet(given: dict[str, Tensor], drawn: dict[str, Tensor]) -> Image.I
 
 @torch.no_grad()
 def main() -> None:
-    parser = cli.sampling_parser(__doc__)
+    parser = flags.sampling_parser(__doc__)
     parser.set_defaults(out_dir=Path("./samples"))
     add_conditions(parser)
     args = parser.parse_args()
     given = conditions(args.condition_file or [], args.condition_type or [])
-    device = cli.device(args.cuda)
+    device = flags.device(args.cuda)
     model, _ = checkpoint.load_model(args.model_path, "vision", build_model, device)
     torch.manual_seed(args.seed)
     z = model.draw({name: picture.to(device) for name, picture in given.items()}, args.n_samples, device)
@@ -88,9 +90,9 @@ def main() -> None:
         pictures.save_grid(args.out_dir / f"{name}.png", some)
     buffer = io.BytesIO()
     contact_sheet(given, drawn).save(buffer, format="PNG", optimize=True)
-    checkpoint.write_atomically(args.out_dir / "contact_sheet.png", buffer.getvalue())
+    write_atomically(args.out_dir / "contact_sheet.png", buffer.getvalue())
     print(f"wrote {', '.join(f'{name}.png' for name in MODALITIES)} and contact_sheet.png in {args.out_dir}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mvae import checkpoint, cli, pictures
+from mvae import checkpoint, pictures
 from mvae.model import MVAE, Batch
+from mvae.scripts import flags
 
 import datasets
 from model import build_model
@@ -33,11 +34,11 @@ def transformed(model: MVAE, batch: Batch, given: str, *drawn: str) -> Tensor:
 
 @torch.no_grad()
 def main() -> None:
-    parser = cli.sampling_parser(__doc__)
+    parser = flags.sampling_parser(__doc__)
     parser.set_defaults(out_dir=Path("./samples"), n_samples=8)
     datasets.add_flags(parser)
     args = parser.parse_args()
-    device = cli.device(args.cuda)
+    device = flags.device(args.cuda)
     model, _ = checkpoint.load_model(args.model_path, "vision", build_model, device)
     _, validation = datasets.training_data(datasets.folders(args), args.data_dir, args.cache_dir, workers=args.workers)
     faces = torch.randperm(len(validation), generator=torch.Generator().manual_seed(args.seed))[: args.n_samples]
@@ -49,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -1,39 +1,58 @@
 """What the scripts share: flags, the device, and errors of one line."""
 
 import argparse
-import dataclasses
-import json
+import logging
 import os
+import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import write_atomically
-from .errors import UsageError, UserError
-from .estimators import Evaluation, listed, mean_and_error
-from .training import Options
+from ..errors import UsageError, UserError
+
+if TYPE_CHECKING:  # torch is imported where it's needed, so that -h doesn't wait for it
+    import torch
+
+    from ..schedules import Schedule
+    from ..training import Options
 
 T = TypeVar("T")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script: a UserError becomes one line on stderr and its exit status."""
+    """Runs a script: a UserError becomes one line on stderr and its exit status.
+
+    Parameters that an error names in backticks are printed as flags. What the package logs is printed, too: warnings on
+    stderr, the rest on stdout; by the first process alone where there are several.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        said, warned = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+        said.addFilter(_is_no_warning)
+        warned.setLevel(logging.WARNING)
+        logger = logging.getLogger("mvae")
+        logger.handlers = [said, warned]
+        logger.setLevel(logging.INFO)
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        message = re.sub(r"`(\w+)`", lambda found: f"--{found[1].replace('_', '-')}", str(error))
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(error.status)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # who reads the output has left, as `head` does: end as other commands do, by SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _is_no_warning(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.WARNING
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -61,12 +80,18 @@ def training_parser(
     n_val: int | None = None,
     approx_m: int | None = None,
     reconstruct: str = "given",
+    presets: Mapping[str, Mapping[str, object]] | None = None,
 ) -> argparse.ArgumentParser:
     """The flags of a train.py, with its defaults; `lambdas` gives each --lambda-NAME its default.
 
+    `presets`: by the names that --preset takes beside "paper", the defaults that each sets in place of the paper's.
     There is --n-val where the data have no validation split of their own, and --approx-m where subsets are drawn.
     """
     result = parser(description)
+    names = ["paper", *(presets or {})]
+    result.add_argument(
+        "--preset", choices=names, default="paper", help="whose defaults: flags that are given still win"
+    )
     model = result.add_argument_group("model and objective")
     model.add_argument("--n-latents", type=positive_int, default=n_latents, help="size of z")
     for name, value in lambdas.items():
@@ -92,6 +117,15 @@ def training_parser(
     optimisation.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the training data")
     optimisation.add_argument("--lr", type=positive_float, default=lr, help="Adam's learning rate")
     optimisation.add_argument(
+        "--lr-schedule",
+        choices=["constant", "cosine", "late"],
+        default="constant",
+        help="the rate's course: cosine falls to 0, late stays to half of the epochs and then falls linearly to 0",
+    )
+    optimisation.add_argument(
+        "--warmup-epochs", type=non_negative_float, default=0.0, help="epochs over which the rate rises from 0"
+    )
+    optimisation.add_argument(
         "--precision", choices=["fp32", "bf16"], default="fp32", help="of the networks; the rest is fp32"
     )
     optimisation.add_argument("--compile", action="store_true", help="compile the step; on CUDA, capture it as a graph")
@@ -102,6 +136,9 @@ def training_parser(
     data.add_argument("--out-dir", type=Path, default=Path("./trained_models"), help="folder of checkpoints and logs")
     data.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out-dir, if there is one")
     data.add_argument("--log-interval", type=positive_int, default=100, help="steps between reports")
+    chooser = argparse.ArgumentParser(add_help=False, exit_on_error=False)  # what -h shows depends on --preset, too
+    chooser.add_argument("--preset")
+    result.set_defaults(**(presets or {}).get(chooser.parse_known_args()[0].preset, {}))
     return result
 
 
@@ -140,44 +177,30 @@ def loglike_parser(description: str | None) -> argparse.ArgumentParser:
     return result
 
 
-def report(found: Evaluation, measures: Mapping[str, Tensor], args: argparse.Namespace) -> None:
-    """Prints what a loglike.py found, and writes it to --json. `measures`: further values (n,), by their names."""
-    rows: list[dict[str, Any]] = []
-    for (quantity, proposal), estimate in found.estimates.items():
-        mean, error = mean_and_error(estimate.log_p)
-        variance = estimate.log_weight_variance.mean().item()
-        under = f"q(z | {listed(proposal)})" if proposal else "p(z)"
-        row = {"quantity": quantity.name, "proposal": under, "mean": mean, "standard_error": error}
-        rows.append({**row, "log_weight_variance": variance})
-    n = len(next(iter(found.estimates.values())).log_p)
-    print(f"Test log-likelihood in nats: mean ± standard error over {n} examples, {args.n_samples} importance samples,")
-    print("and the variance of the log importance weights (mean over examples).")
-    widths = [max(24, *(len(row[name]) + 2 for row in rows)) for name in ("quantity", "proposal")]
-    print(f"{'quantity':{widths[0]}}{'proposal':{widths[1]}}{'log-likelihood':>20}{'variance':>12}")
-    for row in rows:
-        value = f"{row['mean']:.3f} ± {row['standard_error']:.3f}"
-        names = f"{row['quantity']:{widths[0]}}{row['proposal']:{widths[1]}}"
-        print(f"{names}{value:>20}{row['log_weight_variance']:>12.2f}")
-    others = {name: mean_and_error(values) for name, values in measures.items()}
-    for name, (mean, error) in others.items():
-        print(f"{name}: {mean:.4f} ± {error:.4f}")
-    if args.json:
-        content = {
-            "n_examples": n,
-            "n_samples": args.n_samples,
-            "checkpoint": str(args.model_path),
-            "log_likelihood": rows,
-            "measures": {name: {"mean": mean, "standard_error": error} for name, (mean, error) in others.items()},
-        }
-        write_atomically(args.json, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def options(args: argparse.Namespace) -> Options:
+def options(args: argparse.Namespace) -> "Options":
     """What `fit` is asked to do by the flags of `training_parser`."""
-    values = {
-        field.name: getattr(args, field.name) for field in dataclasses.fields(Options) if hasattr(args, field.name)
-    }
-    return Options(**values, device=device(args.cuda))
+    from ..training import Options
+
+    return Options(
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        approx_m=getattr(args, "approx_m", 0),  # a flag where there are three modalities or more
+        seed=args.seed,
+        precision=args.precision,
+        compile=args.compile,
+        resume=args.resume,
+        log_interval=args.log_interval,
+        out_dir=args.out_dir,
+        device=device(args.cuda),
+    )
+
+
+def lr_schedule(args: argparse.Namespace) -> "Schedule":
+    """The factor of the rate that --lr-schedule and --warmup-epochs ask for."""
+    from .. import schedules
+
+    courses = {"constant": lambda epochs: schedules.constant(), "cosine": schedules.cosine, "late": schedules.late}
+    return schedules.warmed_up(args.warmup_epochs, courses[args.lr_schedule](args.epochs))
 
 
 def reconstruct(args: argparse.Namespace, groups: Mapping[str, Sequence[str]] | None = None) -> str | list[str]:
@@ -189,17 +212,32 @@ def reconstruct(args: argparse.Namespace, groups: Mapping[str, Sequence[str]] | 
     if len(names) == 1 and names[0] in ("given", "all"):
         return names[0]
     if {"given", "all"} & set(names):
-        raise UsageError(f"--reconstruct takes given, all, or names of modalities, not {' '.join(names)}")
+        raise UsageError(f"`reconstruct` takes given, all, or names of modalities, not {' '.join(names)}")
     return [one for name in names for one in (groups or {}).get(name, [name])]
 
 
 def settings(args: argparse.Namespace) -> dict[str, object]:
-    """The flags as plain values, as a checkpoint records them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    """The flags as plain values, as a checkpoint records them. A schedule that ends with the run says so."""
+    found = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    if found.get("lr_schedule", "constant") != "constant":
+        found["lr_schedule"] = f"{args.lr_schedule} over {args.epochs} epochs"
+    return found | origin()
 
 
-def device(cuda: bool) -> torch.device:
+def origin() -> dict[str, str | None]:
+    """The command that runs, named from the repository's root, and its commit: None if git doesn't tell."""
+    root = Path(__file__).resolve().parents[2]
+    script = Path(sys.argv[0]).resolve()
+    name = script.relative_to(root) if script.is_relative_to(root) else script.name
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    commit = found.stdout.strip() if found.returncode == 0 else None
+    return {"command": shlex.join(["python", str(name), *sys.argv[1:]]), "commit": commit}
+
+
+def device(cuda: bool) -> "torch.device":
     """The device asked for. Without a CUDA device --cuda warns in one line, and the CPU does the work."""
+    import torch
+
     if cuda and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if cuda:
@@ -230,6 +268,10 @@ def seed_number(text: str) -> int:
 
 def positive_float(text: str) -> float:
     return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def non_negative_float(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
 
 
 def _number(text: str, kind: type, allowed: Callable, wanted: str):

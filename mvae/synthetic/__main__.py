@@ -4,8 +4,8 @@
     python -m mvae.synthetic fashion DIR    # as many made garments, shoes and bags: DIR/FashionMNIST/raw
     python -m mvae.synthetic faces DIR      # 8,000 + 1,000 + 1,000 made faces, as CelebA is published: DIR/celeba
 
-The made_*.py beside this file say what is drawn. Figures got on made sets say that the code runs and learns; they are
-no figures for the real ones. The bytes follow from the seed, for one version of NumPy and OpenCV.
+digits.py, fashion.py and faces.py beside this file say what is drawn. Figures got on made sets say that the code runs
+and learns; they are no figures for the real ones. The bytes follow from the seed, for one version of NumPy and OpenCV.
 """
 
 import argparse
@@ -22,9 +22,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from .made_digits import digits
-from .made_faces import DRAWN, attributes, faces
-from .made_fashion import garments
+from .digits import digits
+from .faces import DRAWN, attributes, faces
+from .fashion import garments
 
 Draw = Callable[[int, np.random.Generator], tuple[np.ndarray, np.ndarray]]
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import Data, binarize_once, pictures_and_labels, split
-from .data import binarize as binarize_afresh
-from .errors import UserError
+from ..data import Data, binarize_once, pictures_and_labels, split
+from ..data import binarize as binarize_afresh
+from ..errors import UserError
 
 CONTENT_MD5 = {
     "MNIST": {
@@ -112,7 +112,7 @@ def _download(folder: Path, name: str, files: Sequence[str]) -> None:
 
     official = getattr(datasets, name)
     wanted = f"{', '.join(files)} of {name} are not in {folder}"
-    remedy = "put them there, or name the folder that holds them with --data-dir or MVAE_DATA_DIR"
+    remedy = "put them there, or name the folder that holds them with `data_dir` or MVAE_DATA_DIR"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:

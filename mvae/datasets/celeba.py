@@ -1,8 +1,6 @@
 """CelebA on disk: pictures, lists and the official split, as `Data` of 64x64 pictures and 18 attributes."""
 
-import argparse
-import os
-import sys
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cli
-from .data import Data
-from .decoded import Entry, decoded, listing
-from .errors import UserError
+from ..data import Data
+from ..errors import UserError
+from .picture_cache import Entry, decoded, listing
+
+log = logging.getLogger(__name__)
 
 ATTRIBUTES = (
     "Bald",
@@ -65,13 +64,6 @@ class Faces(NamedTuple):
     named: tuple[int, ...]
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags --cache-dir, --allow-missing and --workers, which every script has that reads the pictures."""
-    cli.add_cache_flags(parser).add_argument(
-        "--allow-missing", action="store_true", help="do with the images that are there, where the lists name more"
-    )
-
-
 def pictures_and_attributes(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     """A `transform`: `image` becomes floats in [0, 1], and `attrs` (batch, 18) floats, 0 and 1."""
     return {"image": rows["image"].float() / 255, "attrs": rows["attrs"].float()}
@@ -89,7 +81,7 @@ def training_data(
 
     Both hold `image` (N, 3, 64, 64), memory-mapped, and `attrs` (N, 18) in {0, 1} by `ATTRIBUTES`, all uint8.
 
-    Raises UserError, in one line, for whatever lacks, doesn't fit or is damaged.
+    Raises UserError, in one line, for what is missing, doesn't fit or is damaged.
     """
     train, validation, _ = _splits(data_dir, cache_dir, allow_missing, workers)
     return train[:limit], validation
@@ -105,21 +97,11 @@ def check(data_dir: Path, allow_missing: bool = False) -> str:
 
     The images themselves aren't opened.
     """
-    return _summary(find(data_dir, allow_missing))
+    return summary(find(data_dir, allow_missing))
 
 
-def prepare(description: str | None) -> None:
-    """What a datasets.py does as a command: says how many of the images are there, and decodes them."""
-    parser = cli.parser(description)
-    add_flags(parser)
-    args = parser.parse_args()
-    faces = find(args.data_dir, args.allow_missing)
-    print(_summary(faces), flush=True)
-    _decoded(faces, args.cache_dir, args.workers)
-    print(f"its pictures are decoded in {args.cache_dir}")
-
-
-def _summary(faces: Faces) -> str:
+def summary(faces: Faces) -> str:
+    """A line that says how many images there are of each split."""
     shares = zip(SPLITS, faces.counts, faces.named, strict=True)
     return f"CelebA in {faces.source}: " + ", ".join(f"{name} {here} of {all_} images" for name, here, all_ in shares)
 
@@ -127,7 +109,7 @@ def _summary(faces: Faces) -> str:
 def find(data_dir: Path, allow_missing: bool = False) -> Faces:
     """Finds CelebA below `data_dir`, in the official download's layout or torchvision's, and reads its lists.
 
-    Images that the lists name and the folder lacks are counted, in a line on stderr.
+    Images that the lists name and the folder lacks are counted, in a warning.
 
     Raises UserError if anything but images is missing, or a list is damaged; or images, without `allow_missing`.
     """
@@ -141,12 +123,12 @@ def find(data_dir: Path, allow_missing: bool = False) -> Faces:
     n_missing = len(names) - sum(counts)
     missing = f"{n_missing} of the {len(names)} images that {attribute_list} names are not in {source}"
     if n_missing and not allow_missing:
-        raise UserError(f"{missing}: --allow-missing does with the others")
+        raise UserError(f"{missing}: `allow_missing` does with the others")
     if min(counts) < (FEWEST if n_missing else 1):
         left = ", ".join(f"{n} for {split}" for split, n in zip(SPLITS, counts, strict=True))
         raise UserError(f"{missing}; too few are left: {left}" if n_missing else f"{partition_list} leaves {left}")
-    if n_missing and os.environ.get("RANK", "0") == "0":
-        print(f"{missing}; going on with the others", file=sys.stderr)
+    if n_missing:
+        log.warning("%s; going on with the others", missing)
     rows = here.nonzero()[0]
     rows = rows[partition[rows].argsort(kind="stable")]
     return Faces(source, [files[names[row]] for row in rows], attributes[rows], columns, counts, named)
@@ -169,7 +151,7 @@ def locate(data_dir: Path) -> tuple[Path, Path, Path]:
     whence = "the official page of CelebA, mmlab.ie.cuhk.edu.hk/projects/CelebA.html (Align&Cropped Images, Anno, Eval)"
     raise UserError(
         f"CelebA in {data_dir} lacks {missing}: get them from {whence} and put img_align_celeba/ or its zip, "
-        f"list_attr_celeba.txt and list_eval_partition.txt in {data_dir / 'celeba'}, or name another --data-dir"
+        f"list_attr_celeba.txt and list_eval_partition.txt in {data_dir / 'celeba'}, or name another `data_dir`"
     )
 
 
@@ -204,7 +186,7 @@ def read_partition(path: Path) -> tuple[list[str], np.ndarray]:
 def _splits(data_dir: Path, cache_dir: Path, allow_missing: bool, workers: int) -> list[Data]:
     """The data of each of `SPLITS`: slices of one file of all decoded pictures."""
     faces = find(data_dir, allow_missing)
-    image = _decoded(faces, cache_dir, workers)
+    image = pictures(faces, cache_dir, workers)
     attributes = faces.attributes[:, [faces.columns.index(name) for name in ATTRIBUTES]]
     attrs = torch.from_numpy((attributes == 1).astype(np.uint8))
     whole = Data(tensors={"image": image, "attrs": attrs}, transform=pictures_and_attributes)
@@ -212,7 +194,8 @@ def _splits(data_dir: Path, cache_dir: Path, allow_missing: bool, workers: int) 
     return [whole[end - n : end] for n, end in zip(faces.counts, ends, strict=True)]
 
 
-def _decoded(faces: Faces, cache_dir: Path, workers: int) -> Tensor:
+def pictures(faces: Faces, cache_dir: Path, workers: int) -> Tensor:
+    """The faces' pictures, (n, 3, 64, 64) uint8, decoded into a file in `cache_dir` unless they are there."""
     return decoded(faces.source, faces.entries, cache_dir / "celeba-64.pictures", workers=workers)
 
 

@@ -8,10 +8,10 @@ As a command this module is a process that decodes. For its sake nothing here im
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import signal
@@ -27,10 +27,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from .errors import UserError
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 FORMAT = "mvae pictures 1"
 BLOCK = 128  # pictures: what a kill loses of each process's work, and what a checksum is of
@@ -82,6 +84,22 @@ def decoded(
     return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=torch.uint8).view(shape)
 
 
+def load_picture(path: Path, mode: Literal["RGB", "L"], size: int) -> "Tensor":
+    """A picture file of any size and mode as (1, channels, size, size) in [0, 1], made as the training data's are.
+
+    Raises UserError if it can't be read or is no picture.
+    """
+    import torch
+
+    try:
+        content = pixels(path.read_bytes(), mode, size)
+    except OSError as error:  # PIL's error for what is no picture is one, too
+        raise UserError(f"can't read {path} as a picture: {error.strerror or 'it is none, or damaged'}") from None
+    except Exception:  # PIL fails in many ways on a damaged file; each means the same to the user
+        raise UserError(f"can't read {path} as a picture: it is none, or damaged") from None
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(1, len(mode), size, size).float() / 255
+
+
 def make(
     source: Path,
     entries: Sequence[Entry],
@@ -94,8 +112,8 @@ def make(
     """Decodes the pictures `entries` of `source` into the file `path`, unless it holds them already.
 
     That is checked: their names, sizes and times of change, and every byte of the file. They become what torchvision's
-    Resize(size) and CenterCrop(size) make of PIL images, by `workers` processes. A build that was killed is gone on
-    with; one that another process is at is waited for.
+    Resize(size) and CenterCrop(size) make of PIL images, by `workers` processes. A build that was killed goes on
+    from its blocks that are done; one that another process is at is waited for.
 
     Raises UserError if a picture is damaged or the file can't be written (what is decoded by then is kept), or if there
     are no entries.
@@ -109,7 +127,7 @@ def make(
                 _build(source, entries, path, file, workers)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"can't keep decoded pictures in {path} ({reason}): name a folder with --cache-dir") from None
+        raise UserError(f"can't keep decoded pictures in {path} ({reason}): name another `cache_dir`") from None
 
 
 class _File(NamedTuple):
@@ -183,12 +201,14 @@ def _checksum(pixels: bytes) -> bytes:
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Keeps other processes from building the same file; waits for one that does. It ends with the process."""
+    import fcntl  # not on every system, and nothing but this needs it
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(path.name + ".lock"), "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process, which is decoding into {path}", flush=True)
+            log.info("waiting for another process, which is decoding into %s", path)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -200,19 +220,19 @@ def _build(source: Path, entries: Sequence[Entry], path: Path, file: _File, work
     if found == []:
         return  # while this process waited
     if found:
-        print(f"{path} is damaged: decoding {len(found)} of {len(file.blocks)} blocks again", flush=True)
+        log.info("%s is damaged: decoding %d of %d blocks again", path, len(found), len(file.blocks))
         os.replace(path, partial)
     elif path.exists():
-        print(f"{path} doesn't hold the pictures that are now in {source}, or was cut short: decoding anew", flush=True)
+        log.info("%s doesn't hold the pictures that are now in %s, or was cut short: decoding anew", path, source)
     todo = file.broken(partial)
     if todo is None:
         _create(partial, file)
         todo = list(file.blocks)
     done = file.n - sum(map(file.pictures_in, todo))
-    print(f"decoding {file.n} pictures of {source}" + f", of which {done} are done" * (done > 0), flush=True)
+    log.info("decoding %d pictures of %s%s", file.n, source, f", of which {done} are done" * (done > 0))
     members = [(block, [entry.member for entry in entries[block * BLOCK :][:BLOCK]]) for block in todo]
     shares = [(str(source), str(partial), file, members[first::workers]) for first in range(min(workers, len(todo)))]
-    with tqdm(total=file.n, initial=done, leave=False, unit=" pictures", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=file.n, initial=done, leave=False, unit=" pictures", disable=None) as bar:
         for n in _decode(shares):
             bar.update(n)
     if file.broken(partial):
@@ -247,7 +267,7 @@ def _decode(shares: Sequence[tuple[str, str, _File, list[tuple[int, list[str]]]]
     die of it if this process does, at their next report.
     """
     command = [sys.executable, "-P", "-m", __name__]
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     reader, writer = os.pipe()
     processes: list[subprocess.Popen[bytes]] = []

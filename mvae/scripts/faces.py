@@ -1,4 +1,4 @@
-"""Faces' attributes in the scripts: as a condition, in a text file, and how well they are predicted."""
+"""CelebA in the scripts: its flags, its preparation, and attributes as a condition and as text."""
 
 import argparse
 import difflib
@@ -9,11 +9,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .celeba import ATTRIBUTES, training_data
-from .data import random_example
-from .pictures import load_picture
+from ..data import random_example
+from ..datasets.celeba import ATTRIBUTES, find, pictures, summary, training_data
+from ..datasets.picture_cache import load_picture
+from . import flags
 
 CONDITIONS = ("--condition-on-attrs", "--condition-on-image")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags --cache-dir, --workers and --allow-missing of the scripts that read the pictures."""
+    flags.add_cache_flags(parser).add_argument(
+        "--allow-missing", action="store_true", help="do with the images that are there, where the lists name more"
+    )
+
+
+def prepare(description: str | None) -> None:
+    """What a datasets.py does as a command: says how many of the images are there, and decodes them."""
+    parser = flags.parser(description)
+    add_flags(parser)
+    args = parser.parse_args()
+    faces = find(args.data_dir, args.allow_missing)
+    print(summary(faces), flush=True)
+    pictures(faces, args.cache_dir, args.workers)
+    print(f"its pictures are decoded in {args.cache_dir}")
 
 
 def add_conditions(parser: argparse.ArgumentParser) -> None:
@@ -91,34 +110,3 @@ def lines(there: Tensor) -> str:
     """A line for each row of (n, 18) bool: the names of the attributes that are there."""
     rows = ([name for name, here in zip(ATTRIBUTES, row, strict=True) if here] for row in there.tolist())
     return "".join(" ".join(row) + "\n" for row in rows)
-
-
-def measures(probabilities: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """How well attributes are predicted: values (n,) by name, whose means are accuracies, overall and of each.
-
-    Balanced accuracy is the mean of the accuracies among the faces that have the attribute and those that haven't; its
-    values are such that their standard error is that of this mean (the delta method). An attribute that all or none
-    of the faces have has none.
-
-    Args:
-        probabilities: (n, 18), of each attribute.
-        truth: (n, 18), 0 and 1.
-    """
-    positive = truth.bool()
-    right = ((probabilities > 0.5) == positive).double()
-    balanced: dict[str, Tensor] = {}
-    for i, name in enumerate(ATTRIBUTES):
-        here = positive[:, i]
-        if here.any() and not here.all():
-            of_those = [right[here, i].mean(), right[~here, i].mean()]
-            error = torch.where(here, right[:, i] - of_those[0], right[:, i] - of_those[1])
-            share = torch.where(here, here.double().mean(), 1 - here.double().mean())
-            balanced[name] = (of_those[0] + of_those[1] + error / share) / 2
-    found = {"accuracy of an attribute predicted from the image": right.mean(dim=1)}
-    if balanced:
-        found["balanced accuracy, likewise"] = torch.stack(list(balanced.values())).mean(dim=0)
-    for i, name in enumerate(ATTRIBUTES):
-        found[f"accuracy of {name}"] = right[:, i]
-        if name in balanced:
-            found[f"balanced accuracy of {name}"] = balanced[name]
-    return found

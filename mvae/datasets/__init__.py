@@ -1,0 +1,1 @@
+"""Sets on disk, as `Data`: the MNIST family, CelebA, and pictures decoded once."""

@@ -1,0 +1,69 @@
+"""What to measure beside the ELBO: how well one modality is read off others."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .model import MVAE, Batch
+
+Metric = Callable[[MVAE, Batch], Tensor]
+"""A value of each example of a batch, (batch,). `fit` reports its mean over the validation examples."""
+
+
+def label_accuracy(name: str, given: Sequence[str] = ("image",)) -> Metric:
+    """1 where the most probable label (every symbol of a text) is the true one, else 0; z is the mean of q(z | given).
+
+    `name` is the modality of the labels, whose likelihood's mean is its probabilities, classes last.
+    """
+
+    def metric(model: MVAE, batch: Batch) -> Tensor:
+        mu, _ = model.posterior({other: batch[other] for other in given})
+        right = model.mean(mu, [name])[name].argmax(dim=-1) == batch[name]
+        return right.flatten(1).all(dim=1).float() if right.dim() > 1 else right.float()
+
+    return metric
+
+
+def attribute_accuracy(names: Sequence[str], given: Sequence[str] = ("image",)) -> Metric:
+    """The share of binary attributes that are predicted right, of all modalities `names`; z is the mean of q."""
+
+    def metric(model: MVAE, batch: Batch) -> Tensor:
+        mu, _ = model.posterior({other: batch[other] for other in given})
+        means = model.mean(mu, names)
+        right = [((means[name] > 0.5) == batch[name].bool()).float().reshape(len(mu), -1) for name in names]
+        return torch.cat(right, dim=1).mean(dim=1)
+
+    return metric
+
+
+def accuracies(probabilities: Tensor, truth: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """How well attributes are predicted: values (n,) by name, whose means are accuracies, overall and of each.
+
+    Balanced accuracy is the mean of two accuracies: among the examples that have the attribute, and among the others.
+    Its values are made so that their standard error is that of this mean (the delta method). An attribute that all or
+    none of the examples have has no balanced accuracy.
+
+    Args:
+        probabilities: (n, attributes), of each attribute.
+        truth: (n, attributes), 0 and 1.
+        names: of the attributes.
+    """
+    positive = truth.bool()
+    right = ((probabilities > 0.5) == positive).double()
+    balanced: dict[str, Tensor] = {}
+    for i, name in enumerate(names):
+        here = positive[:, i]
+        if here.any() and not here.all():
+            of_those = [right[here, i].mean(), right[~here, i].mean()]
+            error = torch.where(here, right[:, i] - of_those[0], right[:, i] - of_those[1])
+            share = torch.where(here, here.double().mean(), 1 - here.double().mean())
+            balanced[name] = (of_those[0] + of_those[1] + error / share) / 2
+    found = {"accuracy of an attribute predicted from the image": right.mean(dim=1)}
+    if balanced:
+        found["balanced accuracy of an attribute"] = torch.stack(list(balanced.values())).mean(dim=0)
+    for i, name in enumerate(names):
+        found[f"accuracy of {name}"] = right[:, i]
+        if name in balanced:
+            found[f"balanced accuracy of {name}"] = balanced[name]
+    return found

@@ -1,0 +1,40 @@
+"""Schedules: functions of t, the epochs done (a float), for β and for the learning rate's factor.
+
+They hold no state, so a resumed run meets the same values. A schedule of your own is any such function:
+`lambda t: 0.95**t`.
+"""
+
+import math
+from collections.abc import Callable
+
+Schedule = Callable[[float], float]
+"""From the epochs done, which the step itself completes: 1.0 at the end of the first epoch."""
+
+
+def constant(value: float = 1.0) -> Schedule:
+    """Always `value`."""
+    return lambda t: value
+
+
+def linear(epochs: float) -> Schedule:
+    """Rises from 0 to 1 over the first `epochs`, then stays; 1 from the start if `epochs` is 0.
+
+    The paper's β: linear(200) for its 500 epochs of MNIST.
+    """
+    return lambda t: min(1.0, t / epochs) if epochs else 1.0
+
+
+def cosine(epochs: float) -> Schedule:
+    """Falls from 1 to 0 over `epochs`, along half a period of the cosine (Loshchilov & Hutter 2017, equation 5)."""
+    return lambda t: 0.5 * (1 + math.cos(math.pi * min(1.0, t / epochs)))
+
+
+def warmed_up(epochs: float, schedule: Schedule) -> Schedule:
+    """`schedule`, multiplied by a factor that rises from 0 to 1 over the first `epochs`."""
+    rise = linear(epochs)
+    return lambda t: rise(t) * schedule(t)
+
+
+def late(epochs: float) -> Schedule:
+    """1 for the first half of `epochs`, then falls linearly to 0 at their end."""
+    return lambda t: min(1.0, max(0.0, 2 - 2 * t / epochs))

@@ -1,0 +1,1 @@
+"""What the scripts share, and all that knows of flags and terminals."""
