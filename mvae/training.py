@@ -6,18 +6,15 @@ the run, bit for bit on a CPU.
 
 import dataclasses
 import math
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -26,6 +23,7 @@ from .errors import UsageError, UserError
 from .metrics import Metric
 from .model import Batch
 from .objective import Objective, random_subsets
+from .processes import Processes, signals
 from .run import Run
 from .schedules import Schedule, constant
 from .stats import Totals
@@ -89,7 +87,7 @@ def train_step(
         loss, totals = objective(batch, beta, subsets, present)
     # The gradient of the batch's mean. DistributedDataParallel averages it over the processes meanwhile.
     loss.backward()
-    # A bad loss is to be known before it reaches the weights; but to look would make a GPU wait at every step.
+    # A loss that isn't finite must not reach the weights. On a GPU nobody looks: the look would make every step wait.
     if loss.device.type != "cpu" or loss.isfinite():
         optimizer.step()
     optimizer.zero_grad()
@@ -129,9 +127,9 @@ def fit(
         UserError: a loss or gradient that isn't finite (no file is overwritten), or a file that can't be written.
         Stopped: SIGINT or SIGTERM, after saving; resuming goes on from that very step.
     """
-    rank, world = _join(options)
+    processes = Processes.join(options.batch_size, options.device)
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in objective.modules())
-    if has_batch_norm and min(options.batch_size, len(train)) < 2 * world:
+    if has_batch_norm and min(options.batch_size, len(train)) < 2 * processes.world:
         raise UsageError("these networks have batch norm: `batch_size` is to give each process 2 examples or more")
     settings = {**(settings or {}), "n_train": len(train)}
     train, validation = train.to(options.device), validation.to(options.device)
@@ -139,26 +137,26 @@ def fit(
     rates = [group["lr"] for group in optimizer.param_groups]
     run = Run(objective, optimizer, out_dir=options.out_dir, experiment=experiment, settings=settings)
     run.start(options.resume)
-    if rank == 0:
+    if processes.rank == 0:
         run.write_stats()  # a folder that can't be written is better known before the first step
     else:
         run.sums = torch.zeros_like(run.sums)  # a checkpoint's sums are those of all processes
     step_module: Callable[..., tuple[Tensor, Totals]] = objective
-    if world > 1:
+    if processes.world > 1:
         step_module = DistributedDataParallel(objective, find_unused_parameters=train.present is not None)
     if options.compile:
         step_module = torch.compile(step_module, mode="reduce-overhead" if options.device.type == "cuda" else None)
     watch = _Watch(run)
     beta_now = torch.zeros((), device=options.device)
-    with _signals() as caught:
+    with signals() as caught:
         while run.epoch <= options.epochs:
             batches = permuted_rows(train, options.batch_size, seed_of(options.seed, run.epoch))
             started = time.perf_counter() - run.seconds
-            for rows in _bar(batches[run.step :], run, len(batches), options, rank):
-                torch.manual_seed(seed_of(options.seed, run.epoch, run.step, rank))
+            for rows in _bar(batches[run.step :], run, len(batches), options, processes.rank):
+                torch.manual_seed(seed_of(options.seed, run.epoch, run.step, processes.rank))
                 subset_rng = np.random.default_rng(seed_of(options.seed, run.epoch, run.step))
                 subsets = random_subsets(objective.model.modalities, options.approx_m, subset_rng)
-                batch, present = train.batch(rows[rank::world])
+                batch, present = train.batch(rows[processes.rank :: processes.world])
                 run.step += 1
                 t = run.epoch - 1 + run.step / len(batches)
                 run.beta, run.lr = beta(t), rates[0] * lr(t)
@@ -170,41 +168,35 @@ def fit(
                     beta=beta_now, subsets=subsets, precision=options.precision,
                 )  # fmt: skip
                 asked = run.step % options.log_interval == 0 or run.step == len(batches)
-                stop = _agreed(caught, asked, world, options.device)
+                stop = processes.agree_to_stop(caught, ask=asked)
                 watch.look(totals, raise_now=asked or stop or options.device.type == "cpu")
                 run.add(totals)
                 run.seconds = time.perf_counter() - started
                 if stop:
                     watch.check_weights()
-                    run.sums = _sum_over_processes(run.sums, world)
-                    if rank == 0:
+                    run.sums = processes.sum(run.sums)
+                    if processes.rank == 0:
                         run.save()
                     where = f"epoch {run.epoch}, step {run.step} of {len(batches)}"
                     raise Stopped(f"stopped at {where}; the state is saved: `resume` goes on from it", caught[0])
             watch.check_weights()
-            train_sums = _sum_over_processes(run.sums, world)
-            found = validate(objective, validation, options, metrics or {}, rank, world)
+            train_sums = processes.sum(run.sums)
+            found = validate(objective, validation, options, metrics or {}, processes)
             if not all(map(math.isfinite, found.values())):
                 bad = [name for name, value in found.items() if not math.isfinite(value)]
                 watch.stop([f"validation's {name}" for name in sorted(bad, key=lambda name: "/" not in name)])
             best = run.end_epoch(train_sums, found)
-            if rank == 0:
+            if processes.rank == 0:
                 run.save(best=best)
                 run.report(validation, best=best)
     run.close()
-    if world > 1:
-        distributed.destroy_process_group()
+    processes.leave()
     return run.history
 
 
 @torch.no_grad()
 def validate(
-    objective: Objective,
-    data: Data,
-    options: Options,
-    metrics: Mapping[str, Metric],
-    rank: int = 0,
-    world: int = 1,
+    objective: Objective, data: Data, options: Options, metrics: Mapping[str, Metric], processes: Processes
 ) -> dict[str, float]:
     """The means of `Totals.means` and of the metrics over `data`, at β = 1, with z drawn by the same seed each time.
 
@@ -214,7 +206,7 @@ def validate(
     size = len(Totals.zeros(objective.names, objective.model.modalities).vector())
     sums = torch.zeros(size + 2 * len(metrics), dtype=torch.float64, device=options.device)
     for i, rows in enumerate(consecutive_rows(data, options.batch_size)):
-        if i % world == rank:
+        if i % processes.world == processes.rank:
             torch.manual_seed(seed_of(options.seed, 0, i))
             batch, present = data.batch(rows)
             with torch.autocast(options.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
@@ -228,7 +220,7 @@ def validate(
                 sums[size + 2 * j] += torch.where(whole, values, 0).sum()
                 sums[size + 2 * j + 1] += whole.sum()
     objective.train()
-    sums = _sum_over_processes(sums, world)
+    sums = processes.sum(sums)
     found = Totals.of(sums[:size], objective.names, objective.model.modalities).means()
     measured = dict(zip(metrics, sums[size:].view(-1, 2).tolist(), strict=True))
     return found | {name: total / n for name, (total, n) in measured.items() if n}
@@ -265,65 +257,6 @@ class _Watch:
 
 def _device_of(batch: Batch) -> torch.device:
     return next(iter(batch.values())).device
-
-
-def _join(options: Options) -> tuple[int, int]:
-    """This process's rank and their number, as torchrun gives them; joins the group if there are several."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return 0, 1
-    if options.batch_size % world:
-        raise UsageError(f"`batch_size` {options.batch_size} can't be shared evenly by {world} processes")
-    if options.device.type == "cuda":
-        torch.cuda.set_device(options.device)
-    distributed.init_process_group("nccl" if options.device.type == "cuda" else "gloo")
-    return distributed.get_rank(), world
-
-
-def _sum_over_processes(sums: Tensor, world: int) -> Tensor:
-    if world > 1:
-        sums = sums.clone()
-        distributed.all_reduce(sums)
-    return sums
-
-
-def _agreed(caught: list[int], asked: bool, world: int, device: torch.device) -> bool:
-    """True if the run is to stop here. Several processes ask each other when `asked`, so all stop at the same step."""
-    if world == 1:
-        return bool(caught)
-    if not asked:
-        return False
-    flag = torch.tensor(float(caught[0] if caught else 0), device=device)
-    distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
-    if flag and not caught:
-        caught.append(int(flag))
-    return bool(caught)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in a list. The second of a kind ends the process if it comes over a second later.
-
-    A second one within the second is part of the same request: `timeout` sends its signal to the process, and then to
-    its group.
-    """
-    caught: list[int] = []
-    first: dict[int, float] = {}
-
-    def catch(number: int, frame: Any) -> None:
-        if time.monotonic() - first.setdefault(number, time.monotonic()) > 1:
-            signal.signal(number, previous[number])
-            signal.raise_signal(number)
-        caught.append(number)
-
-    previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in previous:
-        signal.signal(number, catch)
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _bar(batches: list[Tensor], run: Run, n: int, options: Options, rank: int) -> Iterator[Tensor]:
