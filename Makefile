@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 EXPERIMENTS := mnist fashionmnist multimnist celeba celeba19 vision
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench tables clean
 
 .venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -18,8 +18,7 @@ demo: .venv/ready
 	  data=demo/data; run=demo/made_digits; $(BIN)/python -m mvae.synthetic digits $$data; \
 	fi; \
 	export MVAE_DATA_DIR="$$data"; set -x; \
-	$(BIN)/python mnist/train.py --lambda-text 50 --reconstruct text --epochs 10 --annealing-epochs 5 \
-	  --cuda --out-dir $$run --resume; \
+	$(BIN)/python mnist/train.py --preset fast --epochs 10 --annealing-epochs 4 --cuda --out-dir $$run --resume; \
 	$(BIN)/python mnist/sample.py $$run/model_best.pth.tar --cuda --out-dir $$run/prior; \
 	$(BIN)/python mnist/sample.py $$run/model_best.pth.tar --condition-on-text 5 --cuda --out-dir $$run/five; \
 	$(BIN)/python mnist/loglike.py $$run/model_best.pth.tar --cuda --limit 500 --n-samples 200; \
@@ -29,16 +28,20 @@ demo: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy mvae tests benchmarks
-	for folder in $(EXPERIMENTS); do (cd $$folder && $(BIN)/mypy .) || exit 1; done
+	$(BIN)/mypy mvae tests benchmarks $(EXPERIMENTS)
 
 test: export OMP_NUM_THREADS = 1
 test: lint
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/pictures.py
+
+# The tables of the READMEs and docs/, and the plots, from what runs left in results/.
+tables: .venv/ready
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/plots.py
 
 clean:
 	rm -rf .venv demo

@@ -1,16 +1,20 @@
-"""The experiments to measure: random data in the shapes of the real ones, and what train.py's defaults make of them."""
+"""The experiments to measure: random data in the shapes of the real ones, and the settings of train.py."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mvae.data import Data, pictures_and_labels
+from celeba19.datasets import apart
+from mvae import MVAE, Bernoulli, Data, Quantity, of_a_pair
+from mvae.data import pictures_and_labels
 from mvae.datasets.celeba import ATTRIBUTES, pictures_and_attributes
-from mvae.likelihoods import Bernoulli
-from mvae.model import MVAE
+from mvae.estimators import Modalities
+from mvae.layers import FaceEncoder, face_decoder
+from vision import datasets as vision
 
 import plain
 
@@ -20,6 +24,7 @@ class Experiment(NamedTuple):
 
     data: makes its training data, random, on the CPU and as stored.
     weights: λ by modality.
+    quantities: what loglike.py estimates, each with its proposals.
     predictions: what loglike.py predicts, and from what.
     plain_encode: how the plain reference runs an encoder that ours runs more cleverly; see `plain.loss`.
     plain_model: by its latents, the plain reference's model where ours has other modules; they compute the same.
@@ -32,11 +37,17 @@ class Experiment(NamedTuple):
     n_latents: int
     weights: Mapping[str, float]
     lr: float
+    quantities: Mapping[Quantity, Sequence[Modalities]]
     predictions: Mapping[str, tuple[str, ...]]
     plain_encode: Mapping[str, plain.Encode] = {}
     plain_model: Callable[[int], MVAE] | None = None
     approx_m: int = 0
     reconstruct: str = "given"
+
+
+def build_model(name: str, n_latents: int) -> MVAE:
+    """The model of an experiment's folder."""
+    return importlib.import_module(f"{name}.model").build_model(n_latents)
 
 
 def digits_or_garments() -> Data:
@@ -58,17 +69,13 @@ def faces() -> Data:
 
 
 def faces_and_attributes() -> Data:
-    from datasets import apart  # of the experiment's folder
-
     return dataclasses.replace(faces(), transform=apart)
 
 
 def six_pictures() -> Data:
-    from datasets import six  # of the experiment's folder
-
     channels = {"image": 3, "gray": 1, "edge": 1, "mask": 1}
     tensors = {name: torch.randint(256, (2000, n, 64, 64), dtype=torch.uint8) for name, n in channels.items()}
-    return Data(tensors=tensors, transform=six)
+    return Data(tensors=tensors, transform=vision.six)
 
 
 class AttributeEncoder(nn.Module):
@@ -93,13 +100,24 @@ def attribute_decoder(n_latents: int) -> nn.Sequential:
 
 def attributes_apart(n_latents: int) -> MVAE:
     """CelebA-19's model with networks of their own for the 18 attributes."""
-    from model import ImageEncoder, image_decoder  # of the experiment's folder
-
-    encoders = {"image": ImageEncoder(n_latents), **{name: AttributeEncoder(n_latents) for name in ATTRIBUTES}}
-    decoders = {"image": image_decoder(n_latents), **{name: attribute_decoder(n_latents) for name in ATTRIBUTES}}
+    encoders = {"image": FaceEncoder(3, n_latents), **{name: AttributeEncoder(n_latents) for name in ATTRIBUTES}}
+    decoders = {"image": face_decoder(3, n_latents), **{name: attribute_decoder(n_latents) for name in ATTRIBUTES}}
     likelihoods = {name: Bernoulli(decoder) for name, decoder in decoders.items()}
     return MVAE(encoders=encoders, likelihoods=likelihoods, n_latents=n_latents)
 
+
+LABEL = of_a_pair(("image",), ("text",))
+TEXT = of_a_pair(("image",), ("text",), y_proposal=("text",))
+FACE = of_a_pair(("image",), ("attrs",))
+FACE_19 = of_a_pair(("image",), ATTRIBUTES)
+SIX: dict[Quantity, list[Modalities]] = {
+    **{Quantity((name,)): [(name,), vision.MODALITIES] for name in vision.MODALITIES},
+    Quantity(vision.MODALITIES): [("image",), vision.MODALITIES],
+    **{
+        Quantity((name,), given=("image",), given_proposal=("image",)): [("image",), vision.MODALITIES]
+        for name in vision.MODALITIES[1:]
+    },
+}
 
 EXPERIMENTS = {
     "mnist": Experiment(
@@ -108,6 +126,7 @@ EXPERIMENTS = {
         n_latents=64,
         weights={"image": 1.0, "text": 50.0},
         lr=1e-3,
+        quantities=LABEL,
         predictions={"text": ("image",)},
         plain_encode={"text": plain.encode_labels},
     ),
@@ -117,6 +136,7 @@ EXPERIMENTS = {
         n_latents=64,
         weights={"image": 1.0, "text": 50.0},
         lr=1e-3,
+        quantities=LABEL,
         predictions={"text": ("image",)},
         plain_encode={"text": plain.encode_labels},
     ),
@@ -126,6 +146,7 @@ EXPERIMENTS = {
         n_latents=100,
         weights={"image": 1.0, "text": 10.0},
         lr=1e-3,
+        quantities=TEXT,
         predictions={},
     ),
     "celeba": Experiment(
@@ -134,6 +155,7 @@ EXPERIMENTS = {
         n_latents=100,
         weights={"image": 1.0, "attrs": 10.0},
         lr=1e-4,
+        quantities=FACE,
         predictions={"attrs": ("image",)},
     ),
     "celeba19": Experiment(
@@ -142,6 +164,7 @@ EXPERIMENTS = {
         n_latents=100,
         weights={"image": 1.0, **dict.fromkeys(ATTRIBUTES, 10.0)},
         lr=1e-4,
+        quantities=FACE_19,
         predictions=dict.fromkeys(ATTRIBUTES, ("image",)),
         plain_model=attributes_apart,
         approx_m=1,
@@ -152,6 +175,7 @@ EXPERIMENTS = {
         n_latents=250,
         weights={},
         lr=1e-4,
+        quantities=SIX,
         predictions={},
         reconstruct="all",
     ),

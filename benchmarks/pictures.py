@@ -7,8 +7,8 @@ need --predictor. Prints a Markdown table.
 import argparse
 import contextlib
 import functools
+import logging
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -16,23 +16,24 @@ from pathlib import Path
 
 import torch
 
-from mvae import celeba, cli, decoded, synthetic
-from mvae.data import Data, permuted_rows
-from mvae.errors import UserError
+from mvae import Data, UserError
+from mvae.data import permuted_rows
+from mvae.datasets import celeba, picture_cache
+from mvae.scripts import flags
+from mvae.synthetic import __main__ as synthetic
+from vision import setup
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "vision"))
-
-import setup  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("MVAE_DATA_DIR", ROOT / "data")))
-    parser.add_argument("--n", type=cli.positive_int, default=1000, help="pictures to decode")
+    parser.add_argument("--n", type=flags.positive_int, default=1000, help="pictures to decode")
     parser.add_argument("--predictor", type=Path, help="a 68-point predictor of dlib, for the masks")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("mvae").setLevel(logging.WARNING)  # no lines between the table's
     with tempfile.TemporaryDirectory() as folder:
         report(args, Path(folder))
 
@@ -44,7 +45,7 @@ def report(args: argparse.Namespace, folder: Path) -> None:
     except UserError:
         synthetic.main(["faces", str(folder), "--train", str(args.n), "--val", "1", "--test", "1"])
         source, what = folder / "celeba" / "img_align_celeba", "made faces"
-    entries = list(decoded.listing(source).values())[: args.n]
+    entries = list(picture_cache.listing(source).values())[: args.n]
     print(f"## pictures: {len(entries)} of {what}, 178x218 to 64x64\n")
     print("| what | per second, in one process |\n| --- | --- |")
 
@@ -52,12 +53,12 @@ def report(args: argparse.Namespace, folder: Path) -> None:
 
     def decode() -> None:
         cache.unlink(missing_ok=True)
-        decoded.make(source, entries, cache)
+        picture_cache.make(source, entries, cache)
 
     row("decoded into the cache", len(entries), "pictures", decode)
-    pictures = decoded.decoded(source, entries, cache)
+    pictures = picture_cache.decoded(source, entries, cache)
     mib = pictures.nbytes / 2**20
-    row("cache checked, as at a start", mib, "MiB", lambda: decoded.make(source, entries, cache))
+    row("cache checked, as at a start", mib, "MiB", lambda: picture_cache.make(source, entries, cache))
     data = Data(tensors={"image": pictures}, transform=lambda rows: {"image": rows["image"].float() / 255})
     batches = permuted_rows(data, 100, seed=0)
     row(
@@ -99,4 +100,4 @@ def row(what: str, n: float, unit: str, action: Callable[[], object]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

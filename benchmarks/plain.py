@@ -2,6 +2,9 @@
 
 Every ELBO term runs by itself: it encodes, fuses, draws z, decodes every modality and scores some. The layers are the
 published ones too: Swish, cross-entropies and the product of experts are written out, operation by operation.
+
+A pass per term gives batch norm each term's statistics; ours takes those of all terms together. So in training the two
+losses are equal for networks without batch norm (and dropout) alone; in evaluation they are equal for all.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvae import MVAE, Batch, Bernoulli, Categorical, Likelihood, Term
 from mvae.layers import FoldConvTranspose2d
-from mvae.likelihoods import Bernoulli, Categorical, Likelihood
-from mvae.model import MVAE, Batch
-from mvae.objective import Term
 
 Encode = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 """From an encoder and its modality to mu and logvar, each (batch, latents)."""

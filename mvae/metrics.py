@@ -67,3 +67,51 @@ def accuracies(probabilities: Tensor, truth: Tensor, names: Sequence[str]) -> di
         if name in balanced:
             found[f"balanced accuracy of {name}"] = balanced[name]
     return found
+
+
+Classify = Callable[[Tensor], Tensor]
+"""A classifier of another make: pictures (n, *event), as a model's means are -> class indices (n,)."""
+
+
+@torch.no_grad()
+def coherence(
+    model: MVAE, classify: Classify, *, classes: int, n: int, given: str = "text", name: str = "image"
+) -> Tensor:
+    """How often a classifier reads the label off pictures that are drawn given it.
+
+    For each label, n draws of z from q(z | label), and the mean of p(picture | z) of each.
+
+    Args:
+        model: in evaluation mode.
+        classes: the labels are 0 to classes - 1.
+        n: pictures for each label.
+        given, name: the modalities of the label and of the picture.
+
+    Returns:
+        (classes, n): 1 where the classifier reads the label that was given, else 0.
+    """
+    labels = torch.arange(classes, device=next(model.parameters()).device)
+    right = []
+    for label in labels.split(1):
+        z = model.draw({given: label}, n, label.device)
+        right.append(classify(model.mean(z, [name])[name]) == label)
+    return torch.stack(right).float()
+
+
+@torch.no_grad()
+def prior_agreement(model: MVAE, classify: Classify, *, n: int, label: str = "text", name: str = "image") -> Tensor:
+    """How often picture and label of one draw from the prior agree.
+
+    The picture is the mean of p(picture | z), which the classifier reads; the label is the most probable one.
+
+    Args:
+        model: in evaluation mode.
+        n: draws of z.
+        label, name: the modalities of the label and of the picture.
+
+    Returns:
+        (n,): 1 where they agree, else 0.
+    """
+    z = model.draw({}, n, next(model.parameters()).device)
+    means = model.mean(z, [label, name])
+    return (classify(means[name]) == means[label].argmax(dim=1)).float()

@@ -1,0 +1,498 @@
+"""Make the tables in the READMEs and docs/ from results/*.json.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; this command rewrites it. NAME is summary, an
+experiment (mnist, fashionmnist, multimnist, celeba, celeba19, vision), speed, memory, or batch_norm. The files:
+
+    results/EXPERIMENT-RECIPE-SEED.json             what loglike.py --json wrote; several seeds of a recipe are averaged
+    results/coherence-EXPERIMENT-RECIPE-SEED.json   what benchmarks/coherence.py --json wrote of the same model
+    results/step-*.json                             what benchmarks/step.py --json wrote
+    results/batch_norm/*.json                       what benchmarks/batch_norm.py wrote
+    benchmarks/paper.json                           the paper's numbers
+
+A row whose results aren't there is left out.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mvae.errors import UserError
+from mvae.files import write_atomically
+from mvae.scripts import flags
+
+HERE = Path(__file__).resolve().parent
+PAPER = json.loads((HERE / "paper.json").read_text())
+
+START, END = "<!-- table: ", "<!-- end of table -->"
+TABLE = re.compile(r"<!-- table: (\w+) -->\n(.*?)<!-- end of table -->", re.DOTALL)
+NOTHING = "*There are no results for this table yet.*"
+
+
+class Experiment(NamedTuple):
+    """What the tables show of an experiment.
+
+    what: the modalities, for a newcomer.
+    second: the modality beside the image, as the tables name it; the others together, where there are several.
+    listed: how loglike.py writes log p of them all, and of them without the image, where that is another name.
+    read: the measure of how well that is read off the image; and one more.
+    """
+
+    what: str
+    second: str
+    listed: tuple[str, ...] = ()
+    read: tuple[str, ...] = ()
+
+
+LABEL = "accuracy of the label predicted from the image"
+ATTRIBUTE = ("accuracy of an attribute predicted from the image", "balanced accuracy of an attribute")
+EXPERIMENTS = {
+    "mnist": Experiment("a digit, its label", "text", read=(LABEL,)),
+    "fashionmnist": Experiment("a piece of clothing, its class", "text", read=(LABEL,)),
+    "multimnist": Experiment(
+        "up to four digits, their string", "text", read=("accuracy of the text read off the image, whole strings",)
+    ),
+    "celeba": Experiment("a face, 18 attributes as one vector", "attrs", read=ATTRIBUTE),
+    "celeba19": Experiment(
+        "a face, 18 attributes apart", "attrs", ("Bald, Bangs, ..., Wearing_Hat", "Bald, ..., Wearing_Hat"), ATTRIBUTE
+    ),
+    "vision": Experiment(
+        "a face: in colour, grey, edges, mask, half, watermarked", "the five others", ("gray, ..., watermark",)
+    ),
+}
+
+
+class Run(NamedTuple):
+    """One model: what loglike.py found, and what coherence.py did, if it was asked."""
+
+    content: dict[str, Any]
+    coherence: dict[str, Any] | None
+
+    @property
+    def measures(self) -> dict[str, Any]:
+        return self.content["measures"] | (self.coherence["measures"] if self.coherence else {})
+
+
+class Average(NamedTuple):
+    """A mean over seeds; the standard error over the test examples, which all seeds share; the seeds' deviation."""
+
+    mean: float
+    error: float
+    spread: float | None
+
+    @classmethod
+    def of(cls, found: Sequence[Mapping[str, float]]) -> "Average":
+        means = [one["mean"] for one in found]
+        spread = statistics.stdev(means) if len(means) > 1 else None
+        return cls(statistics.fmean(means), statistics.fmean(one["standard_error"] for one in found), spread)
+
+    def nats(self) -> str:
+        digits = ".2f" if self.error < 1 else ".1f"
+        spread = "" if self.spread is None else f" (seeds {self.spread:{digits}})"
+        return f"{self.mean:{digits}} ± {self.error:{digits}}{spread}"
+
+    def percent(self) -> str:
+        spread = "" if self.spread is None else f" (seeds {100 * self.spread:.1f})"
+        return f"{100 * self.mean:.1f} ± {100 * self.error:.1f}{spread} %"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table differs from its files")
+    parser.add_argument("--root", type=Path, default=HERE.parent, help="folder of results/ and the READMEs")
+    args = parser.parse_args()
+    for document in documents(args.root):
+        old = document.read_text()
+        new = rewritten(old, document, args.root, check=args.check)
+        if new != old:
+            write_atomically(document, new.encode())
+            print(f"wrote the tables of {document.relative_to(args.root)}")
+
+
+def documents(root: Path) -> list[Path]:
+    """The texts that may hold tables."""
+    found = [path for pattern in ("README.md", "*/README.md", "docs/*.md") for path in root.glob(pattern)]
+    return sorted(path for path in found if not path.relative_to(root).parts[0].startswith("."))
+
+
+def rewritten(text: str, document: Path, root: Path, check: bool = False) -> str:
+    """The text with its tables made anew. With `check`, raises UserError for the first table that would change."""
+    where = document.relative_to(root)
+    if not text.count(START) == text.count(END) == len(TABLE.findall(text)):
+        raise UserError(f"{where}: each `{START}NAME -->` on a line is to have an `{END}` after it")
+
+    def made(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise UserError(f"{where}: there is no table {name}; there are {', '.join(TABLES)}")
+        table = f"{START}{name} -->\n\n{TABLES[name](root, document)}\n\n{END}"
+        if check and table != match[0]:
+            raise UserError(f"{where}: table {name} is not what results/ gives; python benchmarks/tables.py makes it")
+        return table
+
+    return TABLE.sub(made, text)
+
+
+def runs(root: Path, experiment: str) -> dict[str, list[Run]]:
+    """The runs of an experiment by recipe, each in the order of its seeds."""
+    found: dict[str, list[Run]] = {}
+    for path in sorted(root.glob(f"results/{experiment}-*.json"), key=_name_and_seed):
+        recipe, _ = _name_and_seed(path)
+        coherence = path.with_name(f"coherence-{path.name}")
+        content, also = read(path), read(coherence) if coherence.exists() else None
+        if also and also["training"]["validation_loss"] != content["training"]["validation_loss"]:
+            raise UserError(f"{coherence.name} and {path.name} are of different models: make both of the same")
+        found.setdefault(recipe.removeprefix(f"{experiment}-"), []).append(Run(content, also))
+    for recipe, some in found.items():
+        for name in ("n_examples", "n_samples"):
+            values = {run.content[name] for run in some}
+            if len(values) > 1:
+                raise UserError(f"the seeds of {experiment}-{recipe} differ in {name}: {sorted(values)}")
+    return found
+
+
+def _name_and_seed(path: Path) -> tuple[str, int]:
+    name, _, seed = path.stem.rpartition("-")
+    if "-" not in name or not seed.isdigit():
+        raise UserError(f"{path} is to be named EXPERIMENT-RECIPE-SEED.json")
+    return name, int(seed)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON file. Raises UserError, naming it, if it is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't read {path}: {error}") from None
+
+
+def estimates(experiment: str, some: Sequence[Run]) -> dict[tuple[str, str], Average]:
+    """By quantity and proposal, as the tables name them, the averages over runs of one recipe."""
+
+    def named(text: str) -> str:
+        for listed in EXPERIMENTS[experiment].listed:
+            text = text.replace(listed, EXPERIMENTS[experiment].second)
+        return text
+
+    rows: dict[tuple[str, str], list[Mapping[str, float]]] = {}
+    for run in some:
+        for row in run.content["log_likelihood"]:
+            rows.setdefault((named(row["quantity"]), named(row["proposal"])), []).append(row)
+    return {key: Average.of(found) for key, found in rows.items()}
+
+
+def measures(some: Sequence[Run]) -> dict[str, Average]:
+    """The averages of what all runs of one recipe measured."""
+    names = [name for name in some[0].measures if all(name in run.measures for run in some)]
+    return {name: Average.of([run.measures[name] for run in some]) for name in names}
+
+
+def of_the_paper(experiment: str, some: Sequence[Run]) -> dict[str, float]:
+    """The paper's numbers by quantity, under q(z | image); log p(second | image) is a difference of two of them."""
+    name = experiment
+    if any(run.content["training"]["settings"].get("binarize") for run in some):
+        name += ", binarized"
+    found = dict(PAPER["log_likelihood"].get(name, {}))
+    if found:
+        second = EXPERIMENTS[experiment].second
+        found[f"log p({second} | image)"] = found[f"log p(image, {second})"] - found["log p(image)"]
+    return found
+
+
+def epochs_of(run: Run) -> str:
+    training = run.content["training"]
+    return f"{training['epoch']} of {training['settings']['epochs']}"
+
+
+def minutes_of(some: Sequence[Run]) -> str:
+    minutes = statistics.fmean(run.content["training"]["training_seconds"] for run in some) / 60
+    return f"{minutes:.0f}" if minutes >= 10 else f"{minutes:.1f}"
+
+
+def in_summary(recipes: Mapping[str, list[Run]]) -> str:
+    """The recipe that stands for an experiment: of those called fast, or else of all, the one with the most epochs."""
+    fast = [recipe for recipe in recipes if recipe.startswith("fast")]
+    return max(fast or recipes, key=lambda recipe: recipes[recipe][0].content["training"]["settings"]["epochs"])
+
+
+def summary(root: Path, document: Path) -> str:
+    """A row for each experiment, with the paper's numbers below ours."""
+    rows, shown = [], []
+    for experiment in EXPERIMENTS:
+        recipes = runs(root, experiment)
+        readme = os.path.relpath(root / experiment / "README.md", document.parent)
+        row = [f"[{experiment}]({readme})", EXPERIMENTS[experiment].what]
+        if recipes:
+            recipe = in_summary(recipes)
+            row += [f"`{recipe}`", *summarized(experiment, recipes[recipe])]
+            shown.append(recipes[recipe])
+        rows.append(row + ["–"] * (10 - len(row)))
+    if not shown:
+        return NOTHING
+    columns = [
+        "",
+        "modalities",
+        "recipe",
+        "log p(image)",
+        "log p(image, second)",
+        "log p(second | image)",
+        "second read off image",
+    ]
+    columns += ["epochs", "minutes", "test examples"]
+    samples = sorted({some[0].content["n_samples"] for some in shown})
+    about = (
+        "*Log p in nats per test example, mean ± standard error over the examples, by importance sampling with "
+        f"{' or '.join(f'{n:,}' for n in samples)} draws from q(z | image); below it in italics the paper's (arXiv "
+        "1802.05335, Table 2) and its epochs. Epochs: the one with the best validation loss, of those asked for; "
+        f"minutes: of training up to it.{_about_seeds(shown)}*"
+    )
+    return f"{table(columns, rows)}\n\n{about}"
+
+
+def summarized(experiment: str, some: Sequence[Run]) -> list[str]:
+    """The cells of a row of the summary, from log p(image) on."""
+    shown, paper = EXPERIMENTS[experiment], of_the_paper(experiment, some)
+    found, measured = estimates(experiment, some), measures(some)
+    cells = []
+    for quantity in ("log p(image)", f"log p(image, {shown.second})", f"log p({shown.second} | image)"):
+        ours = found.get((quantity, "q(z | image)"))
+        below = f"<br>*{paper[quantity]:.2f}*" if quantity in paper else ""
+        cells.append(ours.nats() + below if ours else "–")
+    cells.append("<br>balanced ".join(measured[name].percent() for name in shown.read if name in measured) or "–")
+    cells.append(f"{', '.join(dict.fromkeys(map(epochs_of, some)))}<br>*{PAPER['epochs'][experiment]}*")
+    return [*cells, minutes_of(some), f"{some[0].content['n_examples']:,}"]
+
+
+def _about_seeds(shown: Iterable[Sequence[Run]]) -> str:
+    several = any(len(some) > 1 for some in shown)
+    return " In brackets: the standard deviation over seeds." if several else ""
+
+
+def of_experiment(experiment: str) -> Callable[[Path, Path], str]:
+    """The table of one experiment: all that was estimated and measured, a column for each recipe."""
+
+    def whole(root: Path, document: Path) -> str:
+        recipes = runs(root, experiment)
+        if not recipes:
+            return NOTHING
+        paper = of_the_paper(experiment, [run for some in recipes.values() for run in some])
+        found = {recipe: estimates(experiment, some) for recipe, some in recipes.items()}
+        measured = {recipe: measures(some) for recipe, some in recipes.items()}
+        columns = ["", "under", *(f"`{recipe}`" for recipe in recipes), *(["the paper"] if paper else [])]
+        rows = []
+        for quantity, proposal in dict.fromkeys(key for one in found.values() for key in one):
+            cells = [one[quantity, proposal].nats() if (quantity, proposal) in one else "–" for one in found.values()]
+            if paper:
+                said = quantity in paper and proposal == "q(z | image)"
+                cells.append(f"*{paper[quantity]:.2f}*" if said else "")
+            rows.append([quantity, proposal, *cells])
+        by_attribute: dict[str, dict[str, list[str]]] = {}
+        for name in dict.fromkeys(name for one in measured.values() for name in one):
+            cells = [one[name].percent() if name in one else "–" for one in measured.values()]
+            of_one = re.fullmatch(r"(balanced )?accuracy of ([A-Z]\w*)", name)
+            if of_one:
+                by_attribute.setdefault(of_one[2], {})[of_one[1] or ""] = cells
+            else:
+                rows.append([name, "", *cells, *([""] if paper else [])])
+        epochs = [", ".join(dict.fromkeys(map(epochs_of, some))) for some in recipes.values()]
+        rows.append(["best epoch by validation", "", *epochs, *([f"*{PAPER['epochs'][experiment]}*"] if paper else [])])
+        rows.append(["minutes of training up to it", "", *map(minutes_of, recipes.values()), *([""] if paper else [])])
+        parts = [table(columns, rows)]
+        if by_attribute:
+            parts.append(attribute_table(by_attribute, list(recipes)))
+        parts.append(
+            "*Log p in nats per test example; mean ± standard error over the examples."
+            + _about_seeds(recipes.values())
+            + "*"
+        )
+        parts += [about_recipe(recipe, some) for recipe, some in recipes.items()]
+        return "\n\n".join(parts)
+
+    return whole
+
+
+def attribute_table(cells: Mapping[str, Mapping[str, list[str]]], recipes: Sequence[str]) -> str:
+    """A row for each attribute, folded: accuracy and balanced accuracy in every recipe."""
+    kinds = {"": "accuracy", "balanced ": "balanced accuracy"}
+    columns = ["attribute", *(f"{kind}, `{recipe}`" for recipe in recipes for kind in kinds.values())]
+    rows = [
+        [name, *(found[kind][i] if kind in found else "–" for i in range(len(recipes)) for kind in kinds)]
+        for name, found in cells.items()
+    ]
+    return f"<details><summary>Each attribute</summary>\n\n{table(columns, rows)}\n\n</details>"
+
+
+def about_recipe(recipe: str, some: Sequence[Run]) -> str:
+    """A line on how many examples and draws there were, and the commands."""
+    first = some[0].content
+    seeds = [str(run.content["training"]["settings"]["seed"]) for run in some]
+    commits = {str(run.content["training"]["settings"].get("commit"))[:7] for run in some}
+    commits |= {str(run.content["commit"])[:7] for run in some}
+    commands = []
+    for run in some:
+        commands += [run.content["training"]["settings"].get("command"), run.content["command"]]
+        commands += [run.coherence["command"]] if run.coherence else []
+    about = [
+        f"{first['n_examples']:,} test examples with {first['n_samples']:,} importance samples each",
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}",
+        f"commit{'s' * (len(commits) > 1)} {', '.join(sorted(commits))}",
+    ]
+    if some[0].coherence:
+        also = some[0].coherence
+        about.insert(1, f"coherence over {also['n_pictures_per_label']} pictures for each label")
+        about.insert(2, f"agreement over {also['n_prior']:,} draws")
+        about.insert(3, f"the classifier reads {100 * also['classifier']['mean']:.1f} % of held-out pictures right")
+    listed = "\n".join(dict.fromkeys(command for command in commands if command))
+    return f"*`{recipe}`: {'; '.join(about)}.*\n\n```\n{listed}\n```"
+
+
+def step_files(root: Path) -> list[dict[str, Any]]:
+    return [read(path) for path in sorted(root.glob("results/step-*.json"))]
+
+
+def speed(root: Path, document: Path) -> str:
+    """A row for each timing of a step."""
+    files = step_files(root)
+    timed = [(file, step) for file in files for step in file["steps"]]
+    if not timed:
+        return NOTHING
+    timed.sort(key=lambda pair: (pair[1]["device"], list(EXPERIMENTS).index(pair[1]["experiment"])))
+    rows = [
+        [
+            step["experiment"],
+            str(step["batch_size"]),
+            _device(file, step, files),
+            step["precision"],
+            "yes" if step["compiled"] else "no",
+            *(_quartiles(step[name], ".1f") for name in ("plain_ms", "ours_ms")),
+            *(_quartiles(step[name], ".2f") for name in ("plain / ours", "given only / ours")),
+            f"{100 * step['data_share']:.1f} %",
+        ]
+        for file, step in timed
+    ]
+    columns = ["", "examples", "device", "precision", "compiled", "plain, ms", "ours, ms", "plain / ours"]
+    columns += ["given only / ours", "share of the batch"]
+    about = "*Milliseconds a step: median (lower to upper quartile) of blocks that take turns in one process."
+    return "\n\n".join([table(columns, rows), f"{about} {_machines(files)}*", _commands(files)])
+
+
+def memory(root: Path, document: Path) -> str:
+    """A row for each experiment: peak memory of a step, and the time that loglike.py takes."""
+    files = step_files(root)
+    rows = []
+    for file in files:
+        minutes = {(row["experiment"], row["device"]): row["minutes"] for row in file["loglike"]}
+        for row in file["memory"]:
+            cells = []
+            for kind in ("plain", "ours", "ours, compiled"):
+                found = row.get(kind)
+                before = f" ({found['before_mib']:.0f})" if found and "before_mib" in found else ""
+                cells.append(f"{found['peak_mib']:.0f}{before}" if found else "–")
+            key = (row["experiment"], row["device"])
+            device = _device(file, {"device": row["device"], "threads": 1}, files)
+            cells.append(_quartiles(minutes[key], ".1f") if key in minutes else "–")
+            rows.append([row["experiment"], device, row["precision"], *cells])
+    if not rows:
+        return NOTHING
+    rows.sort(key=lambda row: list(EXPERIMENTS).index(row[0]))
+    columns = ["", "device", "precision", "plain, MiB", "ours, MiB", "ours compiled, MiB", "loglike.py, minutes"]
+    about = (
+        "*Peak memory of a process that takes 10 steps; in brackets, Python and torch alone. loglike.py on 1,000 "
+        "examples with 1,000 importance samples, extrapolated from 10; median (lower to upper quartile)."
+    )
+    return "\n\n".join([table(columns, rows), f"{about} {_machines(files)}*", _commands(files)])
+
+
+def _device(file: Mapping[str, Any], step: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> str:
+    """Where a step ran; with the processor's name, if not all files are of one."""
+    if step["device"] != "cpu":
+        return file["gpu"]
+    several = len({one["processor"] for one in files}) > 1
+    threads = f"{step['threads']} thread{'s' * (step['threads'] > 1)}"
+    return f"{file['processor'] if several else 'CPU'}, {threads}"
+
+
+def _machines(files: Sequence[Mapping[str, Any]]) -> str:
+    return " ".join(dict.fromkeys(f"{file['processor']}, torch {file['torch']}." for file in files))
+
+
+def _commands(files: Sequence[Mapping[str, Any]]) -> str:
+    return "```\n" + "\n".join(dict.fromkeys(file["command"] for file in files)) + "\n```"
+
+
+def _quartiles(values: Sequence[float], digits: str) -> str:
+    low, middle, high = values
+    return f"{middle:{digits}} ({low:{digits}} to {high:{digits}})"
+
+
+def batch_norm(root: Path, document: Path) -> str:
+    """A row for each experiment and objective: batch norm's joint statistics against those of each term."""
+    files = [read(path) for path in sorted(root.glob("results/batch_norm/*.json"))]
+    groups: dict[tuple[str, str], dict[int, dict[str, dict[str, float]]]] = {}
+    for file in files:
+        by_seed = groups.setdefault((file["experiment"], file["reconstruct"]), {})
+        by_seed.setdefault(file["seed"], {})[file["statistics"]] = file["validation_loss"]
+    rows, n_seeds = [], set()
+    for (experiment, reconstruct), by_seed in groups.items():
+        pairs = [found for found in by_seed.values() if {"joint", "term"} <= found.keys()]
+        if not pairs:
+            continue
+        n_seeds.add(len(pairs))
+        losses = {kind: [pair[kind]["evaluation"] for pair in pairs] for kind in ("joint", "term")}
+        gaps = {kind: [pair[kind]["evaluation"] - pair[kind]["training"] for pair in pairs] for kind in losses}
+        differences = [joint - term for joint, term in zip(*losses.values(), strict=True)]
+        values = [losses["joint"], losses["term"], differences, gaps["joint"], gaps["term"]]
+        rows.append([experiment, f"`{reconstruct}`", *map(_over_seeds, values)])
+    if not rows:
+        return NOTHING
+    columns = [
+        "",
+        "`--reconstruct`",
+        "loss, joint",
+        "loss, per term",
+        "joint - per term",
+        "gap, joint",
+        "gap, per term",
+    ]
+    sizes = {
+        f"{file['experiment']} {file['n_train']:,} and {file['n_validation']:,} for {file['epochs']} epochs"
+        for file in files
+    }
+    several = max(n_seeds) > 1
+    seeds = f"{' or '.join(map(str, sorted(n_seeds)))} seed{'s, ± standard error over them' if several else ''}"
+    commits = ", ".join(sorted({str(file["commit"])[:7] for file in files}))
+    about = (
+        "*Validation loss (the negative objective at β = 1, λ included) in nats per example, as evaluation computes "
+        f"it: mean over {seeds}; the difference is paired. Rows have different losses. Gap: this loss less that with "
+        f"the statistics of each batch. Training and validation examples: {'; '.join(sorted(sizes))}. Commit "
+        f"{commits}.*"
+    )
+    return f"{table(columns, rows)}\n\n{about}"
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{error}"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; a bar within a cell is escaped."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+TABLES: dict[str, Callable[[Path, Path], str]] = {
+    "summary": summary,
+    **{name: of_experiment(name) for name in EXPERIMENTS},
+    "speed": speed,
+    "memory": memory,
+    "batch_norm": batch_norm,
+}
+
+if __name__ == "__main__":
+    flags.run(main)

@@ -1,0 +1,90 @@
+"""Coherence: how often a classifier reads off a picture the label that it was drawn with."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mvae import MVAE, Categorical, Gaussian
+from mvae.metrics import coherence, prior_agreement
+
+from helpers import Trained, assert_ended, assert_refused, environment, run
+
+N_CLASSES = 3
+
+
+class LabelEncoder(nn.Module):
+    """A label's code is 1 for it and 0 for the others, almost surely."""
+
+    def forward(self, label: Tensor) -> tuple[Tensor, Tensor]:
+        mu = nn.functional.one_hot(label, N_CLASSES).float()
+        return mu * 1.0, torch.full_like(mu, -20.0)
+
+
+def model_of_codes() -> MVAE:
+    """The picture and the label's logits are z itself."""
+    return MVAE(
+        encoders={"image": nn.Identity(), "text": LabelEncoder()},
+        likelihoods={"image": Gaussian(ToParameter()), "text": Categorical(ToParameter())},
+        n_latents=N_CLASSES,
+    ).eval()
+
+
+class ToParameter(nn.Module):
+    """The identity, with a parameter to tell the device by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z * self.scale
+
+
+def largest(pictures: Tensor) -> Tensor:
+    return pictures.argmax(dim=1)
+
+
+def always_one(pictures: Tensor) -> Tensor:
+    return torch.ones(len(pictures), dtype=torch.long)
+
+
+def test_coherence_is_1_where_the_picture_shows_its_label() -> None:
+    found = coherence(model_of_codes(), largest, classes=N_CLASSES, n=5)
+    assert torch.equal(found, torch.ones(N_CLASSES, 5))
+
+
+def test_coherence_has_a_row_for_each_label() -> None:
+    found = coherence(model_of_codes(), always_one, classes=N_CLASSES, n=5)
+    assert found.mean(dim=1).tolist() == [0, 1, 0]
+
+
+def test_prior_agreement_compares_the_picture_and_the_label_of_one_draw() -> None:
+    torch.manual_seed(0)
+    assert prior_agreement(model_of_codes(), largest, n=300).tolist() == [1.0] * 300
+    some = prior_agreement(model_of_codes(), always_one, n=300).mean().item()
+    assert abs(some - 1 / 3) < 0.1
+
+
+def test_the_command_writes_what_it_prints_and_keeps_its_classifier(
+    trained: Trained, digits_dir: Path, tmp_path: Path
+) -> None:
+    arguments = ["mnist", "--model", trained.out_dir / "model_best.pth.tar", "--data-dir", digits_dir]
+    arguments += ["--n-pictures", "5", "--n-prior", "20", "--classifier", tmp_path / "classifier.pth.tar"]
+    arguments += ["--json", tmp_path / "found.json"]
+    first = run("benchmarks/coherence.py", *arguments, cwd=tmp_path)
+    assert_ended(first)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["classifier"]["n_examples"] == 200
+    assert found["n_pictures_per_label"] == 5
+    for name, value in found["measures"].items():
+        assert f"{name}: {value['mean']:.4f} ± {value['standard_error']:.4f}" in first.stdout
+    again = run("benchmarks/coherence.py", *arguments, "--classifier-epochs", "9", cwd=tmp_path)
+    assert again.stdout == first.stdout
+
+
+def test_another_experiments_checkpoint_is_refused(trained: Trained, tmp_path: Path) -> None:
+    model = trained.out_dir / "model_best.pth.tar"
+    done = run("benchmarks/coherence.py", "fashionmnist", "--model", model, cwd=tmp_path, env=environment())
+    assert_refused(done, 1, "a checkpoint of mnist, not of fashionmnist")

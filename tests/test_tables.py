@@ -1,0 +1,197 @@
+"""The tables in the READMEs are those that benchmarks/tables.py makes from results/."""
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import ROOT, assert_ended, assert_refused, run
+
+NAMES = ("summary", "mnist", "celeba19", "vision", "speed", "memory", "batch_norm")
+TRAINED = {"validation_loss": 200.0, "training_seconds": 1500.0}
+IMAGE, BOTH, LABEL = "q(z | image)", "q(z | image, text)", "accuracy of the label predicted from the image"
+
+
+def tables(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run("benchmarks/tables.py", "--root", root, *arguments, cwd=root)
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def estimate(quantity: str, proposal: str, mean: float) -> dict[str, Any]:
+    return {"quantity": quantity, "proposal": proposal, "mean": mean, "standard_error": 0.25}
+
+
+def loglike(experiment: str, seed: int, rows: list[dict[str, Any]], measures: Mapping[str, float]) -> dict[str, Any]:
+    """What loglike.py --json writes."""
+    settings = {"command": f"python {experiment}/train.py --seed {seed}", "commit": "a" * 40, "seed": seed}
+    return {
+        "command": f"python {experiment}/loglike.py MODEL --json FILE",
+        "commit": "b" * 40,
+        "n_examples": 10000,
+        "n_samples": 1000,
+        "seed": 0,
+        "training": {"settings": {**settings, "epochs": 50}, "epoch": 48, **TRAINED},
+        "log_likelihood": rows,
+        "measures": {name: {"mean": mean, "standard_error": 0.001} for name, mean in measures.items()},
+    }
+
+
+def mnist(seed: int, mean: float) -> dict[str, Any]:
+    rows = [estimate("log p(image)", IMAGE, mean), estimate("log p(image)", BOTH, mean - 2)]
+    rows += [estimate("log p(image, text)", IMAGE, mean - 0.125), estimate("log p(text | image)", IMAGE, -0.125)]
+    return loglike("mnist", seed, rows, {LABEL: 0.9875})
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder with results of every kind, and a README whose tables are made of them."""
+    results = tmp_path / "results"
+    write(results / "mnist-fast-0.json", mnist(0, -90.5))
+    write(results / "mnist-fast-1.json", mnist(1, -90.75))
+    write(results / "mnist-paper-0.json", mnist(0, -92.0))
+    coherence = {name: {"mean": 0.75, "standard_error": 0.01} for name in ("coherence, label to image",)}
+    also = {
+        "n_pictures_per_label": 200,
+        "n_prior": 2000,
+        "classifier": {"mean": 0.99},
+        "training": TRAINED,
+        "measures": coherence,
+    }
+    for seed in (0, 1):
+        command = f"python benchmarks/coherence.py mnist --seed {seed}"
+        write(results / f"coherence-mnist-fast-{seed}.json", {"command": command, **also})
+    joint = "image, Bald, ..., Wearing_Hat"
+    rows = [estimate(f"log p({joint})", f"q(z | {joint})", -6350.0)]
+    rows.append(estimate("log p(Bald, Bangs, ..., Wearing_Hat | image)", IMAGE, -6.0))
+    names = ["accuracy of an attribute predicted from the image", "balanced accuracy of an attribute"]
+    faces = dict.fromkeys([*names, "accuracy of Male", "balanced accuracy of Male"], 0.875)
+    write(results / "celeba19-fast-0.json", loglike("celeba19", 0, rows, faces))
+    six = [estimate("log p(image, gray, ..., watermark)", IMAGE, -19300.0)]
+    write(results / "vision-fast-0.json", loglike("vision", 0, six, {}))
+    step = {"experiment": "mnist", "batch_size": 100, "device": "cpu", "threads": 1, "precision": "fp32"}
+    times = {"plain_ms": [79, 80, 81], "ours_ms": [39, 40, 41], "plain / ours": [1.9, 2.0, 2.1]}
+    timed = {**step, **times, "compiled": False, "given only / ours": [1.8, 1.9, 2.0], "data_share": 0.005}
+    memory: dict[str, Any] = {"experiment": "mnist", "device": "cpu", "precision": "fp32"}
+    memory |= {kind: {"peak_mib": 800.0, "before_mib": 700.0} for kind in ("plain", "ours")}
+    machine = {"command": "python benchmarks/step.py", "processor": "Xeon", "gpu": None, "torch": "2.14"}
+    waited = {"experiment": "mnist", "device": "cpu", "threads": 1, "minutes": [2.25, 2.5, 2.75]}
+    write(results / "step-mnist.json", {**machine, "steps": [timed], "memory": [memory], "loglike": [waited]})
+    for seed, (joint_loss, term_loss) in enumerate([(100.0, 110.0), (101.0, 113.0)]):
+        for statistics, loss in (("joint", joint_loss), ("term", term_loss)):
+            found = {"seed": seed, "experiment": "celeba", "reconstruct": "attrs", "statistics": statistics}
+            found |= {"n_train": 5000, "n_validation": 1000, "epochs": 3, "commit": "c" * 40}
+            losses = {"validation_loss": {"evaluation": loss, "training": 99.0}}
+            write(results / "batch_norm" / f"celeba-attrs-{statistics}-{seed}.json", {**found, **losses})
+    markers = "".join(f"## {name}\n\n<!-- table: {name} -->\n<!-- end of table -->\n\n" for name in NAMES)
+    (tmp_path / "README.md").write_text(markers)
+    assert tables(tmp_path).returncode == 0
+    return tmp_path
+
+
+def rows_of(root: Path, name: str) -> list[list[str]]:
+    """The cells of a table of the README, its header first."""
+    text = (root / "README.md").read_text().split(f"<!-- table: {name} -->")[1].split("<!-- end of table -->")[0]
+    lines = [line.replace("\\|", "¦") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip().replace("¦", "|") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_repositorys_tables_are_those_of_its_results() -> None:
+    assert_ended(run("benchmarks/tables.py", "--check", cwd=ROOT))
+
+
+def test_tables_that_were_made_pass_the_check(root: Path) -> None:
+    assert_ended(tables(root, "--check"))
+
+
+def test_a_changed_digit_is_found(root: Path) -> None:
+    readme = root / "README.md"
+    start, mnist_table = readme.read_text().split("<!-- table: mnist -->")
+    readme.write_text(start + "<!-- table: mnist -->" + mnist_table.replace("90.62", "90.63", 1))
+    assert_refused(tables(root, "--check"), 1, "README.md", "table mnist")
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "name"),
+    [
+        ("mnist-fast-1.json", "-90.75", "-90.85", "summary"),
+        ("celeba19-fast-0.json", "accuracy of Male", "accuracy of Bald", "celeba19"),
+        ("step-mnist.json", "[1.9, 2.0, 2.1]", "[1.9, 2.05, 2.1]", "speed"),
+        ("batch_norm/celeba-attrs-term-1.json", "113.0", "114.0", "batch_norm"),
+    ],
+)
+def test_a_changed_results_file_is_found(root: Path, file: str, old: str, new: str, name: str) -> None:
+    path = root / "results" / file
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    assert_refused(tables(root, "--check"), 1, "README.md", f"table {name}")
+
+
+def test_seeds_are_averaged_with_their_deviation_and_the_paper_stands_below(root: Path) -> None:
+    row = rows_of(root, "summary")[2]
+    assert row[:3] == ["[mnist](mnist/README.md)", "`fast`", "-90.62 ± 0.25 (seeds 0.18)<br>*-90.62*"]
+    assert row[5:] == ["98.8 ± 0.1 (seeds 0.0) %", "48 of 50<br>*500*", "25", "10,000"]
+
+
+def test_an_experiments_table_has_a_column_for_each_recipe(root: Path) -> None:
+    rows = rows_of(root, "mnist")
+    assert rows[0] == ["", "under", "`fast`", "`paper`", "the paper"]
+    assert rows[2] == ["log p(image)", IMAGE, "-90.62 ± 0.25 (seeds 0.18)", "-92.00 ± 0.25", "*-90.62*"]
+    assert rows[3] == ["log p(image)", BOTH, "-92.62 ± 0.25 (seeds 0.18)", "-94.00 ± 0.25", ""]
+    assert ["coherence, label to image", "", "75.0 ± 1.0 (seeds 0.0) %", "–", ""] in rows
+
+
+def test_an_experiments_table_ends_in_the_commands_that_made_it(root: Path) -> None:
+    text = (root / "README.md").read_text()
+    for command in ("mnist/train.py --seed 1", "mnist/loglike.py MODEL", "benchmarks/coherence.py mnist --seed 1"):
+        assert f"\npython {command}" in text
+    assert "10,000 test examples with 1,000 importance samples each" in text
+
+
+def test_celeba19s_attributes_have_one_name_and_a_table(root: Path) -> None:
+    rows = rows_of(root, "celeba19")
+    assert ["log p(image, attrs)", "q(z | image, attrs)", "-6350.00 ± 0.25", ""] in rows
+    assert ["Male", "87.5 ± 0.1 %", "87.5 ± 0.1 %"] in rows
+
+
+def test_batch_norms_difference_is_paired(root: Path) -> None:
+    cells = ["100.50 ± 0.50", "111.50 ± 1.50", "-11.00 ± 1.00", "1.50 ± 0.50", "12.50 ± 1.50"]
+    assert rows_of(root, "batch_norm")[2] == ["celeba", "`attrs`", *cells]
+
+
+def test_coherence_of_another_model_is_refused(root: Path) -> None:
+    path = root / "results" / "coherence-mnist-fast-0.json"
+    path.write_text(path.read_text().replace("200.0", "201.0"))
+    assert_refused(tables(root), 1, "coherence-mnist-fast-0.json", "different models")
+
+
+def test_what_has_no_results_has_no_row(root: Path) -> None:
+    for path in root.glob("results/*mnist-*.json"):
+        path.unlink()
+    assert_refused(tables(root, "--check"), 1, "table summary")
+    tables(root)
+    assert [row[0] for row in rows_of(root, "summary")[2:]] == [
+        "[celeba19](celeba19/README.md)",
+        "[vision](vision/README.md)",
+    ]
+    assert "There are no results for this table yet" in (root / "README.md").read_text()
+    assert_ended(tables(root, "--check"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<!-- table: mnits -->\n<!-- end of table -->\n", "no table mnits"),
+        ("<!-- table: mnist -->\n", "end of table"),
+    ],
+)
+def test_a_marker_that_is_wrong_is_named(root: Path, text: str, said: str) -> None:
+    (root / "docs").mkdir()
+    (root / "docs" / "speed.md").write_text(text)
+    assert_refused(tables(root), 1, "docs/speed.md", said)
