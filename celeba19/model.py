@@ -139,7 +139,8 @@ class MVAE19(MVAE):
         nats = -F.binary_cross_entropy_with_logits(logits, values, reduction="none")
         # Back to their terms' places; then the padding and what the mask leaves out become zeros.
         nats = torch.zeros_like(nats[:, :1]).expand(-1, len(z), -1).scatter(1, order.unsqueeze(2).expand_as(nats), nats)
-        counts = wanted.T.unsqueeze(2).to(z.device) if mask is None else mask[:, 1:]
+        counts = wanted.T.unsqueeze(2).to(z.device)
+        counts = counts if mask is None else counts & mask[:, 1:]
         return torch.cat([image[:, :1], torch.where(counts, nats.transpose(0, 1), 0.0)], dim=1)
 
 

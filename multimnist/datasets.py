@@ -315,7 +315,7 @@ def _data(canvas_dir: Path, part: str) -> data.Data:
 def _parser() -> argparse.ArgumentParser:
     parser = flags.parser(__doc__)
     add_canvas_dir(parser)
-    counts = {"type": int, "choices": range(LENGTH + 1), "metavar": "N"}
+    counts: dict[str, Any] = {"type": int, "choices": range(LENGTH + 1), "metavar": "N"}
     parser.add_argument("--min-digits", default=Recipe.min_digits, **counts, help="the least digits on a canvas")
     parser.add_argument("--max-digits", default=Recipe.max_digits, **counts, help="the most; all numbers are as likely")
     parser.add_argument(

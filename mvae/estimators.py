@@ -44,7 +44,7 @@ def listed(names: Sequence[str], separator: str = ", ") -> str:
 def of_a_pair(x: Modalities, y: Modalities, y_proposal: Modalities = ()) -> dict[Quantity, list[Modalities]]:
     """What the paper's table 2 reports of two (sets of) modalities, each with its proposals; and log p(y), p(y | x).
 
-    log p(x | y) is a difference: log p(x, y) less log p(y), which `y_proposal` is the proposal of: () is the prior.
+    log p(x | y) is log p(x, y) less log p(y). `y_proposal` is what log p(y) is estimated under; () is the prior.
     """
     both = [x, x + y]
     return {
@@ -159,10 +159,10 @@ def evaluate(
         quantities: what to estimate, each with the proposals to estimate it (a conditional: its joint) under.
         predictions: by modality to predict, what it is predicted from; see `predict`.
         n_samples: draws per example and proposal.
-        seed: each example has noise of its own, by (seed, its number), so that batch and chunk size don't matter; it
-            is the same for all proposals.
-        max_rows: latents decoded in one call: the memory bound. None: so many that the largest modality has 2^22
-            values (5,349 pictures of 28x28) on a CPU, where its cache counts, and 2^26 elsewhere.
+        seed: an example's noise follows from the seed and its number, so that batch and chunk size don't matter. All
+            proposals have the same noise.
+        max_rows: the most latents to decode in one call, which bounds the memory. None: as many as make 2^22 values of
+            the largest modality on a CPU (5,349 pictures of 28x28), to fit its cache, and 2^26 on other devices.
         progress: wraps the list of batches, to show a bar.
 
     Raises UsageError for a name that is no modality's, or data in which examples lack modalities.

@@ -4,7 +4,7 @@ Every likelihood has the same three methods, on latents `z` of shape (..., batch
     log_prob(z, x)  nats of each example, summed over x's own dimensions; x is (batch, *event); returns (..., batch).
     mean(z)         the expected x, or the probabilities of a label; (..., batch, *event).
     sample(z)       a draw of x.
-A modality that needs another one (a sequence, say) is a module of its own with these methods.
+For another kind of modality, such as a sequence, write a subclass of Likelihood with these methods.
 """
 
 import math

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 
 Schedule = Callable[[float], float]
-"""From the epochs done, which the step itself completes: 1.0 at the end of the first epoch."""
+"""A function of t, the epochs done when the step ends: t is 1.0 at the last step of the first epoch."""
 
 
 def constant(value: float = 1.0) -> Schedule:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from mvae import checkpoint, pictures
+from mvae.datasets.picture_cache import load_picture
 from mvae.errors import UsageError
 from mvae.files import write_atomically
 from mvae.scripts import flags
@@ -55,7 +56,7 @@ def conditions(files: list[Path], types: list[str]) -> dict[str, Tensor]:
             raise UsageError(f"--condition-type {name} is there {types.count(name)} times: each type may be given once")
     given = {}
     for path, name in zip(files, types, strict=True):
-        picture = pictures.load_picture(path, MODES[name], SIZE)
+        picture = load_picture(path, MODES[name], SIZE)
         given[name] = 1 - picture if name == "mask" else picture
     return given
 

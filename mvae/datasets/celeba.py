@@ -38,7 +38,7 @@ ATTRIBUTES = (
 """The 18 of the 40 attributes that Wu & Goodman (2018) use, in the order of the list's columns."""
 
 SPLITS = ("train", "validation", "test")  # 0, 1 and 2 of the official partition
-FEWEST = 50  # examples of a split, where images lack
+FEWEST = 50  # examples that a split must have when images are missing
 
 FOLDERS = ("", "celeba", "CelebA")
 IMAGES = ("img_align_celeba", "Img/img_align_celeba", "img_align_celeba.zip", "Img/img_align_celeba.zip")

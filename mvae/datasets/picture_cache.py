@@ -1,10 +1,11 @@
 """Pictures decoded once: resized, cropped, and kept as uint8 in one cache file that is memory-mapped.
 
 The file is the pixels of all pictures, the checksum of each block of them, and a line of JSON that says what they are
-(`tail -n 1` shows it). A block is whole if its checksum fits, and only then: by that one rule a reader finds damage,
-and a build that was killed finds what is left to do.
+(`tail -n 1` shows it). A block is whole if its checksum fits. By that rule a reader finds damage, and a build that was
+killed finds what is left to do.
 
-As a command this module is a process that decodes. For its sake nothing here imports torch before it is needed.
+Run as a command, this module is one of the processes that decode. So that they start fast, torch is imported only where
+it is needed.
 """
 
 import contextlib
@@ -47,7 +48,7 @@ class Entry(NamedTuple):
 
 
 def listing(source: Path) -> dict[str, Entry]:
-    """The files of a folder, or of a zip whatever folders are in it, by their names without folders.
+    """The files of a folder or of a zip, by their names. Folders inside the zip are no part of a name.
 
     Raises UserError if it can't be read.
     """
@@ -113,7 +114,7 @@ def make(
 
     That is checked: their names, sizes and times of change, and every byte of the file. They become what torchvision's
     Resize(size) and CenterCrop(size) make of PIL images, by `workers` processes. A build that was killed goes on
-    from its blocks that are done; one that another process is at is waited for.
+    from the blocks that are done. If another process is making the file, this one waits for it.
 
     Raises UserError if a picture is damaged or the file can't be written (what is decoded by then is kept), or if there
     are no entries.
@@ -263,8 +264,8 @@ def _create(path: Path, file: _File) -> None:
 def _decode(shares: Sequence[tuple[str, str, _File, list[tuple[int, list[str]]]]]) -> Iterator[int]:
     """Runs a process for each share; yields the numbers of pictures done, as they are.
 
-    The processes have groups of their own, since Ctrl-C is this process's to handle, and report through one pipe: they
-    die of it if this process does, at their next report.
+    Each process is in another group, so that Ctrl-C reaches this one alone. They report through one pipe: if this
+    process dies, the pipe breaks, and each of them ends at its next report.
     """
     command = [sys.executable, "-P", "-m", __name__]
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]

@@ -84,8 +84,8 @@ def training_parser(
 ) -> argparse.ArgumentParser:
     """The flags of a train.py, with its defaults; `lambdas` gives each --lambda-NAME its default.
 
-    `presets`: by the names that --preset takes beside "paper", the defaults that each sets in place of the paper's.
-    There is --n-val where the data have no validation split of their own, and --approx-m where subsets are drawn.
+    `presets`: the values of --preset beside "paper", each with the defaults that it sets in place of the paper's.
+    Give `n_val` to have --n-val, for data without a validation split; give `approx_m` to have --approx-m.
     """
     result = parser(description)
     names = ["paper", *(presets or {})]
