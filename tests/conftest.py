@@ -1,18 +1,15 @@
 """Data and runs that many tests share, made once by each test process."""
 
+import functools
 import os
 import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-import torch
 
-from mvae import synthetic
+from mvae.synthetic import __main__ as synthetic
 
-from helpers import ROOT, SHORT, Trained, run
+from helpers import ROOT, SHORT, RunHere, Trained, environment, run, run_warm
 
 # Shells start background jobs with Ctrl-C ignored, and the scripts under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -44,24 +41,10 @@ def faces_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run_here(faces_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Runs a script on the made faces, given its module and its arguments, without a process that imports torch again.
-
-    It runs on one thread, as processes do. Its errors are raised.
-    """
-    monkeypatch.setenv("MVAE_DATA_DIR", str(faces_dir))
-    monkeypatch.setenv("MVAE_CACHE_DIR", str(faces_dir / "cache"))
-
-    def main(script: ModuleType, *arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", [str(script.__file__), *map(str, arguments)])
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            script.main()
-        finally:
-            torch.set_num_threads(threads)
-
-    return main
+def run_here(faces_dir: Path, tmp_path: Path) -> RunHere:
+    """Runs a script on the made faces in the test's own folder: `run_here("celeba/train.py", "--epochs", 1)`."""
+    env = environment(MVAE_DATA_DIR=str(faces_dir), MVAE_CACHE_DIR=str(faces_dir / "cache"))
+    return functools.partial(run_warm, cwd=tmp_path, env=env)
 
 
 @pytest.fixture(scope="session")

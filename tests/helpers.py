@@ -1,14 +1,16 @@
 """What several test files need: the scripts run as processes, and a small model of three modalities with its data."""
 
-import importlib.util
 import json
+import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +19,16 @@ from torch import Tensor, nn
 from mvae import checkpoint
 from mvae.data import Data
 from mvae.likelihoods import Bernoulli, Categorical
+from mvae.metrics import Metric
 from mvae.model import MVAE
 from mvae.objective import Objective
+from mvae.schedules import Schedule, constant, linear
 from mvae.training import Options, fit
 
 ROOT = Path(__file__).resolve().parents[1]
+
+RunHere = Callable[..., subprocess.CompletedProcess[str]]
+"""The fixture run_here: from a script's path and its arguments to what the process said."""
 
 SHORT = ["--n-val", "200", "--batch-size", "50", "--annealing-epochs", "20", "--log-interval", "5"]
 """The flags of a short run on 1,200 made digits: an epoch is 20 steps."""
@@ -65,25 +72,63 @@ def assert_refused(done: subprocess.CompletedProcess[str], status: int, *said: o
         assert str(words) in done.stderr
 
 
-def experiment_module(path: str) -> ModuleType:
-    """A file of an experiment's folder, imported under a name of its own: all experiments share their files' names."""
-    spec = importlib.util.spec_from_file_location(path.replace("/", "_").removesuffix(".py"), ROOT / path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+FORKED = multiprocessing.get_context("forkserver")
+"""Processes of it start in a moment: they are forked from a server that has imported torch.
+
+The server never computes, as no process may be forked after a backward pass.
+"""
+FORKED.set_forkserver_preload(
+    [
+        "mvae.training",
+        "mvae.estimators",
+        "mvae.scripts.faces",
+        "torchvision",
+        "torch.utils.tensorboard",
+        "torch._dynamo",
+    ]
+)
 
 
-def train_in_this_process(arguments: list[str], log: Path) -> None:
-    """What `python mnist/train.py ARGUMENTS > LOG 2>&1` does, for a process that has already imported torch."""
-    with open(log, "wb", buffering=0) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+def start_warm(
+    script: str, *arguments: object, logs: tuple[Path, Path], cwd: Path, env: Mapping[str, str] | None = None
+) -> BaseProcess:
+    """Starts what `python SCRIPT ARGUMENTS >LOGS[0] 2>LOGS[1]` starts, as a process of FORKED."""
+    words = [str(ROOT / script), *map(str, arguments)]
+    process = FORKED.Process(target=_run_script, args=(words, logs, cwd, dict(env or environment())))
+    process.start()
+    return process
+
+
+def _run_script(words: list[str], logs: tuple[Path, Path], cwd: Path, env: dict[str, str]) -> None:
+    """Makes this forked process what `python WORDS` is, and goes on as the script."""
+    for log, stream in zip(logs, (sys.stdout, sys.stderr), strict=True):
+        stream.flush()
+        with open(log, "wb", buffering=0) as file:
+            os.dup2(file.fileno(), stream.fileno())
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
     torch.set_num_threads(1)
-    sys.argv = ["train.py", *arguments]
-    sys.path.insert(0, str(ROOT / "mnist"))
-    runpy.run_path(str(ROOT / "mnist" / "train.py"), run_name="__main__")
+    sys.argv = words
+    sys.path = [str(Path(words[0]).parent), *(path for path in sys.path if path not in ("", str(ROOT / "tests")))]
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def run_warm(
+    script: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Does what `run` does, without the seconds in which a process imports torch."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = start_warm(script, *arguments, logs=(out, err), cwd=cwd or Path.cwd(), env=env)
+        process.join(timeout=300)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(command(script, *arguments), 300, out.read_bytes(), err.read_bytes())
+        return subprocess.CompletedProcess(
+            command(script, *arguments), process.exitcode, out.read_text(), err.read_text()
+        )
 
 
 def stats(out_dir: Path) -> list[dict[str, Any]]:
@@ -162,16 +207,27 @@ def fit_small(
     train: Data | None = None,
     validation: Data | None = None,
     model: MVAE | None = None,
+    lr: float = 1e-2,
+    beta: Schedule = linear(2),  # noqa: B008 (a schedule has no state)
+    schedule: Schedule = constant(),  # noqa: B008
+    metrics: Mapping[str, Metric] | None = None,
     settings: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Fits the small model to 24 examples, in 4 steps an epoch, 2 epochs long unless `options` say otherwise."""
-    defaults: dict[str, Any] = {"epochs": 2, "annealing_epochs": 2, "batch_size": 6, "lr": 1e-2}
+    """Fits the small model to 24 examples, in 4 steps an epoch, 2 epochs long unless `options` say otherwise.
+
+    `lr` is Adam's, and `schedule` its course.
+    """
+    objective = Objective(model or small_model())
     return fit(
-        Objective(model or small_model()),
+        objective,
+        torch.optim.Adam(objective.parameters(), lr, fused=True),
         train or small_data(24, seed=0),
         validation or small_data(10, seed=1),
-        Options(**{**defaults, **options}, out_dir=out_dir),
+        Options(**{"epochs": 2, "batch_size": 6, **options}, out_dir=out_dir),
+        beta=beta,
+        lr=schedule,
+        metrics=metrics,
         experiment="small",
         settings=settings,
     )

@@ -1,6 +1,7 @@
 """The mathematics in its plain form, to hold the package against, and the small models that both are run on.
 
-Plain: one term at a time, each encoding what it is given anew; no masks, no stacking.
+Plain: one term at a time, each encoding what it is given anew; no masks, no stacking. What the terms score of a
+modality goes through its decoder together, which batch norm in the decoder depends on.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -10,7 +11,7 @@ from torch import Tensor, distributions, nn
 
 from mvae.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from mvae.model import MVAE, Batch
-from mvae.objective import Totals
+from mvae.stats import JOINT, SUBSET, Totals
 
 HIDDEN, CLASSES, LATENTS = 8, 4, 3
 
@@ -27,7 +28,7 @@ class Encoder(nn.Module):
         return mu, logvar
 
 
-def small_model(n_modalities: int, *, batch_norm: bool = False, joint_norm: bool = False) -> MVAE:
+def small_model(n_modalities: int, *, batch_norm: bool = False) -> MVAE:
     """Modalities m0, m1, ...: by turns Bernoulli of shape (2, 3), Categorical, Gaussian of shape (5,). In float64."""
 
     def hidden() -> list[nn.Module]:
@@ -44,13 +45,13 @@ def small_model(n_modalities: int, *, batch_norm: bool = False, joint_norm: bool
         if m % 3 == 0:
             encoders[name] = Encoder(nn.Flatten(), nn.Linear(6, HIDDEN, bias=not batch_norm), *hidden())
             last = nn.Linear(HIDDEN, 6), nn.Unflatten(1, (2, 3))
-            likelihoods[name] = Bernoulli(decoder(*last), joint_norm=joint_norm)
+            likelihoods[name] = Bernoulli(decoder(*last))
         elif m % 3 == 1:
             encoders[name] = Encoder(nn.Embedding(CLASSES, HIDDEN), *hidden())
-            likelihoods[name] = Categorical(decoder(nn.Linear(HIDDEN, CLASSES)), joint_norm=joint_norm)
+            likelihoods[name] = Categorical(decoder(nn.Linear(HIDDEN, CLASSES)))
         else:
             encoders[name] = Encoder(nn.Linear(5, HIDDEN, bias=not batch_norm), *hidden())
-            likelihoods[name] = Gaussian(decoder(nn.Linear(HIDDEN, 5)), std=0.7, joint_norm=joint_norm)
+            likelihoods[name] = Gaussian(decoder(nn.Linear(HIDDEN, 5)), std=0.7)
     return MVAE(encoders=encoders, likelihoods=likelihoods, n_latents=LATENTS).double()
 
 
@@ -106,24 +107,26 @@ def plain_objective(
     log_prob, n_log_prob = noise.new_zeros(2, len(terms), len(names))
     kl, n_kl = noise.new_zeros(2, len(terms))
     loss = noise.new_zeros(())
+    z: list[dict[int, Tensor]] = [{} for _ in terms]  # of each term, by example
     for t, given in enumerate(terms):
         encoded = {name: model.encoders[name](batch[name][rows_with[name]]) for name in given if rows_with[name]}
-        z = {}
         for row in range(n):
             indices = {name: rows_with[name].index(row) for name in encoded if row in rows_with[name]}
             if indices:
                 q = plain_product([(encoded[name][0][i], encoded[name][1][i]) for name, i in indices.items()])
-                z[row] = q.mean + q.stddev * noise[t, row]
+                z[t][row] = q.mean + q.stddev * noise[t, row]
                 nats = distributions.kl_divergence(q, prior).sum()
                 loss = loss + beta * nats
                 kl[t] += nats.detach()
                 n_kl[t] += 1
-        for m, name in enumerate(names):
-            rows = [row for row in z if row in rows_with[name]]
-            if rows and (name in given or reconstruct == "all" or name in reconstruct):
-                p = distribution(model.likelihood(name), torch.stack([z[row] for row in rows]))
-                nats = p.log_prob(batch[name][rows]).sum()
+    for m, name in enumerate(names):
+        scoring = [t for t, given in enumerate(terms) if name in given or reconstruct == "all" or name in reconstruct]
+        pairs = [(t, row) for t in scoring for row in z[t] if row in rows_with[name]]
+        if pairs:
+            p = distribution(model.likelihood(name), torch.stack([z[t][row] for t, row in pairs]))
+            for (t, _), nats in zip(pairs, p.log_prob(batch[name][[row for _, row in pairs]]), strict=True):
                 loss = loss - (weights or {}).get(name, 1.0) * nats
-                log_prob[t, m] = nats.detach()
-                n_log_prob[t, m] = len(rows)
-    return loss / n, Totals(log_prob, n_log_prob, kl, n_kl)
+                log_prob[t, m] += nats.detach()
+                n_log_prob[t, m] += 1
+    labels = [JOINT, *names[: len(terms) - len(subsets) - 1], *[SUBSET] * len(subsets)]
+    return loss / n, Totals(tuple(labels), names, loss.detach(), torch.tensor(float(n)), log_prob, n_log_prob, kl, n_kl)

@@ -1,37 +1,36 @@
 """CelebA: its networks, attributes as conditions and as predictions, and the scripts on made faces."""
 
 import argparse
+import functools
 import json
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mvae import attributes, celeba, checkpoint, made_faces
+from celeba.model import build_model
+from mvae import MVAE, checkpoint, metrics
+from mvae.datasets import celeba
+from mvae.datasets.celeba import ATTRIBUTES
 from mvae.errors import UserError
 from mvae.estimators import mean_and_error
-from mvae.model import MVAE
+from mvae.scripts import faces
+from mvae.synthetic.faces import DRAWN
 
-from helpers import assert_ended, assert_same_run, environment, experiment_module, run, stats
-
-datasets, networks = experiment_module("celeba/datasets.py"), experiment_module("celeba/model.py")
-with mock.patch.dict(sys.modules, {"datasets": datasets, "model": networks}):
-    training, sampling = experiment_module("celeba/train.py"), experiment_module("celeba/sample.py")
+from helpers import RunHere, assert_ended, assert_refused, assert_same_run, environment, run_warm, stats
 
 SHORT = ["--n-latents", "8", "--limit", "80", "--batch-size", "40", "--annealing-epochs", "2", "--lr", "1e-3"]
-RunHere = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
 def model() -> MVAE:
     torch.manual_seed(0)
-    return networks.build_model(100).eval()
+    return build_model(100).eval()
 
 
 def n_parameters(module: nn.Module) -> int:
@@ -68,7 +67,7 @@ def test_no_attribute_at_all_is_a_condition_too(model: MVAE) -> None:
 
 
 def test_made_faces_show_the_attributes_that_are_used() -> None:
-    assert made_faces.DRAWN == celeba.ATTRIBUTES
+    assert DRAWN == ATTRIBUTES
 
 
 @pytest.mark.parametrize(
@@ -82,7 +81,7 @@ def test_made_faces_show_the_attributes_that_are_used() -> None:
     ],
 )
 def test_attributes_are_named_and_negated(text: str, given: dict[str, bool]) -> None:
-    assert attributes.attributes(text) == given
+    assert faces.attributes(text) == given
 
 
 @pytest.mark.parametrize(
@@ -91,20 +90,20 @@ def test_attributes_are_named_and_negated(text: str, given: dict[str, bool]) -> 
 )
 def test_unknown_attribute_is_refused_with_the_list_and_the_nearest(text: str, nearest: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError) as caught:
-        attributes.attributes(text)
+        faces.attributes(text)
     assert f"nearest is {nearest}," in str(caught.value)
-    assert ", ".join(celeba.ATTRIBUTES) in str(caught.value)
+    assert ", ".join(ATTRIBUTES) in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", ",", "Male,", "--Male", "-", "Male Smiling"])
 def test_what_is_no_list_of_attributes_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is no attribute"):
-        attributes.attributes(text)
+        faces.attributes(text)
 
 
 def test_attribute_that_is_to_be_there_and_absent_is_refused() -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="Male to be there and to be absent"):
-        attributes.attributes("Male,-Male")
+        faces.attributes("Male,-Male")
 
 
 @pytest.mark.parametrize(
@@ -123,22 +122,22 @@ def test_word_with_a_minus_after_a_condition_belongs_to_it(
     words: list[str], joined: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["sample.py", *words])
-    assert attributes.arguments() == joined
+    assert faces.arguments() == joined
 
 
 def test_picture_is_a_file_that_is_there_before_it_is_an_attribute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert attributes.picture_or_attributes("-Male") == {"Male": False}
+    assert faces.picture_or_attributes("-Male") == {"Male": False}
     Path("Male").touch()
-    assert attributes.picture_or_attributes("Male") == Path("Male")
+    assert faces.picture_or_attributes("Male") == Path("Male")
 
 
 @pytest.mark.parametrize("text", ["portrait.jpg", "", "x" * 300])
 def test_neither_file_nor_attribute_is_refused_as_both(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=r"there is no file .*, and .* is no attribute"):
-        attributes.picture_or_attributes(text)
+        faces.picture_or_attributes(text)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
@@ -147,7 +146,7 @@ def test_picture_of_any_mode_and_size_is_a_condition(mode: str, size: tuple[int,
     path = tmp_path / "picture.tif"
     noise = torch.randint(256, (*size[::-1], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     Image.fromarray(noise.numpy()).convert(mode).save(path)
-    image = attributes.condition(argparse.Namespace(condition_on_image=path))
+    image = faces.condition(argparse.Namespace(condition_on_image=path))
     assert image.shape == (1, 3, 64, 64)
     assert 0 <= image.min() <= image.max() <= 1
     assert (image[:, 0] == image[:, 1]).all() == (mode in ("L", "1"))
@@ -158,13 +157,13 @@ def test_random_picture_is_a_validation_example_with_the_attributes(faces_dir: P
     args = argparse.Namespace(data_dir=faces_dir, cache_dir=faces_dir / "cache", allow_missing=False, workers=1)
     args.condition_on_image = {"Male": True, "Smiling": False}
     torch.manual_seed(0)
-    drawn = [attributes.condition(args) for _ in range(8)]
+    drawn = [faces.condition(args) for _ in range(8)]
     images = held_out.tensors["image"].float() / 255
     rows = [int((images == image).flatten(1).all(dim=1).nonzero()) for image in drawn]
     assert len(set(rows)) > 1
     attrs = held_out.tensors["attrs"][rows]
-    assert attrs[:, celeba.ATTRIBUTES.index("Male")].all()
-    assert not attrs[:, celeba.ATTRIBUTES.index("Smiling")].any()
+    assert attrs[:, ATTRIBUTES.index("Male")].all()
+    assert not attrs[:, ATTRIBUTES.index("Smiling")].any()
 
 
 # Attributes as text, and how well they are predicted
@@ -174,24 +173,24 @@ def test_line_names_the_attributes_that_are_there() -> None:
     there = torch.zeros(3, 18, dtype=torch.bool)
     there[0, [17, 9]] = True
     there[2] = True
-    assert attributes.lines(there) == f"Male Wearing_Hat\n\n{' '.join(celeba.ATTRIBUTES)}\n"
+    assert faces.lines(there) == f"Male Wearing_Hat\n\n{' '.join(ATTRIBUTES)}\n"
 
 
 def predictions(n: int = 200) -> tuple[Tensor, Tensor]:
     """Probabilities and truths (n, 18), in which nobody has Mustache, all have Male, and one has Bald."""
     rng = torch.Generator().manual_seed(0)
     truth = (torch.rand(n, 18, generator=rng) < 0.2).float()
-    truth[:, celeba.ATTRIBUTES.index("Mustache")] = 0
-    truth[:, celeba.ATTRIBUTES.index("Male")] = 1
-    truth[:, celeba.ATTRIBUTES.index("Bald")] = (torch.arange(n) == 3).float()
+    truth[:, ATTRIBUTES.index("Mustache")] = 0
+    truth[:, ATTRIBUTES.index("Male")] = 1
+    truth[:, ATTRIBUTES.index("Bald")] = (torch.arange(n) == 3).float()
     return (0.6 * torch.rand(n, 18, generator=rng) + 0.4 * truth), truth
 
 
 def test_accuracy_is_the_share_of_right_predictions() -> None:
     probabilities, truth = predictions()
-    found = attributes.measures(probabilities, truth)
+    found = metrics.accuracies(probabilities, truth, ATTRIBUTES)
     right = (probabilities > 0.5) == (truth == 1)
-    for i, name in enumerate(celeba.ATTRIBUTES):
+    for i, name in enumerate(ATTRIBUTES):
         assert found[f"accuracy of {name}"].mean() == pytest.approx(right[:, i].double().mean())
     overall = found["accuracy of an attribute predicted from the image"]
     assert overall.shape == (200,)
@@ -199,15 +198,15 @@ def test_accuracy_is_the_share_of_right_predictions() -> None:
 
 
 def test_even_chances_predict_that_an_attribute_is_absent() -> None:
-    found = attributes.measures(torch.full((2, 18), 0.5), torch.eye(2, 18))
+    found = metrics.accuracies(torch.full((2, 18), 0.5), torch.eye(2, 18), ATTRIBUTES)
     assert found["accuracy of Bald"].tolist() == [0, 1]
 
 
 def test_balanced_accuracy_is_the_mean_of_those_with_and_without() -> None:
     """Its standard error is that of a mean of two independent shares."""
     probabilities, truth = predictions()
-    found = attributes.measures(probabilities, truth)
-    for i, name in enumerate(celeba.ATTRIBUTES):
+    found = metrics.accuracies(probabilities, truth, ATTRIBUTES)
+    for i, name in enumerate(ATTRIBUTES):
         if name in ("Mustache", "Male"):
             continue
         here = truth[:, i] == 1
@@ -220,85 +219,85 @@ def test_balanced_accuracy_is_the_mean_of_those_with_and_without() -> None:
 
 
 def test_attribute_that_all_or_none_have_has_no_balanced_accuracy() -> None:
-    found = attributes.measures(*predictions())
-    names = [name for name in celeba.ATTRIBUTES if f"balanced accuracy of {name}" not in found]
+    found = metrics.accuracies(*predictions(), ATTRIBUTES)
+    names = [name for name in ATTRIBUTES if f"balanced accuracy of {name}" not in found]
     assert names == ["Male", "Mustache"]
-    of_all = torch.stack([found[f"balanced accuracy of {name}"] for name in celeba.ATTRIBUTES if name not in names])
-    torch.testing.assert_close(found["balanced accuracy, likewise"], of_all.mean(dim=0))
-    none = attributes.measures(torch.rand(3, 18), torch.zeros(3, 18))
+    of_all = torch.stack([found[f"balanced accuracy of {name}"] for name in ATTRIBUTES if name not in names])
+    torch.testing.assert_close(found["balanced accuracy of an attribute"], of_all.mean(dim=0))
+    none = metrics.accuracies(torch.rand(3, 18), torch.zeros(3, 18), ATTRIBUTES)
     assert not any(name.startswith("balanced") for name in none)
 
 
 # The scripts
 
 
-def script(name: str, faces_dir: Path, *arguments: object, cwd: Path) -> str:
-    """Runs a script as a user does, on the made faces; gives what it printed."""
-    env = environment(MVAE_DATA_DIR=str(faces_dir), MVAE_CACHE_DIR=str(faces_dir / "cache"))
-    done = run(f"celeba/{name}.py", *arguments, cwd=cwd, env=env)
-    assert_ended(done)
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def trained(faces_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a run of two epochs, of two steps each, has written."""
     folder = tmp_path_factory.mktemp("celeba")
-    script("train", faces_dir, *SHORT, "--lambda-attrs", "10.", "--epochs", 2, cwd=folder)
+    env = environment(MVAE_DATA_DIR=str(faces_dir), MVAE_CACHE_DIR=str(faces_dir / "cache"))
+    done = run_warm("celeba/train.py", *SHORT, "--lambda-attrs", "10.", "--epochs", 2, cwd=folder, env=env)
+    assert_ended(done)
     return folder / "trained_models"
 
 
 def test_training_lowers_the_loss_of_the_official_validation_split(trained: Path) -> None:
     first, second = stats(trained)
-    assert second["validation"]["loss"] < first["validation"]["loss"]
-    assert list(second["validation"]["terms"]) == ["image+attrs", "image", "attrs"]
+    assert second["validation/loss"] < first["validation/loss"]
+    assert 0 < second["validation/attribute_accuracy"] < 1
+    assert [name for name in second if name.endswith("/elbo") and name.startswith("validation/")] == [
+        "validation/joint/elbo",
+        "validation/image/elbo",
+        "validation/attrs/elbo",
+    ]
 
 
 def test_a_resumed_run_is_the_run(run_here: RunHere, trained: Path, tmp_path: Path) -> None:
-    run_here(training, *SHORT, "--out-dir", tmp_path, "--epochs", 1)
-    run_here(training, *SHORT, "--out-dir", tmp_path, "--epochs", 2, "--resume")
+    assert_ended(run_here("celeba/train.py", *SHORT, "--out-dir", tmp_path, "--epochs", 1))
+    assert_ended(run_here("celeba/train.py", *SHORT, "--out-dir", tmp_path, "--epochs", 2, "--resume"))
     assert_same_run(tmp_path, trained, "celeba")
 
 
-def test_there_is_no_n_val_where_the_data_have_a_validation_split(
-    run_here: RunHere, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        run_here(training, "--n-val", 5)
-    assert ended.value.code == 2
-    assert "unrecognized arguments: --n-val 5" in capsys.readouterr().err
+def test_there_is_no_n_val_where_the_data_have_a_validation_split(run_here: RunHere) -> None:
+    done = run_here("celeba/train.py", "--n-val", 5)
+    assert done.returncode == 2
+    assert "unrecognized arguments: --n-val 5" in done.stderr
 
 
-def test_datasets_says_how_much_is_there(
-    run_here: RunHere, faces_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_here(datasets)
-    said = capsys.readouterr().out
-    assert "train 240 of 240 images, validation 60 of 60 images, test 60 of 60 images" in said
-    assert str(faces_dir / "cache") in said
+def test_datasets_says_how_much_is_there(run_here: RunHere, faces_dir: Path) -> None:
+    done = run_here("celeba/datasets.py")
+    assert_ended(done)
+    assert "train 240 of 240 images, validation 60 of 60 images, test 60 of 60 images" in done.stdout
+    assert str(faces_dir / "cache") in done.stdout
 
 
 Sample = Callable[..., tuple[bytes, list[str]]]
 
 
 @pytest.fixture
-def sample(run_here: RunHere, trained: Path, tmp_path: Path) -> Sample:
+def draw(run_here: RunHere, trained: Path) -> RunHere:
+    """Runs sample.py under conditions, for 8 faces."""
+    return functools.partial(run_here, "celeba/sample.py", trained / checkpoint.BEST, "--n-samples", 8)
+
+
+@pytest.fixture
+def sample(draw: RunHere, tmp_path: Path) -> Sample:
     """Draws 8 faces under conditions: the bytes of their grid, and their lines of attributes."""
 
-    def draw(*condition: object) -> tuple[bytes, list[str]]:
-        run_here(sampling, trained / checkpoint.BEST, "--out-dir", tmp_path, "--n-samples", 8, *condition)
+    def drawn(*condition: object) -> tuple[bytes, list[str]]:
+        assert_ended(draw(*condition))
         return (tmp_path / "sample_image.png").read_bytes(), (tmp_path / "sample_attrs.txt").read_text().split("\n")
 
-    return draw
+    return drawn
 
 
-def test_sample_writes_a_grid_and_its_lines_of_attributes(trained: Path, faces_dir: Path, tmp_path: Path) -> None:
-    condition = ["--condition-on-attrs", "-Male", "--n-samples", 10]
-    script("sample", faces_dir, trained / checkpoint.BEST, *condition, cwd=tmp_path)
-    assert Image.open(tmp_path / "sample_image.png").size == (8 * 66 + 2, 2 * 66 + 2)
+def test_sample_writes_a_grid_and_its_lines_of_attributes(draw: RunHere, tmp_path: Path) -> None:
+    assert_ended(draw("--condition-on-attrs", "-Male", "--n-samples", 10))
+    with Image.open(tmp_path / "sample_image.png") as grid:
+        assert grid.size == (8 * 66 + 2, 2 * 66 + 2)
     lines = (tmp_path / "sample_attrs.txt").read_text().split("\n")[:-1]
     assert len(lines) == 10
-    assert {name for line in lines for name in line.split()} <= set(celeba.ATTRIBUTES)
+    assert {name for line in lines for name in line.split()} <= set(ATTRIBUTES)
 
 
 def test_every_condition_gives_other_faces(sample: Sample) -> None:
@@ -314,7 +313,7 @@ def test_condition_is_a_word_of_its_own_or_stands_behind_an_equals_sign(sample: 
 
 
 def test_attributes_that_are_not_named_are_absent(sample: Sample) -> None:
-    others = ",".join(f"-{name}" for name in celeba.ATTRIBUTES if name != "Male")
+    others = ",".join(f"-{name}" for name in ATTRIBUTES if name != "Male")
     assert sample("--condition-on-attrs", "Male") == sample("--condition-on-attrs", f"Male,{others}")
 
 
@@ -331,45 +330,48 @@ def test_random_held_out_picture_is_a_condition_and_chosen_by_the_seed(sample: S
     assert drawn[0][0] not in (drawn[1][0], sample()[0])
 
 
-def test_unknown_attribute_ends_sample_with_status_2(
-    sample: Sample, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for flag in attributes.CONDITIONS:
-        with pytest.raises(SystemExit) as ended:
-            sample(flag, "Glasses")
-        assert ended.value.code == 2
-        said = capsys.readouterr().err.splitlines()[-1]
-        assert all(words in said for words in (flag, "'Glasses'", "nearest is Eyeglasses", *celeba.ATTRIBUTES))
+@pytest.mark.parametrize("flag", faces.CONDITIONS)
+def test_unknown_attribute_ends_sample_with_status_2(draw: RunHere, tmp_path: Path, flag: str) -> None:
+    done = draw(flag, "Glasses")
+    assert done.returncode == 2
+    said = done.stderr.splitlines()[-1]
+    assert all(words in said for words in (flag, "'Glasses'", "nearest is Eyeglasses", *ATTRIBUTES))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture\n", b"\x89PNG\r\n\x1a\n cut short"])
-def test_what_is_no_picture_is_refused_by_its_name(sample: Sample, tmp_path: Path, content: bytes) -> None:
+def test_what_is_no_picture_is_refused_by_its_name(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "own.png"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"^can't read .*own.png as a picture: it is none, or damaged$"):
-        sample("--condition-on-image", path)
-    assert list(tmp_path.iterdir()) == [path]
+        faces.condition(argparse.Namespace(condition_on_image=path))
 
 
-def test_attributes_that_no_held_out_face_has_are_an_error(sample: Sample) -> None:
-    with pytest.raises(UserError, match="none of the 60 held-out examples shows Bald and Wearing_Hat and no Male"):
-        sample("--condition-on-image", "Bald,Wearing_Hat,-Male")
+def test_condition_that_cannot_be_had_ends_sample_in_one_line(draw: RunHere, tmp_path: Path) -> None:
+    own = tmp_path / "own.png"
+    own.touch()
+    assert_refused(draw("--condition-on-image", own), 1, own, "as a picture")
+    nobody = draw("--condition-on-image", "Bald,Wearing_Hat,-Male")
+    assert_refused(nobody, 1, "none of the 60 held-out examples shows Bald and Wearing_Hat and no Male")
+    assert list(tmp_path.iterdir()) == [own]
 
 
-def test_loglike_prints_each_attributes_accuracies(trained: Path, faces_dir: Path, tmp_path: Path) -> None:
+def test_loglike_prints_each_attributes_accuracies(
+    run_here: RunHere, trained: Path, faces_dir: Path, tmp_path: Path
+) -> None:
     few = ["--limit", 40, "--n-samples", 5, "--json", "found.json"]
-    said = script("loglike", faces_dir, trained / checkpoint.BEST, *few, cwd=tmp_path)
+    done = run_here("celeba/loglike.py", trained / checkpoint.BEST, *few)
+    assert_ended(done)
     found = json.loads((tmp_path / "found.json").read_text())
     quantities = {"image", "image, attrs", "image | attrs", "attrs | image", "attrs"}
     assert {row["quantity"] for row in found["log_likelihood"]} == {f"log p({name})" for name in quantities}
     assert all(row["mean"] < 0 < row["standard_error"] for row in found["log_likelihood"])
 
     attrs = celeba.test_data(faces_dir, faces_dir / "cache", allow_missing=False, workers=1).tensors["attrs"][:40]
-    both = {name for name, here in zip(celeba.ATTRIBUTES, attrs.T, strict=True) if 0 < here.sum() < 40}
-    wanted = {f"accuracy of {name}" for name in celeba.ATTRIBUTES} | {f"balanced accuracy of {name}" for name in both}
-    wanted |= {"accuracy of an attribute predicted from the image", "balanced accuracy, likewise"}
+    both = {name for name, here in zip(ATTRIBUTES, attrs.T, strict=True) if 0 < here.sum() < 40}
+    wanted = {f"accuracy of {name}" for name in ATTRIBUTES} | {f"balanced accuracy of {name}" for name in both}
+    wanted |= {"accuracy of an attribute predicted from the image", "balanced accuracy of an attribute"}
     assert set(found["measures"]) == wanted
     for name, value in found["measures"].items():
         assert 0 <= value["mean"] <= 1
-        assert f"{name}: {value['mean']:.4f} ± {value['standard_error']:.4f}" in said.splitlines()
+        assert f"{name}: {value['mean']:.4f} ± {value['standard_error']:.4f}" in done.stdout.splitlines()

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from mvae import celeba
+from mvae.datasets import celeba
 from mvae.errors import UserError
+from mvae.scripts.faces import add_flags
 
-from helpers import ROOT
+from helpers import ROOT, assert_refused, environment, run_warm
 
 # fmt: off
 COLUMNS = [
@@ -74,7 +75,7 @@ def images(data_dir: Path) -> Path:
     return data_dir / "celeba" / "img_align_celeba"
 
 
-def assert_refused(data_dir: Path, *said: object, allow_missing: bool = False) -> None:
+def assert_not_found(data_dir: Path, *said: object, allow_missing: bool = False) -> None:
     with pytest.raises(UserError) as caught:
         celeba.find(data_dir, allow_missing)
     assert "\n" not in str(caught.value)
@@ -183,11 +184,11 @@ def test_zip_of_the_images_gives_what_the_folder_gives(drawn: Path, data_dir: Pa
 def test_what_is_missing_is_named_with_where_it_goes(data_dir: Path, name: str) -> None:
     path = data_dir / "celeba" / name
     path.rename(data_dir / "elsewhere")
-    assert_refused(data_dir, f"lacks {name}", "mmlab.ie.cuhk.edu.hk/projects/CelebA.html", data_dir / "celeba")
+    assert_not_found(data_dir, f"lacks {name}", "mmlab.ie.cuhk.edu.hk/projects/CelebA.html", data_dir / "celeba")
 
 
 def test_empty_data_folder_lacks_all_three(tmp_path: Path) -> None:
-    assert_refused(tmp_path, "img_align_celeba.zip and list_attr_celeba.txt and list_eval_partition.txt")
+    assert_not_found(tmp_path, "img_align_celeba.zip and list_attr_celeba.txt and list_eval_partition.txt")
 
 
 # Missing images.
@@ -196,18 +197,17 @@ def test_empty_data_folder_lacks_all_three(tmp_path: Path) -> None:
 def test_missing_images_are_counted_and_refused(data_dir: Path, images: Path) -> None:
     for name in NAMES[:5]:
         (images / name).unlink()
-    assert_refused(data_dir, f"5 of the {N} images", images, "--allow-missing")
+    assert_not_found(data_dir, f"5 of the {N} images", images, "`allow_missing`")
 
 
 def test_missing_images_may_be_allowed_and_are_told(
-    data_dir: Path, images: Path, capsys: pytest.CaptureFixture[str]
+    data_dir: Path, images: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in NAMES[:5]:
         (images / name).unlink()
     test = celeba.test_data(data_dir, data_dir / "cache", allow_missing=True, workers=1)
-    said = capsys.readouterr().err
-    assert f"5 of the {N} images" in said
-    assert len(said.splitlines()) == 1
+    (record,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert f"5 of the {N} images" in record.getMessage()
     rows = np.flatnonzero(PARTS == 2)[1:]
     assert torch.equal(test.tensors["image"], torch.stack([picture(images, int(row)) for row in rows]))
 
@@ -217,7 +217,7 @@ def test_too_few_images_are_refused_in_any_case(data_dir: Path, images: Path) ->
         if part == 1:
             (images / name).unlink()
     said = "too few are left: 60 for train, 0 for validation, 60 for test"
-    assert_refused(data_dir, f"60 of the {N} images", said, allow_missing=True)
+    assert_not_found(data_dir, f"60 of the {N} images", said, allow_missing=True)
 
 
 def test_check_says_what_is_there(drawn: Path) -> None:
@@ -274,20 +274,20 @@ PARTITION_FAULTS = [
 def test_fault_in_the_list_of_attributes_is_named(data_dir: Path, edit: Callable[[str], str], said: str) -> None:
     path = data_dir / "celeba" / "list_attr_celeba.txt"
     path.write_text(edit(path.read_text()))
-    assert_refused(data_dir, path, said)
+    assert_not_found(data_dir, path, said)
 
 
 @pytest.mark.parametrize(("edit", "said"), PARTITION_FAULTS)
 def test_fault_in_the_partition_is_named(data_dir: Path, edit: Callable[[str], str], said: str) -> None:
     path = data_dir / "celeba" / "list_eval_partition.txt"
     path.write_text(edit(path.read_text()))
-    assert_refused(data_dir, path, said)
+    assert_not_found(data_dir, path, said)
 
 
 def test_partition_that_leaves_a_split_empty_is_refused(data_dir: Path) -> None:
     path = data_dir / "celeba" / "list_eval_partition.txt"
     path.write_text(path.read_text().replace(" 1\n", " 0\n"))
-    assert_refused(data_dir, path, "120 for train, 0 for validation, 60 for test")
+    assert_not_found(data_dir, path, "120 for train, 0 for validation, 60 for test")
 
 
 def test_damaged_image_is_named(data_dir: Path, images: Path) -> None:
@@ -296,7 +296,21 @@ def test_damaged_image_is_named(data_dir: Path, images: Path) -> None:
         celeba.test_data(data_dir, data_dir / "cache", allow_missing=False, workers=1)
 
 
-# The flags, and the real lists.
+# The flags, the script, and the real lists.
+
+
+def test_script_names_the_flag_and_does_with_what_is_there(data_dir: Path, images: Path, tmp_path: Path) -> None:
+    for name in NAMES[:5]:
+        (images / name).unlink()
+    env = environment(MVAE_DATA_DIR=str(data_dir), MVAE_CACHE_DIR=str(tmp_path / "cache"))
+    done = run_warm("celeba/datasets.py", cwd=tmp_path, env=env)
+    assert_refused(done, 1, f"5 of the {N} images", "--allow-missing")
+    done = run_warm("celeba/datasets.py", "--allow-missing", "--workers", 1, cwd=tmp_path, env=env)
+    assert done.returncode == 0
+    assert len(done.stderr.splitlines()) == 1
+    assert f"5 of the {N} images" in done.stderr
+    assert "train 58 of 60 images, validation 58 of 60 images, test 59 of 60 images" in done.stdout
+    assert f"decoding {N - 5} pictures" in done.stdout
 
 
 def test_cache_folder_may_be_named_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +321,7 @@ def test_cache_folder_may_be_named_by_the_environment(monkeypatch: pytest.Monkey
         else:
             monkeypatch.delenv("MVAE_CACHE_DIR", raising=False)
         parser = argparse.ArgumentParser()
-        celeba.add_flags(parser)
+        add_flags(parser)
         args = parser.parse_args([])
         found.append(args.cache_dir)
         assert (args.allow_missing, args.workers) == (False, os.cpu_count())

@@ -12,6 +12,7 @@ from torch import nn
 
 from mvae import checkpoint
 from mvae.errors import UserError
+from mvae.files import write_atomically
 
 from helpers import fit_small, same, small_model
 
@@ -60,10 +61,10 @@ def test_save_leaves_no_other_file(saved: Path) -> None:
 
 
 def test_load_model_rebuilds_the_model_for_evaluation(saved: Path) -> None:
-    model, settings = checkpoint.load_model(saved, "small", lambda n_latents: small_model(), torch.device("cpu"))
+    model, trained = checkpoint.load_model(saved, "small", lambda n_latents: small_model(), torch.device("cpu"))
     assert same(model.state_dict(), small_model().state_dict())
     assert not model.training
-    assert settings["lr"] == 1e-3
+    assert trained == {"settings": {"lr": 1e-3, "names": ["a", "b"], "limit": None}}
 
 
 def test_absent_file_is_refused(tmp_path: Path) -> None:
@@ -122,6 +123,12 @@ def test_pickled_module_is_refused(tmp_path: Path) -> None:
     assert_load_refuses(path, "refused")
 
 
+def test_checkpoint_of_an_earlier_format_is_refused_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "earlier.pth.tar"
+    torch.save({"format": "mvae checkpoint 1", "experiment": "small"}, path)
+    assert_load_refuses(path, "'mvae checkpoint 1'", "this version reads 'mvae checkpoint 2'", "train it again")
+
+
 def test_checkpoint_of_another_experiment_is_refused(saved: Path) -> None:
     with pytest.raises(UserError, match=r"saved\.pth\.tar is a checkpoint of small, not of celeba"):
         checkpoint.load(saved, "celeba")
@@ -150,33 +157,37 @@ def test_content_that_makes_no_model_is_refused(tmp_path: Path, content: dict[st
 
 def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
-    checkpoint.write_atomically(path, b"old")
+    write_atomically(path, b"old")
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"can't write .*file: No space left on device"):
-        checkpoint.write_atomically(path, b"new")
+        write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
 
 def test_write_makes_the_folder(tmp_path: Path) -> None:
-    checkpoint.write_atomically(tmp_path / "a" / "b" / "file", b"content")
+    write_atomically(tmp_path / "a" / "b" / "file", b"content")
     assert (tmp_path / "a" / "b" / "file").read_bytes() == b"content"
 
 
 def test_write_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match=r"can't write .*file/new"):
-        checkpoint.write_atomically(tmp_path / "file" / "new", b"content")
+        write_atomically(tmp_path / "file" / "new", b"content")
 
 
 def test_best_model_is_rebuilt_from_a_run(tmp_path: Path) -> None:
-    fit_small(tmp_path, settings={"lr": 0.01})
-    model, settings = checkpoint.load_model(
+    records = fit_small(tmp_path, settings={"lr": 0.01})
+    model, trained = checkpoint.load_model(
         tmp_path / checkpoint.BEST, "small", lambda n_latents: small_model(), torch.device("cpu")
     )
     assert model.n_latents == 2
-    assert settings["lr"] == 0.01
+    assert trained["settings"]["lr"] == 0.01
+    best = min(records, key=lambda record: record["validation/loss"])
+    assert (trained["epoch"], trained["validation_loss"]) == (best["epoch"], best["validation/loss"])
+    seconds = [record["seconds"] for record in records[: best["epoch"]]]
+    assert trained["training_seconds"] == pytest.approx(sum(seconds))

@@ -7,7 +7,6 @@ import http.server
 import os
 import shutil
 import socketserver
-import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -19,15 +18,14 @@ import pytest
 import torch
 from torchvision import datasets as official
 
-from mvae import idx
+from mnist import datasets as mnist
 from mvae.data import Data, consecutive_rows, permuted_rows, random_example, seed_of, split
+from mvae.datasets import mnist as idx
 from mvae.datasets.mnist import load_idx
 from mvae.errors import UsageError, UserError
 from mvae.synthetic.__main__ import CHECKSUMS, IDX_NAMES
 
-from helpers import assert_refused, environment, experiment_module, run
-
-mnist = experiment_module("mnist/datasets.py")
+from helpers import assert_ended, assert_refused, environment, run_warm
 
 
 @pytest.fixture
@@ -210,7 +208,7 @@ def test_download_of_another_content_is_refused(
     raw = digits_dir / "MNIST" / "raw"
     with mirror(partial(Files, directory=str(raw))) as address:
         monkeypatch.setattr(official.MNIST, "mirrors", [address])
-        with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz.*can't be downloaded.*--data-dir"):
+        with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz.*can't be downloaded.*`data_dir`"):
             load_idx(tmp_path, "MNIST", "train")
     assert os.listdir(tmp_path / "MNIST" / "raw") == []
 
@@ -225,24 +223,22 @@ def test_mirror_that_speaks_no_http_is_one_error(tmp_path: Path, monkeypatch: py
 
 def test_absent_files_in_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz.*file/MNIST/raw.*--data-dir"):
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz.*file/MNIST/raw.*`data_dir`"):
         load_idx(tmp_path / "file", "MNIST", "train")
 
 
 def test_without_network_and_data_the_files_wanted_are_named(tmp_path: Path) -> None:
     closed = "http://127.0.0.1:9"  # the discard port, which nothing serves
     env = environment(http_proxy=closed, https_proxy=closed, no_proxy="")
-    done = run("mnist/datasets.py", "--data-dir", tmp_path, cwd=tmp_path, env=env)
+    done = run_warm("mnist/datasets.py", "--data-dir", tmp_path, cwd=tmp_path, env=env)
     wanted = ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", tmp_path / "MNIST" / "raw", "--data-dir"]
     assert_refused(done, 1, *wanted)
 
 
-def test_command_says_that_the_set_is_complete(
-    digits_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["datasets.py", "--data-dir", str(digits_dir)])
-    mnist.main()
-    assert f"{digits_dir} is complete: 1200 training and 300 test examples" in capsys.readouterr().out
+def test_command_says_that_the_set_is_complete(digits_dir: Path) -> None:
+    done = run_warm("mnist/datasets.py", "--data-dir", digits_dir)
+    assert_ended(done)
+    assert f"{digits_dir} is complete: 1200 training and 300 test examples" in done.stdout
 
 
 # Real MNIST.
@@ -317,7 +313,7 @@ def test_limit_never_reaches_into_the_validation() -> None:
 
 @pytest.mark.parametrize("n_val", [0, 10, 11])
 def test_split_that_leaves_nothing_is_a_wrong_call(n_val: int) -> None:
-    with pytest.raises(UsageError, match=f"--n-val {n_val} .*10") as caught:
+    with pytest.raises(UsageError, match=f"`n_val` {n_val} .*10") as caught:
         split(numbers(10), n_val=n_val, limit=None)
     assert caught.value.status == 2
 

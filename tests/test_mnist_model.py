@@ -1,14 +1,12 @@
 """MNIST's networks, and what the MVAE does with the modalities that it is given."""
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from mnist.model import build_model
 from mvae import experts
 from mvae.likelihoods import Categorical
 from mvae.model import MVAE
@@ -16,24 +14,10 @@ from mvae.model import MVAE
 N_LATENTS = 64
 
 
-def load_networks() -> ModuleType:
-    """mnist/model.py, by its path: the experiments share file names."""
-    path = Path(__file__).parents[1] / "mnist" / "model.py"
-    spec = importlib.util.spec_from_file_location("mnist_model", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-networks = load_networks()
-
-
 @pytest.fixture(scope="module")
 def model() -> MVAE:
     torch.manual_seed(0)
-    return networks.build_model(N_LATENTS)
+    return build_model(N_LATENTS)
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from mvae.cli import reconstruct, training_parser
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mnist.datasets import test_data as mnist_test_data
+from mnist.model import build_model
 from mvae import checkpoint
 from mvae.errors import UsageError
 from mvae.estimators import Quantity, evaluate
+from mvae.scripts.flags import reconstruct, training_parser
 
 from helpers import (
     ROOT,
@@ -25,8 +27,8 @@ from helpers import (
     assert_same_run,
     command,
     environment,
-    experiment_module,
     run,
+    run_warm,
     stats,
 )
 
@@ -62,41 +64,42 @@ def test_train_prints_plain_lines_where_there_is_no_terminal(trained: Trained) -
     assert steps == [f"epoch {epoch}  step {step}/20" for epoch in (1, 2, 3) for step in (5, 10, 15, 20)]
     epochs = [line for line in lines if "validation loss" in line]
     assert [line.split()[1] for line in epochs] == ["1", "2", "3"]
-    assert all("ELBO(image+text)" in line and "examples/s" in line for line in epochs)
+    assert all("ELBO(joint)" in line and "examples/s" in line for line in epochs)
 
 
 def test_stats_have_one_object_an_epoch(trained: Trained) -> None:
     records = stats(trained.out_dir)
     assert [record["epoch"] for record in records] == [1, 2, 3]
+    scored = {"joint": ("image", "text"), "image": ("image",), "text": ("text",)}
+    numbers = {f"{term}/{number}" for term in scored for number in ("elbo", "kl")}
+    numbers |= {f"{term}/log_prob/{name}" for term, names in scored.items() for name in names} | {"loss"}
     for record in records:
-        assert set(record) == {"epoch", "beta", "seconds", "examples_per_second", "train", "validation"}
-        for part in ("train", "validation"):
-            assert set(record[part]) == {"loss", "terms"}
-            terms = record[part]["terms"]
-            assert {name: set(term["reconstruction"]) for name, term in terms.items()} == {
-                "image+text": {"image", "text"},
-                "image": {"image"},
-                "text": {"text"},
-            }
-            assert all(set(term) == {"elbo", "kl", "reconstruction"} for term in terms.values())
+        assert set(record) == {
+            *("epoch", "beta", "lr", "seconds", "examples_per_second", "validation/label_accuracy"),
+            *(f"{part}/{name}" for part in ("train", "validation") for name in numbers),
+        }
+        assert all(isinstance(value, int | float) for value in record.values())
 
 
 def test_stats_tell_the_annealing_that_an_epoch_reached(trained: Trained) -> None:
     assert [record["beta"] for record in stats(trained.out_dir)] == [1 / 20, 2 / 20, 3 / 20]
 
 
-def test_stats_elbo_is_reconstruction_less_kl(trained: Trained) -> None:
+def test_stats_elbo_is_the_log_probabilities_less_kl(trained: Trained) -> None:
     for record in stats(trained.out_dir):
-        for term in [*record["train"]["terms"].values(), *record["validation"]["terms"].values()]:
-            assert term["elbo"] == pytest.approx(sum(term["reconstruction"].values()) - term["kl"], rel=1e-6)
+        for term in [f"{part}/{name}" for part in ("train", "validation") for name in ("joint", "image", "text")]:
+            log_probs = [value for name, value in record.items() if name.startswith(f"{term}/log_prob/")]
+            assert record[f"{term}/elbo"] == pytest.approx(sum(log_probs) - record[f"{term}/kl"], rel=1e-6)
 
 
 def test_validation_loss_is_the_weighted_objective_without_annealing(trained: Trained) -> None:
-    weights = {"image": 1.0, "text": 10.0}
     for record in stats(trained.out_dir):
-        terms = record["validation"]["terms"].values()
-        weighted = sum(weights[name] * nats for term in terms for name, nats in term["reconstruction"].items())
-        assert record["validation"]["loss"] == pytest.approx(sum(term["kl"] for term in terms) - weighted, rel=1e-5)
+        kl = sum(value for name, value in record.items() if name.startswith("validation/") and name.endswith("/kl"))
+        image, text = (
+            sum(value for name, value in record.items() if name.startswith("validation/") and name.endswith(scored))
+            for scored in ("/log_prob/image", "/log_prob/text")
+        )
+        assert record["validation/loss"] == pytest.approx(kl - image - 10 * text, rel=1e-5)
 
 
 def test_stats_count_the_examples_of_an_epoch(trained: Trained) -> None:
@@ -105,7 +108,7 @@ def test_stats_count_the_examples_of_an_epoch(trained: Trained) -> None:
 
 
 def test_training_lowers_the_loss(trained: Trained) -> None:
-    losses = [record["validation"]["loss"] for record in stats(trained.out_dir)]
+    losses = [record["validation/loss"] for record in stats(trained.out_dir)]
     assert losses == sorted(losses, reverse=True)
 
 
@@ -113,8 +116,8 @@ def test_tensorboard_has_scalars_and_pictures_of_every_epoch(trained: Trained) -
     events = EventAccumulator(str(trained.out_dir / "tensorboard")).Reload()
     records = stats(trained.out_dir)
     for tag, values in {
-        "validation/loss": [record["validation"]["loss"] for record in records],
-        "train/terms/image/kl": [record["train"]["terms"]["image"]["kl"] for record in records],
+        "validation/loss": [record["validation/loss"] for record in records],
+        "train/image/kl": [record["train/image/kl"] for record in records],
         "beta": [1 / 20, 2 / 20, 3 / 20],
     }.items():
         scalars = events.Scalars(tag)
@@ -133,7 +136,7 @@ def test_checkpoint_records_the_flags(trained: Trained) -> None:
 
 
 def test_train_help_shows_every_flag_and_its_default(tmp_path: Path) -> None:
-    done = run("mnist/train.py", "-h", cwd=tmp_path)
+    done = run_warm("mnist/train.py", "-h", cwd=tmp_path)
     assert_ended(done)
     text = " ".join(done.stdout.split())
     defaults = {
@@ -149,6 +152,9 @@ def test_train_help_shows_every_flag_and_its_default(tmp_path: Path) -> None:
         "--seed": "0",
         "--precision": "fp32",
         "--n-val": "5000",
+        "--preset": "paper",
+        "--lr-schedule": "constant",
+        "--warmup-epochs": "0.0",
     }
     for flag, default in defaults.items():
         described = text.split(f" {flag} ")[-1]
@@ -177,6 +183,9 @@ def mnist_parser() -> Any:
         ("--seed", "-1"),
         ("--precision", "fp8"),
         ("--reconstruct", "sound"),
+        ("--preset", "slow"),
+        ("--lr-schedule", "steep"),
+        ("--warmup-epochs", "-0.5"),
     ],
 )
 def test_wrong_value_is_refused_with_status_2(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,18 +207,18 @@ def test_reconstruct_takes_given_all_or_names(words: list[str], meaning: str | l
 
 
 def test_reconstruct_takes_no_name_beside_all() -> None:
-    with pytest.raises(UsageError, match="--reconstruct takes given, all, or names of modalities, not all text"):
+    with pytest.raises(UsageError, match="`reconstruct` takes given, all, or names of modalities, not all text"):
         reconstruct(mnist_parser().parse_args(["--reconstruct", "all", "text"]))
 
 
 def test_train_on_real_mnist(mnist_dir: Path, tmp_path: Path) -> None:
     flags = ["--out-dir", tmp_path, "--limit", "2000", "--n-val", "500", "--epochs", "1", "--annealing-epochs", "1"]
     flags += ["--reconstruct", "text", "--lambda-text", "50", "--precision", "bf16"]
-    assert_ended(run("mnist/train.py", "--data-dir", mnist_dir, *flags, cwd=tmp_path))
+    assert_ended(run_warm("mnist/train.py", "--data-dir", mnist_dir, *flags, cwd=tmp_path))
     (record,) = stats(tmp_path)
     assert record["seconds"] * record["examples_per_second"] == pytest.approx(2000)
-    assert -784 * 0.6931 < record["validation"]["terms"]["image"]["reconstruction"]["image"] < -60  # nats: 784 ln 2
-    assert set(record["validation"]["terms"]["image"]["reconstruction"]) == {"image", "text"}
+    assert -784 * 0.6931 < record["validation/image/log_prob/image"] < -60  # nats: 784 ln 2
+    assert record["validation/image/log_prob/text"] < 0
 
 
 # sample.py
@@ -218,7 +227,7 @@ def test_train_on_real_mnist(mnist_dir: Path, tmp_path: Path) -> None:
 def sample(trained: Trained, digits_dir: Path, out_dir: Path, *flags: object) -> tuple[bytes, list[str]]:
     """Runs sample.py; gives the bytes of its picture, and its labels."""
     arguments = [trained.out_dir / checkpoint.BEST, "--data-dir", digits_dir, "--out-dir", out_dir, *flags]
-    assert_ended(run("mnist/sample.py", *arguments, cwd=out_dir.parent))
+    assert_ended(run_warm("mnist/sample.py", *arguments, cwd=out_dir.parent))
     return (out_dir / "sample_image.png").read_bytes(), (out_dir / "sample_text.txt").read_text().splitlines()
 
 
@@ -263,7 +272,7 @@ def test_picture_is_a_condition_alone_and_beside_a_label(
 
 
 def test_wrong_label_is_refused_and_the_right_ones_are_named(trained: Trained, tmp_path: Path) -> None:
-    done = run("mnist/sample.py", trained.out_dir / checkpoint.BEST, "--condition-on-text", "10", cwd=tmp_path)
+    done = run_warm("mnist/sample.py", trained.out_dir / checkpoint.BEST, "--condition-on-text", "10", cwd=tmp_path)
     assert done.returncode == 2
     said = done.stderr.splitlines()[-1]
     assert all(words in said for words in ("--condition-on-text", "'10'", *"0123456789"))
@@ -278,7 +287,7 @@ FEW = ["--n-samples", "20", "--limit", "60"]
 def estimate(path: Path, digits_dir: Path, folder: Path) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
     """Runs loglike.py; gives what it wrote as JSON, and the process."""
     file = folder / "numbers.json"
-    done = run("mnist/loglike.py", path, "--data-dir", digits_dir, "--json", file, *FEW, cwd=folder)
+    done = run_warm("mnist/loglike.py", path, "--data-dir", digits_dir, "--json", file, *FEW, cwd=folder)
     assert_ended(done)
     return json.loads(file.read_text()), done
 
@@ -360,7 +369,22 @@ def test_same_seed_gives_the_same_numbers(
     tmp_path: Path,
     estimated: tuple[dict[str, Any], subprocess.CompletedProcess[str]],
 ) -> None:
-    assert estimate(trained.out_dir / checkpoint.BEST, digits_dir, tmp_path)[0] == estimated[0]
+    again = estimate(trained.out_dir / checkpoint.BEST, digits_dir, tmp_path)[0]
+    for part in ("log_likelihood", "measures"):
+        assert again[part] == estimated[0][part]
+
+
+def test_loglike_writes_what_the_numbers_are_of(
+    trained: Trained, estimated: tuple[dict[str, Any], subprocess.CompletedProcess[str]]
+) -> None:
+    numbers, best = estimated[0], checkpoint.load(trained.out_dir / checkpoint.BEST, "mnist")
+    assert numbers["checkpoint"] == str(trained.out_dir / checkpoint.BEST)
+    assert numbers["command"].startswith(f"python mnist/loglike.py {trained.out_dir / checkpoint.BEST} --data-dir")
+    assert (numbers["seed"], numbers["device"], numbers["threads"]) == (0, "cpu", 1)
+    for name in ("epoch", "validation_loss", "training_seconds"):
+        assert numbers["training"][name] == best[name]
+    assert numbers["training"]["settings"]["lambda_text"] == 10.0
+    assert not [name for name in numbers["training"]["settings"] if name.endswith("_dir")]
 
 
 def test_model_of_binary_pictures_is_scored_on_binary_pixels(
@@ -375,9 +399,8 @@ def test_model_of_binary_pictures_is_scored_on_binary_pixels(
     checkpoint.save(path, "mnist", content)
     found = means(estimate(path, digits_dir, tmp_path)[0])
 
-    build = experiment_module("mnist/model.py").build_model
-    model, _ = checkpoint.load_model(path, "mnist", build, torch.device("cpu"))
-    test = experiment_module("mnist/datasets.py").test_data(digits_dir, binarize=True)[:60]
+    model, _ = checkpoint.load_model(path, "mnist", build_model, torch.device("cpu"))
+    test = mnist_test_data(digits_dir, binarize=True)[:60]
     quantity, proposal = Quantity(("image",)), ("image",)
     expected = evaluate(model, test, quantities={quantity: [proposal]}, n_samples=20).estimates[quantity, proposal]
     assert found["log p(image)", "q(z | image)"] == pytest.approx(expected.log_p.mean().item(), rel=1e-6)
@@ -386,5 +409,5 @@ def test_model_of_binary_pictures_is_scored_on_binary_pixels(
 
 def test_train_on_binary_pictures(digits_dir: Path, tmp_path: Path) -> None:
     flags = ["--data-dir", digits_dir, "--out-dir", tmp_path, "--epochs", "1", "--binarize", *SHORT]
-    assert_ended(run("mnist/train.py", *flags, cwd=tmp_path))
+    assert_ended(run_warm("mnist/train.py", *flags, cwd=tmp_path))
     assert checkpoint.load(tmp_path / checkpoint.BEST, "mnist")["settings"]["binarize"] is True

@@ -3,27 +3,24 @@
 import dataclasses
 import itertools
 import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from mvae import checkpoint, synthetic
+from multimnist import datasets
+from multimnist import model as networks
+from multimnist.datasets import Recipe
+from mvae import checkpoint
 from mvae.errors import UsageError, UserError
+from mvae.synthetic.digits import digits as made_digits
 
-from helpers import assert_ended, assert_refused, assert_same_run, experiment_module, run
+from helpers import assert_ended, assert_refused, assert_same_run, run_warm, stats
 
-datasets = experiment_module("multimnist/datasets.py")
-with mock.patch.dict(sys.modules, {"datasets": datasets}):
-    networks = experiment_module("multimnist/model.py")
-Recipe = datasets.Recipe
-
-SMALL = {"train": 300, "test": 50}
+SMALL: dict[str, Any] = {"train": 300, "test": 50}
 
 
 def draw(images: np.ndarray, labels: np.ndarray, n: int = 1200, seed: int = 0, **recipe: Any) -> tuple[Any, list[str]]:
@@ -35,7 +32,7 @@ def draw(images: np.ndarray, labels: np.ndarray, n: int = 1200, seed: int = 0, *
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    return synthetic.digits(300, np.random.default_rng(0))
+    return made_digits(300, np.random.default_rng(0))
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +240,10 @@ def test_other_strings_are_no_texts(text: str) -> None:
 # The networks
 
 
+def test_networks_and_data_agree_on_the_symbols_of_a_text() -> None:
+    assert (networks.LENGTH, networks.FILL) == (datasets.LENGTH, datasets.FILL)
+
+
 @pytest.fixture(scope="module")
 def text_given_z() -> Any:
     """p(text | z) of 5 latents with large random weights, in float64."""
@@ -304,7 +305,7 @@ def test_teacher_forcing_is_the_chain_rule(text_given_z: Any, probability: dict[
     def begins(prefix: str) -> float:
         return sum(p for other, p in probability.items() if other.startswith(prefix))
 
-    state, previous = None, datasets.START
+    state, previous = None, networks.START
     for place, symbol in enumerate(datasets.encode(text)[: len(text) + 1].tolist()):
         logits, state = text_given_z.decoder(Z, torch.tensor([[previous]]), state)
         both = begins(text[: place + 1]) if symbol != datasets.FILL else probability[text]
@@ -349,7 +350,7 @@ def trained(digits_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder where datasets.py and train.py (two epochs of three steps) have run, with their default paths."""
     folder = tmp_path_factory.mktemp("multimnist")
     small = ("--train", 300, "--test", 50, "--data-dir", digits_dir)
-    assert_ended(run("multimnist/datasets.py", "--fixed", *small, cwd=folder))
+    assert_ended(run_warm("multimnist/datasets.py", "--fixed", *small, cwd=folder))
     train(folder, digits_dir, "--epochs", 2)
     return folder
 
@@ -357,19 +358,23 @@ def trained(digits_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(folder: Path, digits_dir: Path, *arguments: object) -> None:
     small = ("--n-latents", 8, "--n-val", 30, "--limit", 120, "--batch-size", 40, "--annealing-epochs", 1)
     arguments = ("--lambda-text", "10.", *small, "--data-dir", digits_dir, *arguments)
-    assert_ended(run("multimnist/train.py", *arguments, cwd=folder))
+    assert_ended(run_warm("multimnist/train.py", *arguments, cwd=folder))
 
 
 def sample(folder: Path, *condition: object) -> tuple[bytes, list[str]]:
     """The picture and the texts of five samples."""
     arguments = ("trained_models/model_best.pth.tar", "--n-samples", 5, *condition)
-    assert_ended(run("multimnist/sample.py", *arguments, cwd=folder))
+    assert_ended(run_warm("multimnist/sample.py", *arguments, cwd=folder))
     return (folder / "sample_image.png").read_bytes(), (folder / "sample_text.txt").read_text().split("\n")[:-1]
 
 
 def test_train_takes_the_canvases_that_datasets_has_made(trained: Path) -> None:
     settings = checkpoint.load(trained / "trained_models" / checkpoint.BEST, "multimnist")["settings"]
     assert settings["canvases"] == dataclasses.asdict(Recipe(**SMALL))
+
+
+def test_training_reports_how_many_texts_are_read_right(trained: Path) -> None:
+    assert all(0 <= record["validation/text_accuracy"] <= 1 for record in stats(trained / "trained_models"))
 
 
 def test_a_resumed_run_is_the_run(digits_dir: Path, trained: Path) -> None:
@@ -391,25 +396,25 @@ def test_texts_are_drawn_at_a_temperature_beside_a_held_out_canvas(trained: Path
 
 def test_a_text_that_no_held_out_canvas_has_is_an_error(trained: Path, tmp_path: Path) -> None:
     arguments = ["--canvas-dir", trained / "data" / "MultiMNIST", "--condition-on-image", "9876"]
-    done = run("multimnist/sample.py", trained / "trained_models" / checkpoint.BEST, *arguments, cwd=tmp_path)
+    done = run_warm("multimnist/sample.py", trained / "trained_models" / checkpoint.BEST, *arguments, cwd=tmp_path)
     assert_refused(done, 1, "none of the 30 held-out examples", "'9876'")
 
 
 def test_sample_says_what_texts_are_allowed(tmp_path: Path) -> None:
-    done = run("multimnist/sample.py", "any", "--condition-on-text", "12345", cwd=tmp_path)
+    done = run_warm("multimnist/sample.py", "any", "--condition-on-text", "12345", cwd=tmp_path)
     assert done.returncode == 2
     assert "0 to 4 digits" in done.stderr.splitlines()[-1]
 
 
 def test_datasets_refuses_an_impossible_call(tmp_path: Path) -> None:
-    done = run("multimnist/datasets.py", "--no-fixed", "--no-resize", cwd=tmp_path)
+    done = run_warm("multimnist/datasets.py", "--no-fixed", "--no-resize", cwd=tmp_path)
     assert_refused(done, 2, "--max-digits 2")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_loglike_reports_both_accuracies(trained: Path) -> None:
     few = ("--limit", 20, "--n-samples", 10, "--json", "found.json")
-    assert_ended(run("multimnist/loglike.py", "trained_models/model_best.pth.tar", *few, cwd=trained))
+    assert_ended(run_warm("multimnist/loglike.py", "trained_models/model_best.pth.tar", *few, cwd=trained))
     found = json.loads((trained / "found.json").read_text())
     assert all(row["mean"] < 0 for row in found["log_likelihood"])
     accuracies = [

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from mvae.errors import UsageError
 from mvae.model import MVAE
-from mvae.objective import Objective, Totals, random_subsets
-from mvae.run import summary, sums_of
+from mvae.objective import Objective, Term, random_subsets
+from mvae.stats import Totals
 
-from reference import LATENTS, plain_objective, small_batch, small_model
+from reference import LATENTS, distribution, plain_objective, plain_product, small_batch, small_model
 
 N_EXAMPLES = 6
 SUBSETS = {2: [], 6: [("m1", "m4"), ("m0", "m2", "m3", "m5")], 19: [("m0", "m7", "m12", "m18"), ("m3", "m4")]}
@@ -64,7 +64,8 @@ def assert_same(
 ) -> None:
     """The same loss, gradients of all parameters, and totals."""
     assert_near(found[0], expected[0], relative, "loss")
-    for field, part, expected_part in zip(Totals._fields, found[1], expected[1], strict=True):
+    assert found[1][:2] == expected[1][:2]
+    for field, part, expected_part in zip(Totals._fields[2:], found[1][2:], expected[1][2:], strict=True):
         assert_near(part, expected_part, relative, field)
     expected_gradients = gradients(expected[0], plain)
     assert any(gradient.any() for gradient in expected_gradients.values())
@@ -136,8 +137,8 @@ def test_objective_is_the_plain_one_with_batch_norm(missing: bool, reconstruct: 
 
 
 @pytest.mark.parametrize("missing", [False, True])
-def test_joint_batch_norm_sees_all_that_is_scored_at_once(missing: bool) -> None:
-    model, batch, noise = small_model(6, batch_norm=True, joint_norm=True).train(), small_batch(6, 8), noise_of(6, 8)
+def test_decoders_batch_norm_sees_all_that_is_scored_at_once(missing: bool) -> None:
+    model, batch, noise = small_model(6, batch_norm=True).train(), small_batch(6, 8), noise_of(6, 8)
     present = presence_with_batch_norm() if missing else None
     calls: dict[str, list[Tensor]] = {name: [] for name in model.modalities}
     for name in model.modalities:
@@ -150,8 +151,8 @@ def test_joint_batch_norm_sees_all_that_is_scored_at_once(missing: bool) -> None
 
 
 @pytest.mark.parametrize("missing", [False, True])
-def test_joint_batch_norm_scores_as_evaluation_does(missing: bool) -> None:
-    model, batch, noise = small_model(6, batch_norm=True, joint_norm=True).train(), small_batch(6, 8), noise_of(6, 8)
+def test_decoders_batch_norm_scores_as_evaluation_does(missing: bool) -> None:
+    model, batch, noise = small_model(6, batch_norm=True).train(), small_batch(6, 8), noise_of(6, 8)
     present = presence_with_batch_norm() if missing else None
     for module in model.decoders.modules():
         if isinstance(module, torch.nn.BatchNorm1d):
@@ -243,7 +244,8 @@ def test_an_example_with_nothing_given_adds_exactly_zero() -> None:
     model, batch = small_model(6), small_batch(6, 1)
     loss, totals = Objective(model)(batch, 1.0, SUBSETS[6], {name: torch.tensor([False]) for name in batch})
     assert loss == 0
-    assert all((part == 0).all() for part in totals)
+    assert totals.n == 1
+    assert all((part == 0).all() for part in (totals.log_prob, totals.n_log_prob, totals.kl, totals.n_kl))
 
 
 @pytest.mark.parametrize("reconstruct", ["given", "all"])
@@ -253,7 +255,7 @@ def test_a_term_with_nothing_given_adds_exactly_zero(reconstruct: str) -> None:
     objective = Objective(model, reconstruct=reconstruct)
     _, totals = objective(batch, 1.0, [("m1", "m2")], present)
     term = [term.given for term in objective.terms].index(("m1",))
-    assert all((part[term] == 0).all() for part in totals)
+    assert all((part[term] == 0).all() for part in (totals.log_prob, totals.n_log_prob, totals.kl, totals.n_kl))
     assert (np.delete(totals.kl.numpy(), term) > 0).all()
 
 
@@ -354,33 +356,61 @@ def test_random_subsets_need_three_modalities(n_modalities: int) -> None:
         draw_subsets(n_modalities, 1, 0)
 
 
-def test_summary_gives_means_without_weights_and_beta() -> None:
+def test_means_of_two_batches_are_those_of_their_examples_without_weights_and_beta() -> None:
     """Over two batches of different sizes; each mean is over the examples that have it."""
     model, weights, beta = small_model(6), weights_of(6), 0.3
     objective = Objective(model, weights=weights, reconstruct=("m1",))
-    sums, losses, parts = torch.zeros(()), [], []
+    names = (*objective.names, "subset", "subset")
+    sums, losses, parts = torch.zeros(()), [], list[tuple[Tensor, ...]]()
     for n in (4, 7):
         batch, present, noise = small_batch(6, n), presence_of(6, n), noise_of(6, n)
-        loss, totals = objective(batch, beta, SUBSETS[6], present, noise)
-        sums = sums + sums_of(loss, totals, n)
+        _, totals = objective(batch, beta, SUBSETS[6], present, noise)
+        assert totals.terms == names
+        sums = sums + totals.vector()
         loss, totals = plain_objective(
             model, batch, noise, weights=weights, reconstruct=("m1",), subsets=SUBSETS[6], beta=beta, present=present
         )
         losses.append(loss.item() * n)
-        parts.append(totals)
-    log_prob, n_log_prob, kl, n_kl = (sum(part).numpy() for part in zip(*parts, strict=True))
+        parts.append(totals[4:])
+    log_prob, n_log_prob, kl, n_kl = (torch.stack(part).sum(dim=0).numpy() for part in zip(*parts, strict=True))
 
-    found = summary(objective, sums)
-    assert found["loss"] == pytest.approx(sum(losses) / 11)
-    rows = {"+".join(model.modalities): [0], **{f"m{m}": [m + 1] for m in range(6)}, "subset": [7, 8]}
-    assert list(found["terms"]) == list(rows)
-    for name, row in rows.items():
-        term, n = found["terms"][name], n_kl[row].sum()
-        if name == "m5":  # nobody has it
-            assert term == {"elbo": None, "kl": None, "reconstruction": {}}
-            continue
-        assert term["kl"] == pytest.approx(kl[row].sum() / n)
-        assert term["elbo"] == pytest.approx((log_prob[row].sum() - kl[row].sum()) / n)
-        counts = dict(zip(model.modalities, n_log_prob[row].sum(axis=0), strict=True))
-        means = zip(model.modalities, log_prob[row].sum(axis=0), strict=True)
-        assert term["reconstruction"] == pytest.approx({m: total / counts[m] for m, total in means if counts[m]})
+    expected = {"loss": sum(losses) / 11}
+    for name, rows in {"joint": [0], **{f"m{m}": [m + 1] for m in range(5)}, "subset": [7, 8]}.items():
+        scores, counts = log_prob[rows].sum(axis=0), n_log_prob[rows].sum(axis=0)
+        expected[f"{name}/elbo"] = (scores.sum() - kl[rows].sum()) / n_kl[rows].sum()
+        expected[f"{name}/kl"] = kl[rows].sum() / n_kl[rows].sum()
+        expected |= {f"{name}/log_prob/m{m}": scores[m] / counts[m] for m in range(6) if counts[m]}
+    found = Totals.of(sums, names, model.modalities).means()
+    assert found == pytest.approx(expected)
+    assert not any("m5" in name for name in found)  # nobody has it
+
+
+# Terms other than the paper's.
+
+
+def test_terms_may_be_given_some_modalities_and_score_others() -> None:
+    model, batch = small_model(3), small_batch(3, N_EXAMPLES)
+    objective = Objective(model, terms=[Term(("m2", "m0"), ("m1",)), Term(("m1",), ("m1", "m0"))])
+    assert objective.names == ("m0+m2", "m1")
+    noise = torch.randn(2, N_EXAMPLES, LATENTS, generator=torch.Generator().manual_seed(0)).double()
+    loss, totals = objective(batch, 0.3, (), None, noise)
+    expected = torch.zeros(()).double()
+    for t, (given, scored) in enumerate([(("m0", "m2"), ("m1",)), (("m1",), ("m0", "m1"))]):
+        q = plain_product([model.encoders[name](batch[name]) for name in given])
+        z = q.mean + q.stddev * noise[t]
+        nats = sum(distribution(model.likelihood(name), z).log_prob(batch[name]).sum() for name in scored)
+        prior = torch.distributions.Normal(torch.zeros(LATENTS).double(), 1.0)
+        expected += 0.3 * torch.distributions.kl_divergence(q, prior).sum() - nats
+    assert loss.item() == pytest.approx(expected.item() / N_EXAMPLES)
+    assert totals.n_log_prob.tolist() == [[0, N_EXAMPLES, 0], [N_EXAMPLES, N_EXAMPLES, 0]]
+
+
+def test_terms_score_what_every_term_is_to_score_too() -> None:
+    objective = Objective(small_model(3), terms=[Term(("m0",), ("m0",))], reconstruct=("m2",))
+    assert objective.terms == [Term(("m0",), ("m0", "m2"))]
+
+
+@pytest.mark.parametrize("given", [[("m0",), ("m0",)], [("m0", "m1"), ("m1", "m0")]])
+def test_terms_that_are_given_the_same_are_refused(given: list[tuple[str, ...]]) -> None:
+    with pytest.raises(UsageError, match="each needs a name unlike the others'"):
+        Objective(small_model(2), terms=[Term(names, names) for names in given])

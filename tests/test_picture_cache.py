@@ -1,6 +1,7 @@
 """Pictures decoded once: what torchvision makes of them, kept through kills, damage and changes; and streamed data."""
 
 import fcntl
+import logging
 import os
 import shutil
 import signal
@@ -18,20 +19,22 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from mvae import decoded
 from mvae.data import Data, consecutive_rows, permuted_rows
+from mvae.datasets import picture_cache
 from mvae.errors import UserError
 
 from helpers import ROOT, environment
 
 MAKE = """
+import logging
 import sys
 from pathlib import Path
-from mvae import decoded
+from mvae.datasets import picture_cache
 from mvae.errors import UserError
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 source, path = map(Path, sys.argv[1:])
 try:
-    decoded.make(source, list(decoded.listing(source).values()), path)
+    picture_cache.make(source, list(picture_cache.listing(source).values()), path)
 except KeyboardInterrupt:
     sys.exit(130)
 except UserError as error:
@@ -39,6 +42,12 @@ except UserError as error:
     sys.exit(1)
 """
 """A process that makes the file of all pictures of a folder. It doesn't import torch."""
+
+
+@pytest.fixture(autouse=True)
+def info(caplog: pytest.LogCaptureFixture) -> None:
+    """What the package says is caught by `caplog`."""
+    caplog.set_level(logging.INFO, "mvae")
 
 
 def draw(path: Path, width: int, height: int, seed: int, mode: str = "RGB") -> None:
@@ -52,14 +61,14 @@ def change(path: Path) -> None:
     draw(path, 24, 20, 12345)
 
 
-def entries_of(source: Path) -> list[decoded.Entry]:
-    return list(decoded.listing(source).values())
+def entries_of(source: Path) -> list[picture_cache.Entry]:
+    return list(picture_cache.listing(source).values())
 
 
 def load(source: Path, path: Path, **options: object) -> Tensor:
     """The decoded pictures of a folder or zip, in the order of their names."""
-    entries = [entry for _, entry in sorted(decoded.listing(source).items())]
-    return decoded.decoded(source, entries, path, **options)  # type: ignore[arg-type]
+    entries = [entry for _, entry in sorted(picture_cache.listing(source).items())]
+    return picture_cache.decoded(source, entries, path, **options)  # type: ignore[arg-type]
 
 
 def reference(path: Path, mode: str = "RGB", size: int = 64) -> Tensor:
@@ -76,7 +85,7 @@ def start(source: Path, path: Path) -> subprocess.Popen[str]:
 
 def wait_for_a_block(path: Path) -> None:
     """Waits until a build into `path` is at its second block."""
-    partial, block = path.with_name(path.name + ".partial"), decoded.BLOCK * 3 * 64 * 64
+    partial, block = path.with_name(path.name + ".partial"), picture_cache.BLOCK * 3 * 64 * 64
     deadline = time.monotonic() + 60
     while not (partial.exists() and partial.read_bytes()[block : block + 999].strip(b"\0")):
         assert time.monotonic() < deadline
@@ -111,7 +120,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("many")
     for number in range(10):
         draw(folder / f"{number:04}.jpg", 300, 400, number)
-    for number in range(10, 6 * decoded.BLOCK):
+    for number in range(10, 6 * picture_cache.BLOCK):
         os.link(folder / f"{number % 10:04}.jpg", folder / f"{number:04}.jpg")
     return folder
 
@@ -120,7 +129,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(many: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The file of `many`, made without interruption."""
     path = tmp_path_factory.mktemp("whole") / "cache"
-    decoded.make(many, entries_of(many), path, workers=2)
+    picture_cache.make(many, entries_of(many), path, workers=2)
     return path.read_bytes()
 
 
@@ -169,15 +178,15 @@ def test_size_may_be_another(folder: Path, tmp_path: Path) -> None:
 
 def test_real_pictures_are_those_of_torchvision(celeba_images: Path, tmp_path: Path) -> None:
     entries = sorted(entries_of(celeba_images))[::100]
-    found = decoded.decoded(celeba_images, entries, tmp_path / "cache", workers=2)
+    found = picture_cache.decoded(celeba_images, entries, tmp_path / "cache", workers=2)
     for picture, entry in zip(found, entries, strict=True):
         assert torch.equal(picture, reference(celeba_images / entry.member)), entry.member
 
 
 def test_pictures_come_in_the_order_asked_for(folder: Path, tmp_path: Path) -> None:
-    files = decoded.listing(folder)
+    files = picture_cache.listing(folder)
     names = ["200.jpg", "003.jpg", "004.jpg"]
-    found = decoded.decoded(folder, [files[name] for name in names], tmp_path / "cache")
+    found = picture_cache.decoded(folder, [files[name] for name in names], tmp_path / "cache")
     assert torch.equal(found, torch.stack([reference(folder / name) for name in names]))
 
 
@@ -197,15 +206,15 @@ def test_zip_gives_what_its_folder_gives(folder: Path, tmp_path: Path, method: i
 
 
 def test_file_that_is_whole_is_read_and_not_written(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "cache"
     first = load(folder, path).clone()
     before = path.stat()
-    capsys.readouterr()
+    caplog.clear()
     assert torch.equal(load(folder, path), first)
     assert path.stat() == before
-    assert capsys.readouterr().out == ""
+    assert caplog.text == ""
 
 
 def test_whole_file_serves_where_nothing_can_be_written(folder: Path, tmp_path: Path) -> None:
@@ -227,13 +236,13 @@ def touch(path: Path) -> None:
 
 @pytest.mark.parametrize("edit", [touch, Path.unlink])
 def test_changed_source_is_decoded_anew(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], edit: Callable[[Path], object]
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, edit: Callable[[Path], object]
 ) -> None:
     path = tmp_path / "cache"
     load(folder, path)
     edit(folder / "100.jpg")
     found = load(folder, path)
-    assert "doesn't hold the pictures that are now in" in capsys.readouterr().out
+    assert "doesn't hold the pictures that are now in" in caplog.text
     assert torch.equal(found, load(folder, tmp_path / "fresh"))
 
 
@@ -254,7 +263,7 @@ def test_older_map_keeps_its_pictures_when_the_source_changes(folder: Path, tmp_
 
 @pytest.mark.parametrize("share", [0.0, 0.9999])
 def test_damaged_block_is_decoded_again(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], share: float
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, share: float
 ) -> None:
     path = tmp_path / "cache"
     load(folder, path)
@@ -262,7 +271,7 @@ def test_damaged_block_is_decoded_again(
     at = int(share * 300 * 3 * 64 * 64)
     path.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
     load(folder, path)
-    assert "is damaged: decoding 1 of 3 blocks again" in capsys.readouterr().out
+    assert "is damaged: decoding 1 of 3 blocks again" in caplog.text
     assert path.read_bytes() == good
 
 
@@ -300,11 +309,18 @@ def test_pictures_are_mapped_and_not_loaded(many: Path, whole: bytes, tmp_path: 
     assert anonymous_bytes() - before < len(whole) / 2
 
 
+def test_module_needs_neither_torch_nor_fcntl_to_be_imported() -> None:
+    code = (
+        "import sys; sys.modules['fcntl'] = None; import mvae.datasets.picture_cache; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
 # Kills, and processes at the same time.
 
 
 def test_killed_build_is_gone_on_with(
-    many: Path, whole: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    many: Path, whole: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "cache"
     process = start(many, path)
@@ -312,21 +328,21 @@ def test_killed_build_is_gone_on_with(
     process.kill()
     process.communicate()  # ends when the last process that holds its stderr does
     assert not path.exists()
-    decoded.make(many, entries_of(many), path)
-    assert "are done" in capsys.readouterr().out
+    picture_cache.make(many, entries_of(many), path)
+    assert "are done" in caplog.text
     assert path.read_bytes() == whole
 
 
 def test_interrupt_ends_the_build_at_once_and_loses_nothing(
-    many: Path, whole: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    many: Path, whole: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     process = start(many, tmp_path / "cache")
     wait_for_a_block(tmp_path / "cache")
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert (process.returncode, errors) == (130, "")
-    decoded.make(many, entries_of(many), tmp_path / "cache")
-    assert "of which" in capsys.readouterr().out
+    picture_cache.make(many, entries_of(many), tmp_path / "cache")
+    assert "of which" in caplog.text
     assert (tmp_path / "cache").read_bytes() == whole
 
 
@@ -374,16 +390,16 @@ def test_damaged_member_of_a_zip_is_named(folder: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_decoded_before_a_damaged_picture_is_kept(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     entries = sorted(entries_of(folder))
     good = (folder / "200.jpg").read_bytes()
     (folder / "200.jpg").write_bytes(bytes(len(good)))
     with pytest.raises(UserError):
-        decoded.make(folder, entries, tmp_path / "cache")
+        picture_cache.make(folder, entries, tmp_path / "cache")
     (folder / "200.jpg").write_bytes(good)
-    decoded.make(folder, entries, tmp_path / "cache")
-    assert f"of which {decoded.BLOCK} are done" in capsys.readouterr().out
+    picture_cache.make(folder, entries, tmp_path / "cache")
+    assert f"of which {picture_cache.BLOCK} are done" in caplog.text
 
 
 def test_truncated_zip_is_named(folder: Path, tmp_path: Path) -> None:
@@ -401,7 +417,7 @@ def test_folder_without_pictures_is_named(tmp_path: Path) -> None:
 
 def test_folder_that_cannot_be_made_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert_refused(folder, tmp_path / "file" / "cache", tmp_path / "file" / "cache", "--cache-dir")
+    assert_refused(folder, tmp_path / "file" / "cache", tmp_path / "file" / "cache", "`cache_dir`")
 
 
 def test_full_disk_is_told_at_once_and_nothing_is_left(
@@ -411,7 +427,7 @@ def test_full_disk_is_told_at_once_and_nothing_is_left(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", fallocate)
-    assert_refused(folder, tmp_path / "cache", "No space left on device", "--cache-dir")
+    assert_refused(folder, tmp_path / "cache", "No space left on device", "`cache_dir`")
     assert sorted(os.listdir(tmp_path)) == ["cache.lock", "pictures"]
 
 

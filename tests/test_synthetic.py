@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvae import synthetic
+from mvae.synthetic import __main__ as synthetic
 from mvae.synthetic.__main__ import CHECKSUMS, IDX_NAMES, main, write_idx
 from mvae.synthetic.digits import digits
 from mvae.synthetic.faces import DRAWN, HEIGHT, WIDTH, attributes
@@ -414,5 +414,5 @@ def test_faces_that_are_cut_short_leave_nothing(
 
 
 def test_drawing_does_without_torch() -> None:
-    code = "import sys, mvae.synthetic; sys.exit('torch' in sys.modules)"
+    code = "import sys, mvae.synthetic.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

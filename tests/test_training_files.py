@@ -1,7 +1,6 @@
 """What a run leaves and survives: resuming, signals, kills, full disks, settings, numbers that aren't finite."""
 
 import dataclasses
-import multiprocessing
 import os
 import resource
 import shutil
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from mvae.data import Data
 from mvae.errors import UsageError, UserError
 from mvae.likelihoods import Bernoulli
 from mvae.model import MVAE
-from mvae.training import Stopped, annealing
+from mvae.schedules import constant
+from mvae.training import Stopped
 
 from helpers import (
     SHORT,
@@ -37,13 +38,21 @@ from helpers import (
     environment,
     fit_small,
     run,
+    run_warm,
     same,
     small_data,
     small_model,
+    start_warm,
     stats,
-    train_in_this_process,
     without_times,
 )
+
+WHICH = ("train", "validation")
+
+
+def part(record: dict[str, Any], which: str) -> dict[str, Any]:
+    """Of an epoch's record, what is about training or validation, by the names of `Totals.means`."""
+    return {name.removeprefix(f"{which}/"): value for name, value in record.items() if name.startswith(f"{which}/")}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -80,33 +89,32 @@ def test_run_that_a_signal_stopped_is_resumed_bit_for_bit(
     stopped = run_until("epoch 2  step 5/20", number, *flags, cwd=tmp_path)
     assert_refused(stopped, status, "stopped at epoch 2, step", "saved", "--resume")
     assert checkpoint.load(tmp_path / "run" / checkpoint.LATEST, "mnist")["step"] >= 5
-    assert_ended(run("mnist/train.py", *flags, "--resume", cwd=tmp_path))
+    assert_ended(run_warm("mnist/train.py", *flags, "--resume", cwd=tmp_path))
     assert_same_run(tmp_path / "run", trained.out_dir)
 
 
 def test_run_killed_at_random_moments_goes_on_to_be_the_straight_run(digits_dir: Path, tmp_path: Path) -> None:
     """The processes are forked from one that has imported torch, so that 24 of them start in a moment each."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["helpers", "mvae.cli", "torch._dynamo"])
     log, killed = tmp_path / "log", tmp_path / "killed"
-    flags = ["--data-dir", str(digits_dir), "--n-val", "100", "--limit", "100", "--batch-size", "50", "--resume"]
+    flags = ["--data-dir", digits_dir, "--n-val", "100", "--limit", "100", "--batch-size", "50", "--resume"]
 
-    def start(out_dir: Path, epochs: int) -> Any:
+    def start(out_dir: Path, epochs: int) -> BaseProcess:
         log.write_text("")
-        arguments = [*flags, "--out-dir", str(out_dir), "--epochs", str(epochs), "--log-interval", "1"]
-        process = context.Process(target=train_in_this_process, args=(arguments, log))
-        process.start()
-        return process
+        arguments = [*flags, "--out-dir", out_dir, "--epochs", epochs, "--log-interval", "1"]
+        return start_warm("mnist/train.py", *arguments, logs=(log, tmp_path / "errors"), cwd=tmp_path)
 
-    def wait_for(words: str, process: Any) -> None:
+    def said() -> str:
+        return log.read_text() + (tmp_path / "errors").read_text()
+
+    def wait_for(words: str, process: BaseProcess) -> None:
         while words not in log.read_text():
-            assert process.is_alive(), log.read_text()
+            assert process.is_alive(), said()
             time.sleep(0.01)
 
-    def kill(process: Any) -> None:
+    def kill(process: BaseProcess) -> None:
         process.kill()
         process.join()
-        assert process.exitcode == -signal.SIGKILL, log.read_text()
+        assert process.exitcode == -signal.SIGKILL, said()
 
     process = start(killed, epochs=10_000)
     wait_for("epoch 1  beta", process)
@@ -134,7 +142,7 @@ def test_run_killed_at_random_moments_goes_on_to_be_the_straight_run(digits_dir:
     for out_dir in (killed, tmp_path / "straight"):
         process = start(out_dir, epochs)
         process.join()
-        assert process.exitcode == 0, log.read_text()
+        assert process.exitcode == 0, said()
     assert_same_run(killed, tmp_path / "straight")
 
 
@@ -221,7 +229,7 @@ def test_resume_without_a_run_starts_from_the_beginning_and_says_so(
 def test_folder_that_holds_a_run_is_refused_without_resume(tmp_path: Path) -> None:
     fit_small(tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(UsageError, match=f"{tmp_path} holds a run: .*--resume.*--out-dir") as refused:
+    with pytest.raises(UsageError, match=f"{tmp_path} holds a run: .*`resume`.*`out_dir`") as refused:
         fit_small(tmp_path, epochs=3)
     assert refused.value.status == 2
     assert contents(tmp_path) == before
@@ -232,7 +240,7 @@ def test_resume_with_other_settings_names_each_with_both_values(
 ) -> None:
     before = contents(trained.out_dir)
     flags = ["--data-dir", digits_dir, "--out-dir", trained.out_dir, "--epochs", "4", *SHORT, "--resume"]
-    done = run("mnist/train.py", *flags, "--lr", "0.002", "--lambda-text", "50", "--limit", "900", cwd=tmp_path)
+    done = run_warm("mnist/train.py", *flags, "--lr", "0.002", "--lambda-text", "50", "--limit", "900", cwd=tmp_path)
     differ = ["lr was 0.001, now 0.002", "lambda_text was 10.0, now 50.0", "limit was None, now 900"]
     assert_refused(done, 2, trained.out_dir / checkpoint.LATEST, *differ)
     for same_as_before in ("epochs", "out_dir", "seed", "batch_size"):
@@ -284,7 +292,7 @@ def test_scripts_refuse_what_is_no_checkpoint_in_one_line(script: str, digits_di
 
     path = tmp_path / "bad.pth.tar"
     torch.save(Malicious() if script == "sample.py" else {"state_dict": torch.zeros(2)}, path)
-    assert_refused(run(f"mnist/{script}", path, "--data-dir", digits_dir, cwd=tmp_path), 1, path)
+    assert_refused(run_warm(f"mnist/{script}", path, "--data-dir", digits_dir, cwd=tmp_path), 1, path)
     assert set(os.listdir(tmp_path)) == {"bad.pth.tar"}
 
 
@@ -322,7 +330,7 @@ def test_tensorboard_that_cannot_be_written_is_one_error(tmp_path: Path) -> None
 
 def test_loss_that_is_not_finite_stops_the_script(digits_dir: Path, tmp_path: Path) -> None:
     flags = ["--data-dir", digits_dir, "--out-dir", tmp_path / "run", "--lr", "1e30", "--epochs", "2", *SHORT]
-    done = run("mnist/train.py", *flags, cwd=tmp_path)
+    done = run_warm("mnist/train.py", *flags, cwd=tmp_path)
     assert_refused(done, 1, "not finite", "log p of image in term image", "a smaller --lr")
     assert not (tmp_path / "run" / checkpoint.LATEST).exists()
 
@@ -430,23 +438,14 @@ def test_validation_that_is_not_finite_is_named_and_the_checkpoint_kept(tmp_path
 # What fit does and reports.
 
 
-def test_annealing_rises_by_the_step_to_1_at_the_end_of_its_epochs() -> None:
-    found = [annealing(epoch, step, 4, annealing_epochs=2) for epoch in (1, 2, 3) for step in range(4)]
-    assert found == pytest.approx([1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1, 1, 1, 1, 1])
-
-
-def test_no_annealing_is_1_from_the_first_step() -> None:
-    assert annealing(1, 0, 4, annealing_epochs=0) == 1
-
-
 def test_best_model_is_that_of_the_epoch_with_the_lowest_validation_loss(tmp_path: Path) -> None:
-    records = fit_small(tmp_path / "run", epochs=12, lr=0.5, annealing_epochs=0)
-    losses = [record["validation"]["loss"] for record in records]
+    records = fit_small(tmp_path / "run", epochs=12, lr=0.5, beta=constant())
+    losses = [record["validation/loss"] for record in records]
     best = int(np.argmin(losses)) + 1
     assert 1 < best < 12
     content = checkpoint.load(tmp_path / "run" / checkpoint.BEST, "small")
     assert (content["epoch"], content["validation_loss"]) == (best, losses[best - 1])
-    fit_small(tmp_path / "shorter", epochs=best, lr=0.5, annealing_epochs=0)
+    fit_small(tmp_path / "shorter", epochs=best, lr=0.5, beta=constant())
     assert same(content["model"], checkpoint.load(tmp_path / "shorter" / checkpoint.LATEST, "small")["model"])
 
 
@@ -458,14 +457,14 @@ def test_same_seed_gives_the_same_run_and_another_does_not(tmp_path: Path) -> No
 
 def test_validation_draws_the_same_noise_in_every_epoch(tmp_path: Path) -> None:
     records = fit_small(tmp_path, lr=1e-30)
-    assert records[0]["validation"] == records[1]["validation"]
-    assert records[0]["train"] != records[1]["train"]
+    assert part(records[0], "validation") == part(records[1], "validation")
+    assert part(records[0], "train") != part(records[1], "train")
 
 
 def test_validation_leaves_the_training_as_it_is(tmp_path: Path) -> None:
     one = fit_small(tmp_path / "one", validation=small_data(10, seed=1))
     other = fit_small(tmp_path / "other", validation=small_data(7, seed=2))
-    assert [record["train"] for record in one] == [record["train"] for record in other]
+    assert [part(record, "train") for record in one] == [part(record, "train") for record in other]
 
 
 def missing() -> dict[str, Tensor]:
@@ -484,7 +483,7 @@ def test_rows_of_missing_modalities_have_no_part_in_a_run(tmp_path: Path) -> Non
     fit_small(tmp_path / "one", train=train)
     fit_small(tmp_path / "other", train=small_data(24, seed=0, present=missing(), transform=lambda rows: rows))
     other = fit_small(tmp_path / "filled", train=type(train)(tensors=tensors, present=missing()))
-    assert all(np.isfinite(record["train"]["loss"]) for record in other)
+    assert all(np.isfinite(record["train/loss"]) for record in other)
     assert_same_run(tmp_path / "filled", tmp_path / "one", "small")
 
 
@@ -493,7 +492,7 @@ def test_bf16_is_near_fp32(present: dict[str, Tensor] | None, tmp_path: Path) ->
     found = [
         fit_small(tmp_path / precision, train=small_data(24, seed=0, present=present), precision=precision, approx_m=1)[
             -1
-        ]["train"]["loss"]
+        ]["train/loss"]
         for precision in ("fp32", "bf16")
     ]
     assert found[0] != found[1]
@@ -503,14 +502,18 @@ def test_bf16_is_near_fp32(present: dict[str, Tensor] | None, tmp_path: Path) ->
 def test_modality_that_a_whole_batch_lacks_is_no_trouble_in_bf16(tmp_path: Path) -> None:
     present = {"image": torch.zeros(24, dtype=torch.bool)}
     (record,) = fit_small(tmp_path, train=small_data(24, seed=0, present=present), precision="bf16", epochs=1)
-    assert record["train"]["terms"]["image"] == {"elbo": None, "kl": None, "reconstruction": {}}
-    assert set(record["train"]["terms"]["image+attrs+label"]["reconstruction"]) == {"attrs", "label"}
+    assert not any(name.startswith("train/image/") for name in record)
+    assert {name for name in record if name.startswith("train/joint/log_prob/")} == {
+        "train/joint/log_prob/attrs",
+        "train/joint/log_prob/label",
+    }
 
 
 def test_random_subsets_are_reported_as_one_term(tmp_path: Path) -> None:
     record = fit_small(tmp_path, approx_m=3)[-1]
-    assert list(record["train"]["terms"]) == ["image+attrs+label", "image", "attrs", "label", "subset"]
-    assert list(record["validation"]["terms"]) == ["image+attrs+label", "image", "attrs", "label"]
+    terms = {which: [name.split("/")[0] for name in part(record, which) if "/elbo" in name] for which in WHICH}
+    assert terms["train"] == ["joint", "image", "attrs", "label", "subset"]
+    assert terms["validation"] == ["joint", "image", "attrs", "label"]
 
 
 def test_terminal_gets_a_progress_bar(
@@ -525,7 +528,7 @@ def test_terminal_gets_a_progress_bar(
 
 def test_compiled_step_gives_the_same_losses(tmp_path: Path) -> None:
     plain, compiled = (fit_small(tmp_path / str(flag), compile=flag, epochs=1) for flag in (False, True))
-    assert compiled[0]["validation"]["loss"] == pytest.approx(plain[0]["validation"]["loss"], rel=0.05)
+    assert compiled[0]["validation/loss"] == pytest.approx(plain[0]["validation/loss"], rel=0.05)
 
 
 # Several processes.
@@ -545,11 +548,11 @@ def test_two_processes_share_every_batch_and_one_writes(digits_dir: Path, tmp_pa
     assert len(os.listdir(tmp_path / "run" / "tensorboard")) == 1
     for record, alone in zip(records, stats(trained.out_dir), strict=False):
         assert record["seconds"] * record["examples_per_second"] == pytest.approx(1000)
-        assert record["train"]["loss"] == pytest.approx(alone["train"]["loss"], rel=0.1)
-        assert record["validation"]["loss"] == pytest.approx(alone["validation"]["loss"], rel=0.2)
+        assert record["train/loss"] == pytest.approx(alone["train/loss"], rel=0.1)
+        assert record["validation/loss"] == pytest.approx(alone["validation/loss"], rel=0.2)
 
 
 def test_batch_that_processes_cannot_share_evenly_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UsageError, match="--batch-size 6 can't be shared evenly by 4 processes"):
+    with pytest.raises(UsageError, match="`batch_size` 6 can't be shared evenly by 4 processes"):
         fit_small(tmp_path)

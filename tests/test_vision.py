@@ -1,12 +1,12 @@
 """Vision: its networks, its six modalities from four folders of drawn pictures, and the scripts as a user runs them."""
 
 import copy
+import functools
 import json
+import logging
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,20 +14,20 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mvae import checkpoint
-from mvae.errors import UsageError, UserError
-from mvae.layers import FoldConvTranspose2d
-from mvae.model import MVAE
+from mvae import MVAE, checkpoint
+from mvae.datasets.picture_cache import load_picture
+from mvae.errors import UserError
+from mvae.layers import FaceEncoder, FoldConvTranspose2d
+from vision import datasets
+from vision.model import build_model
 
-from helpers import assert_ended, experiment_module, run, stats
-
-datasets = experiment_module("vision/datasets.py")
-networks = experiment_module("vision/model.py")
+from helpers import RunHere, assert_ended, assert_refused, run_warm, stats
 
 MODALITIES = ("image", "gray", "edge", "mask", "obscured", "watermark")
 NAMES = [f"{number:06}.png" for number in range(1, 121)]
 PARTS = [0] * 104 + [1] * 4 + [2] * 12
 FOLDERS = {"image": "images", "gray": "grayscale", "edge": "edge", "mask": "mask"}
+CELL, HEADER = 70, 32  # of the contact sheet: a picture with its margins, and the labels above
 TRAIN = ["--batch-size", 8, "--limit", 8, "--n-latents", 4, "--annealing-epochs", 4, "--lr", 1e-3]
 
 
@@ -72,20 +72,11 @@ def copied(drawn: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sample() -> ModuleType:
-    """vision/sample.py, with vision's files for the modules that it imports."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "datasets", datasets)
-        patch.setitem(sys.modules, "model", networks)
-        return experiment_module("vision/sample.py")
-
-
-@pytest.fixture(scope="module")
 def trained(drawn: Path) -> Iterator[Path]:
     """Where a run of one epoch, taken up for a second one, has written."""
     out_dir = drawn / "trained_models"
-    assert_ended(run("vision/train.py", *TRAIN, "--epochs", 1, cwd=drawn))
-    assert_ended(run("vision/train.py", *TRAIN, "--epochs", 2, "--resume", cwd=drawn))
+    assert_ended(run_warm("vision/train.py", *TRAIN, "--epochs", 1, cwd=drawn))
+    assert_ended(run_warm("vision/train.py", *TRAIN, "--epochs", 2, "--resume", cwd=drawn))
     yield out_dir
     shutil.rmtree(out_dir)  # half a gigabyte
 
@@ -116,19 +107,19 @@ def n_parameters(module: nn.Module) -> int:
 @pytest.fixture(scope="module")
 def model() -> MVAE:
     torch.manual_seed(0)
-    return networks.build_model(250).eval()
+    return build_model(250).eval()
 
 
 def test_image_network_has_the_papers_number_of_parameters() -> None:
-    assert n_parameters(networks.PictureEncoder(3, 100)) == 4_070_472
+    assert n_parameters(FaceEncoder(3, 100)) == 4_070_472
 
 
-def test_decoders_norms_take_all_terms_together(model: MVAE) -> None:
+def test_batch_norm_takes_all_terms_together(model: MVAE) -> None:
     z = torch.randn(2, 2, 250)
     for name in MODALITIES:
-        decoder = copy.deepcopy(model.likelihood(name)).train()
-        expected = copy.deepcopy(decoder.decoder)(z.flatten(0, 1))
-        torch.testing.assert_close(decoder.decode(z).flatten(0, 1), expected)
+        likelihood = copy.deepcopy(model.likelihood(name)).train()
+        expected = copy.deepcopy(likelihood.decoder)(z.flatten(0, 1))
+        torch.testing.assert_close(likelihood.decode(z).flatten(0, 1), expected)
 
 
 def test_networks_differ_by_their_pictures_channels_alone(model: MVAE) -> None:
@@ -254,7 +245,7 @@ def test_names_split_pictures_into_eight_one_and_one_of_ten() -> None:
     assert np.bincount(parts) == pytest.approx([8000, 1000, 1000], rel=0.1)
 
 
-def test_pictures_that_a_folder_lacks_are_told_in_one_line(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pictures_that_a_folder_lacks_are_told_in_one_line(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
     (copied / "grayscale" / NAMES[3]).unlink()
     (copied / "mask" / NAMES[3]).unlink()
     (copied / "mask" / NAMES[7]).unlink()
@@ -263,11 +254,12 @@ def test_pictures_that_a_folder_lacks_are_told_in_one_line(copied: Path, capsys:
     assert sorted(name for part in members(found) for name in part) == [
         name for i, name in enumerate(NAMES) if i not in (3, 7, 9)
     ]
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("mvae.vision", logging.WARNING)
+    said = record.getMessage()
     for words in ("119 pictures", f"1 are not in {copied / 'grayscale'}", f"2 are not in {copied / 'mask'}", "117"):
-        assert words in said[0]
-    assert str(copied / "edge") not in said[0]
+        assert words in said
+    assert str(copied / "edge") not in said
 
 
 def assert_not_found(data: Path, *said: object) -> None:
@@ -302,31 +294,74 @@ def test_too_few_pictures_for_three_splits_are_refused(copied: Path) -> None:
     assert_not_found(copied, "the 1 pictures", "0 for", "1 for")
 
 
-# sample.py: the conditions
+# The scripts, run as a user runs them, where ./data is.
 
 
-def test_condition_of_any_size_and_mode_becomes_its_modality(sample: ModuleType, tmp_path: Path) -> None:
+def test_resumed_run_goes_on(trained: Path) -> None:
+    first, second = stats(trained)
+    assert (first["beta"], second["beta"]) == (1 / 4, 2 / 4)
+    assert second["train/loss"] < first["train/loss"]
+
+
+def test_every_term_scores_all_six_by_default(trained: Path) -> None:
+    record = stats(trained)[0]
+    for term in ("joint", *MODALITIES):
+        beginning = f"validation/{term}/log_prob/"
+        assert [name.removeprefix(beginning) for name in record if name.startswith(beginning)] == list(MODALITIES)
+
+
+@pytest.fixture
+def sample(trained: Path, tmp_path: Path) -> RunHere:
+    """Runs sample.py in the test's own folder."""
+    return functools.partial(run_warm, "vision/sample.py", trained / checkpoint.BEST, cwd=tmp_path)
+
+
+def shown(folder: Path, n: int) -> list[np.ndarray]:
+    """The n pictures of the contact sheet's first row, (64, 64, 3)."""
+    sheet = read(folder / "samples" / "contact_sheet.png")
+    return [sheet[HEADER:][:64, 3 + i * CELL :][:, :64] for i in range(n)]
+
+
+def test_sample_draws_from_the_prior(sample: RunHere, tmp_path: Path) -> None:
+    assert_ended(sample("--n-samples", 3))
+    sizes = {path.stem: read(path).shape[1::-1] for path in (tmp_path / "samples").iterdir()}
+    sheet = {"contact_sheet": (6 * CELL, HEADER + 3 * CELL)}
+    assert sizes == dict.fromkeys(MODALITIES, (3 * 66 + 2, 66 + 2)) | sheet
+
+
+def test_sample_shows_what_is_given_beside_the_six(sample: RunHere, drawn: Path, tmp_path: Path) -> None:
+    data = drawn / "data"
+    arguments = ["--condition-file", data / "images" / NAMES[0], "--condition-type", "watermark"]
+    arguments += ["--condition-file", data / "edge" / NAMES[0], "--condition-type", "edge", "--n-samples", 2]
+    assert_ended(sample(*arguments))
+    sheet = read(tmp_path / "samples" / "contact_sheet.png")
+    assert sheet.shape == (HEADER + 2 * CELL, 8 * CELL, 3)
+    given = shown(tmp_path, 2)
+    assert (given[0] == read(data / "images" / NAMES[0])).all()
+    assert (given[1][..., 0] == read(data / "edge" / NAMES[0])).all()
+    labels = sheet[:HEADER].min(axis=(0, 2)).reshape(8, CELL).min(axis=1)
+    assert (labels < 100).all()
+
+
+def test_condition_of_any_size_and_mode_becomes_its_modality(sample: RunHere, drawn: Path, tmp_path: Path) -> None:
+    """Red becomes its luminance; the obscured's right half isn't made black; a mask is inverted, as the data's are."""
     Image.new("RGBA", (300, 100), (255, 0, 0, 255)).save(tmp_path / "wide.png")
     Image.new("L", (10, 40), 51).save(tmp_path / "small.jpg")
-    files = [tmp_path / "wide.png", tmp_path / "small.jpg"]
-    given = sample.conditions(files, ["gray", "obscured"])
-    assert {name: tuple(picture.shape) for name, picture in given.items()} == {
-        "gray": (1, 1, 64, 64),
-        "obscured": (1, 3, 64, 64),
-    }
-    torch.testing.assert_close(given["gray"], torch.full((1, 1, 64, 64), 76 / 255))  # red's luminance
-    torch.testing.assert_close(given["obscured"], torch.full((1, 3, 64, 64), 51 / 255))  # and no half of it is black
+    mask = drawn / "data" / "mask" / NAMES[110]
+    arguments = []
+    for file, kind in (("wide.png", "gray"), ("small.jpg", "obscured"), (mask, "mask")):
+        arguments += ["--condition-file", file, "--condition-type", kind]
+    assert_ended(sample(*arguments, "--n-samples", 1))
+    gray, obscured, inverted = shown(tmp_path, 3)
+    assert (gray == 76).all()
+    assert (obscured == 51).all()
+    assert (inverted == 255 - read(mask)[..., None]).all()
 
 
-def test_mask_of_a_file_is_inverted_as_the_datas_are(sample: ModuleType, drawn: Path) -> None:
-    given = sample.conditions([drawn / "data" / "mask" / NAMES[110]], ["mask"])
+def test_condition_lies_in_0_to_1_as_the_datas_pictures_do(drawn: Path) -> None:
+    path = drawn / "data" / "images" / NAMES[110]
     data = datasets.test_data(folders(drawn / "data"), drawn / "data", drawn / "data" / "cache", workers=1)
-    torch.testing.assert_close(given["mask"], data.batch(torch.tensor([2]))[0]["mask"])
-
-
-def wrong_call(sample: ModuleType, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["sample.py", "model.pth.tar", *flags])
-    sample.main()
+    torch.testing.assert_close(load_picture(path, "RGB", 64), data.batch(torch.tensor([2]))[0]["image"])
 
 
 @pytest.mark.parametrize(
@@ -337,72 +372,26 @@ def wrong_call(sample: ModuleType, monkeypatch: pytest.MonkeyPatch, *flags: str)
         (["--condition-file", "a.png", "--condition-type", "edge"] * 2, "edge is there 2 times"),
     ],
 )
-def test_each_condition_needs_a_type_of_its_own(
-    sample: ModuleType, monkeypatch: pytest.MonkeyPatch, flags: list[str], said: str
-) -> None:
-    with pytest.raises(UsageError, match=said):
-        wrong_call(sample, monkeypatch, *flags)
+def test_each_condition_needs_a_type_of_its_own(flags: list[str], said: str, tmp_path: Path) -> None:
+    assert_refused(run_warm("vision/sample.py", "model.pth.tar", *flags, cwd=tmp_path), 2, said)
 
 
-def test_unknown_type_is_refused_and_the_six_are_listed(
-    sample: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        wrong_call(sample, monkeypatch, "--condition-file", "a.png", "--condition-type", "sketch")
-    said = capsys.readouterr().err.splitlines()[-1]
+def test_unknown_type_is_refused_and_the_six_are_listed(tmp_path: Path) -> None:
+    wrong = ["--condition-file", "a.png", "--condition-type", "sketch"]
+    done = run_warm("vision/sample.py", "model.pth.tar", *wrong, cwd=tmp_path)
+    assert done.returncode == 2
+    said = done.stderr.splitlines()[-1]
     assert all(words in said for words in ("--condition-type", "'sketch'", *MODALITIES))
 
 
-def test_condition_that_cannot_be_read_is_named(sample: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"can't read absent\.png"):
-        wrong_call(sample, monkeypatch, "--condition-file", "absent.png", "--condition-type", "edge")
-
-
-# The scripts, run as a user runs them, where ./data is.
-
-
-def test_resumed_run_goes_on(trained: Path) -> None:
-    first, second = stats(trained)
-    assert (first["beta"], second["beta"]) == (1 / 4, 2 / 4)
-    assert second["train"]["loss"] < first["train"]["loss"]
-
-
-def test_every_term_scores_all_six_by_default(trained: Path) -> None:
-    terms = stats(trained)[0]["validation"]["terms"]
-    assert list(terms) == ["+".join(MODALITIES), *MODALITIES]
-    assert all(tuple(term["reconstruction"]) == MODALITIES for term in terms.values())
-
-
-def test_sample_draws_from_the_prior(
-    trained: Path, tmp_path: Path, sample: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["sample.py", str(trained / checkpoint.BEST), "--n-samples", "3"])
-    sample.main()
-    sizes = {path.stem: Image.open(path).size for path in (tmp_path / "samples").iterdir()}
-    sheet = {"contact_sheet": (6 * sample.CELL, sample.HEADER + 3 * sample.CELL)}
-    assert sizes == dict.fromkeys(MODALITIES, (3 * 66 + 2, 66 + 2)) | sheet
-
-
-def test_sample_shows_what_is_given_beside_the_six(
-    trained: Path, drawn: Path, sample: ModuleType, tmp_path: Path
-) -> None:
-    data = drawn / "data"
-    arguments = ["--condition-file", data / "images" / NAMES[0], "--condition-type", "watermark"]
-    arguments += ["--condition-file", data / "edge" / NAMES[0], "--condition-type", "edge", "--n-samples", 2]
-    assert_ended(run("vision/sample.py", trained / checkpoint.BEST, *arguments, "--out-dir", tmp_path, cwd=drawn))
-    sheet = read(tmp_path / "contact_sheet.png")
-    assert sheet.shape == (sample.HEADER + 2 * sample.CELL, 8 * sample.CELL, 3)
-    given = [sheet[sample.HEADER :][:64, 3 + i * sample.CELL :][:, :64] for i in range(2)]
-    assert (given[0] == read(data / "images" / NAMES[0])).all()
-    assert (given[1][..., 0] == read(data / "edge" / NAMES[0])).all()
-    labels = sheet[: sample.HEADER].min(axis=(0, 2)).reshape(8, sample.CELL).min(axis=1)
-    assert (labels < 100).all()
+def test_condition_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    absent = ["--condition-file", "absent.png", "--condition-type", "edge"]
+    assert_refused(run_warm("vision/sample.py", "model.pth.tar", *absent, cwd=tmp_path), 1, "can't read absent.png")
 
 
 def test_loglike_writes_every_quantity(trained: Path, drawn: Path, tmp_path: Path) -> None:
     arguments = [trained / checkpoint.BEST, "--n-samples", 5, "--limit", 4, "--json", tmp_path / "numbers.json"]
-    assert_ended(run("vision/loglike.py", *arguments, cwd=drawn))
+    assert_ended(run_warm("vision/loglike.py", *arguments, cwd=drawn))
     rows = json.loads((tmp_path / "numbers.json").read_text())["log_likelihood"]
     both = ["q(z | image)", "q(z | image, gray, ..., watermark)"]
     found = {(row["quantity"], row["proposal"]) for row in rows}
@@ -415,7 +404,7 @@ def test_loglike_writes_every_quantity(trained: Path, drawn: Path, tmp_path: Pat
 
 def test_transform_draws_each_output_below_its_input(trained: Path, drawn: Path, tmp_path: Path) -> None:
     arguments = [trained / checkpoint.BEST, "--n-samples", 3, "--out-dir", tmp_path]
-    assert_ended(run("vision/transform.py", *arguments, cwd=drawn))
+    assert_ended(run_warm("vision/transform.py", *arguments, cwd=drawn))
     rows = {"edges_and_mask": 3, "colourisation": 2, "completion": 2, "watermark_removal": 2}
     assert {path.stem: read(path).shape for path in tmp_path.iterdir()} == {
         name: (2 + n * 66, 2 + 3 * 66, 3) for name, n in rows.items()

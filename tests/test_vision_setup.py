@@ -18,11 +18,11 @@ import pytest
 from PIL import Image
 from skimage import feature
 
-from mvae import synthetic
+from mvae.synthetic import __main__ as synthetic
+from vision import setup
 
-from helpers import ROOT, assert_ended, assert_refused, command, environment, experiment_module, run
+from helpers import ROOT, assert_ended, assert_refused, command, environment, run
 
-setup = experiment_module("vision/setup.py")
 SCRIPT = "vision/setup.py"
 N_FACES = 16  # and one each for validation and testing
 FILLED = ((17, 22), (22, 27), (27, 36), (36, 42), (42, 48), (48, 68))  # brows, nose, eyes, mouth

@@ -1,0 +1,277 @@
+"""A step and a run of steps: what is trained and what is reported is the same, in one process and in several."""
+
+import contextlib
+import copy
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mvae import checkpoint
+from mvae.data import Data, permuted_rows, seed_of
+from mvae.model import MVAE, Batch
+from mvae.objective import Objective
+from mvae.schedules import Schedule, constant, cosine, late, linear
+from mvae.training import Options, Stopped, fit, train_step
+
+from helpers import FORKED, assert_same_run, fit_small, same, small_data, small_model, stats, without_times
+
+N_STEPS = 4
+"""Of an epoch of `fit_small`."""
+
+
+def small_batch() -> dict[str, Tensor]:
+    return small_data(6, seed=0).batch(torch.arange(6))[0]
+
+
+# One step.
+
+
+def test_step_moves_the_weights_by_the_rate_times_the_gradient_of_the_loss() -> None:
+    objective, batch = Objective(small_model()), small_batch()
+    expected = copy.deepcopy(objective)
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+    torch.manual_seed(0)
+    totals = train_step(objective, optimizer, batch, beta=0.3, subsets=[("image", "label")])
+
+    torch.manual_seed(0)
+    loss, _ = expected(batch, 0.3, [("image", "label")])
+    loss.backward()
+    for found, weight in zip(objective.parameters(), expected.parameters(), strict=True):
+        assert weight.grad is not None
+        torch.testing.assert_close(found, weight - 0.1 * weight.grad)
+    assert (totals.loss / totals.n).item() == pytest.approx(loss.item())
+
+
+def test_step_leaves_no_gradient_to_the_next() -> None:
+    objective = Objective(small_model())
+    train_step(objective, torch.optim.SGD(objective.parameters(), lr=0.1), small_batch())
+    assert not any(weight.grad is not None and weight.grad.any() for weight in objective.parameters())
+
+
+def test_step_counts_the_examples_that_are_present() -> None:
+    objective = Objective(small_model())
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+    totals = train_step(objective, optimizer, small_batch(), {"label": torch.arange(6) < 2})
+    assert dict(zip(totals.terms, totals.n_kl.tolist(), strict=True)) == {
+        "joint": 6,
+        "image": 6,
+        "attrs": 6,
+        "label": 2,
+    }
+
+
+def test_loss_that_is_not_finite_leaves_the_weights_as_they_were() -> None:
+    objective, batch = Objective(small_model()), small_batch()
+    optimizer = torch.optim.Adam(objective.parameters(), lr=0.1)
+    batch["image"][2] = torch.nan
+    totals = train_step(objective, optimizer, batch)
+    assert totals.loss.isnan()
+    assert same(objective.model.state_dict(), small_model().state_dict())
+    train_step(objective, optimizer, small_batch())  # nor does it spoil the next step
+    assert all(weight.isfinite().all() for weight in objective.parameters())
+
+
+# What fit trains with is what it reports.
+
+
+def fit_watched(out_dir: Path, beta: Schedule, lr: Schedule) -> tuple[list[float], list[list[float]], list[Any]]:
+    """Three epochs. Gives each step's β and rates, as the objective and the optimiser meet them; and the records."""
+    objective = Objective(small_model())
+    optimizer = torch.optim.Adam(
+        [
+            {"params": objective.model.encoders.parameters(), "lr": 1e-2},
+            {"params": objective.model.decoders.parameters(), "lr": 2e-3},
+        ]
+    )
+    betas: list[float] = []
+    rates: list[list[float]] = []
+
+    def on_loss(module: Objective, arguments: tuple[Any, ...]) -> None:
+        if module.training:
+            betas.append(float(arguments[1]))
+
+    def on_step(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+        rates.append([group["lr"] for group in optimizer.param_groups])
+
+    objective.register_forward_pre_hook(on_loss)
+    optimizer.register_step_pre_hook(on_step)
+    options = Options(epochs=3, batch_size=6, out_dir=out_dir)
+    records = fit(objective, optimizer, small_data(24, seed=0), small_data(10, seed=1), options, beta=beta, lr=lr)
+    return betas, rates, records
+
+
+def test_beta_of_every_step_is_the_schedules_and_the_reported_one(tmp_path: Path) -> None:
+    betas, _, records = fit_watched(tmp_path, linear(3), constant())
+    assert betas == pytest.approx([(step + 1) / 12 for step in range(12)])
+    assert [record["beta"] for record in records] == pytest.approx(betas[N_STEPS - 1 :: N_STEPS])
+
+
+def test_rate_of_every_step_is_the_schedules_and_the_reported_one(tmp_path: Path) -> None:
+    _, rates, records = fit_watched(tmp_path, constant(), late(3))
+    factors = [1.0] * 6 + [5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
+    assert rates == [pytest.approx([1e-2 * factor, 2e-3 * factor]) for factor in factors]
+    assert [record["lr"] for record in records] == [rate for rate, _ in rates[N_STEPS - 1 :: N_STEPS]]
+
+
+@pytest.mark.parametrize("changed", [{"beta": linear(1)}, {"schedule": late(2)}, {"lr": 2e-2}])
+def test_another_course_of_beta_or_of_the_rate_gives_other_weights(changed: dict[str, Any], tmp_path: Path) -> None:
+    fit_small(tmp_path / "one", epochs=3, beta=linear(3))
+    fit_small(tmp_path / "same", epochs=3, beta=lambda t: min(1.0, t / 3))
+    fit_small(tmp_path / "other", epochs=3, **{"beta": linear(3), **changed})
+    one, again, other = (
+        checkpoint.load(tmp_path / name / checkpoint.LATEST, "small") for name in ("one", "same", "other")
+    )
+    assert same(one["model"], again["model"])
+    assert not same(one["model"], other["model"])
+
+
+def test_resumed_run_goes_on_along_its_schedules(tmp_path: Path) -> None:
+    course: dict[str, Any] = {"beta": linear(2), "schedule": cosine(2)}
+    fit_small(tmp_path / "straight", **course)
+    fit_small(tmp_path / "run", epochs=1, **course)
+    fit_small(tmp_path / "run", resume=True, **course)
+    assert_same_run(tmp_path / "run", tmp_path / "straight", "small")
+
+
+# Metrics.
+
+
+def label_value(model: MVAE, batch: Batch) -> Tensor:
+    return batch["label"].float()
+
+
+def test_metrics_are_means_over_the_validation_examples(tmp_path: Path) -> None:
+    validation = small_data(10, seed=1)
+    records = fit_small(tmp_path, validation=validation, metrics={"label_value": label_value})
+    expected = validation.tensors["label"].double().mean().item()
+    assert [record["validation/label_value"] for record in records] == [pytest.approx(expected)] * 2
+    assert [record["validation/label_value"] for record in stats(tmp_path)] == [pytest.approx(expected)] * 2
+    assert "train/label_value" not in records[0]
+
+
+def test_metrics_are_means_over_the_examples_that_have_all_modalities(tmp_path: Path) -> None:
+    image, attrs = torch.arange(10) != 3, torch.arange(10) < 7
+    validation = small_data(10, seed=1, present={"image": image, "attrs": attrs})
+    records = fit_small(tmp_path, validation=validation, metrics={"label_value": label_value})
+    whole = [0, 1, 2, 4, 5, 6]
+    expected = validation.tensors["label"][whole].double().mean().item()
+    assert records[0]["validation/label_value"] == pytest.approx(expected)
+
+
+def test_metric_of_no_example_is_left_out(tmp_path: Path) -> None:
+    validation = small_data(10, seed=1, present={"image": torch.zeros(10, dtype=torch.bool)})
+    records = fit_small(tmp_path, validation=validation, metrics={"label_value": label_value})
+    assert "validation/label_value" not in records[0]
+
+
+def test_metrics_leave_the_training_as_it_is(tmp_path: Path) -> None:
+    def noisy(model: MVAE, batch: Batch) -> Tensor:
+        return torch.randn(len(batch["label"]))
+
+    fit_small(tmp_path / "plain")
+    fit_small(tmp_path / "measured", metrics={"noisy": noisy})
+    plain, measured = (checkpoint.load(tmp_path / name / checkpoint.LATEST, "small") for name in ("plain", "measured"))
+    assert same(plain["model"], measured["model"])
+
+
+# Several processes.
+
+
+def fit_as(rank: int, world: int, port: int, folder: Path, lr: float, stop: int | None, resume: bool) -> None:
+    """Fits the small model as one of `world` processes; saves what this one has seen, drawn and made.
+
+    `stop`: the step at which the first process gets a signal.
+    """
+    if world > 1:
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ.update(where, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    seen: list[Tensor] = []
+    drawn: list[float] = []
+
+    def transform(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(rows["number"])
+        drawn.append(torch.rand(()).item())
+        if len(seen) == stop and rank == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return {name: tensor for name, tensor in rows.items() if name != "number"}
+
+    numbered = {**small_data(24, seed=0).tensors, "number": torch.arange(24)}
+    model, records = small_model(), []
+    with contextlib.suppress(Stopped):
+        records = fit_small(
+            folder / "run",
+            train=Data(tensors=numbered, transform=transform),
+            model=model,
+            lr=lr,
+            metrics={"label_value": label_value},
+            batch_size=4,
+            log_interval=1,
+            resume=resume,
+        )
+    found = {"seen": seen, "drawn": drawn, "records": without_times(records), "model": model.state_dict()}
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def fit_in(
+    n: int, folder: Path, *, lr: float = 1e-2, stop: int | None = None, resume: bool = False
+) -> list[dict[str, Any]]:
+    """What n processes that fit the small model together have seen, drawn and made."""
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [FORKED.Process(target=fit_as, args=(rank, n, port, folder, lr, stop, resume)) for rank in range(n)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+        process.kill()  # one that hasn't ended
+    assert [process.exitcode for process in processes] == [0] * n
+    return [torch.load(folder / f"{rank}.pt") for rank in range(n)]
+
+
+def test_each_of_two_processes_takes_its_half_of_every_batch(tmp_path: Path) -> None:
+    first, second = fit_in(2, tmp_path / "two")
+    numbers = Data(tensors={"number": torch.arange(24)})
+    batches = [rows for epoch in (1, 2) for rows in permuted_rows(numbers, 4, seed_of(0, epoch))]
+    assert len(batches) == len(first["seen"]) == len(second["seen"])
+    for rows, one, other in zip(batches, first["seen"], second["seen"], strict=True):
+        assert len(one) == len(other) == 2
+        assert sorted([*one.tolist(), *other.tolist()]) == sorted(rows.tolist())
+    assert same(first["model"], second["model"])
+
+
+def test_two_processes_validate_as_one(tmp_path: Path) -> None:
+    """Their weights are the same, as they don't move; of the three batches of validation one process takes two."""
+    (alone,) = fit_in(1, tmp_path / "one", lr=1e-30)
+    for process in fit_in(2, tmp_path / "two", lr=1e-30):
+        for record, expected in zip(process["records"], alone["records"], strict=True):
+            validation = {name: value for name, value in expected.items() if name.startswith("validation/")}
+            assert {name: record[name] for name in validation} == pytest.approx(validation)
+            assert "validation/label_value" in validation
+
+
+def test_two_processes_report_the_steps_of_both(tmp_path: Path) -> None:
+    first, second = fit_in(2, tmp_path / "two")
+    assert first["records"] == second["records"]
+    assert without_times(stats(tmp_path / "two" / "run")) == first["records"]
+
+
+def test_two_processes_draw_noise_unlike_each_others_and_unlike_any_steps(tmp_path: Path) -> None:
+    first, second = fit_in(2, tmp_path / "two")
+    assert len({*first["drawn"], *second["drawn"]}) == 2 * 12
+
+
+def test_two_processes_that_a_signal_stopped_go_on_to_be_the_straight_run(tmp_path: Path) -> None:
+    fit_in(2, tmp_path / "straight")
+    for process in fit_in(2, tmp_path / "stopped", stop=8):
+        assert len(process["seen"]) == 8  # both stop at the same step
+    fit_in(2, tmp_path / "stopped", resume=True)
+    assert_same_run(tmp_path / "stopped" / "run", tmp_path / "straight" / "run", "small")
