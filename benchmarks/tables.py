@@ -9,7 +9,7 @@ experiment (mnist, fashionmnist, multimnist, celeba, celeba19, vision), speed, m
     results/batch_norm/*.json                       what benchmarks/batch_norm.py wrote
     benchmarks/paper.json                           the paper's numbers
 
-A row whose results aren't there is left out.
+What has no results is left out; the summary shows dashes there.
 """
 
 import argparse
