@@ -75,13 +75,12 @@ class Run:
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
             raise UserError(f"{path} doesn't hold a run of this network to go on from") from None
 
-    def add(self, totals: Totals) -> None:
+    def add(self, sums: torch.Tensor) -> None:
         """Adds a step's sums to the epoch's."""
-        vector = totals.vector()
-        self.sums = self.sums + vector if len(self.sums) else vector
+        self.sums = self.sums + sums if len(self.sums) else sums
 
-    def _totals(self, sums: torch.Tensor) -> Totals:
-        """The epoch's sums by names; terms beyond the objective's own are those of random subsets."""
+    def totals(self, sums: torch.Tensor) -> Totals:
+        """A vector of sums by names; terms beyond the objective's own are those of random subsets."""
         names, modalities = self.objective.names, self.objective.model.modalities
         while len(Totals.zeros(names, modalities).vector()) < len(sums):
             names += (SUBSET,)
@@ -89,7 +88,7 @@ class Run:
 
     def mean_loss(self) -> float:
         """The mean loss of the epoch so far, in nats per example."""
-        totals = self._totals(self.sums)
+        totals = self.totals(self.sums)
         return (totals.loss / totals.n).item()
 
     def end_epoch(self, train: torch.Tensor, validation: Mapping[str, float]) -> bool:
@@ -97,7 +96,7 @@ class Run:
 
         Returns True if its validation loss is the best yet.
         """
-        totals = self._totals(train)
+        totals = self.totals(train)
         record: dict[str, Any] = {
             "epoch": self.epoch,
             "beta": self.beta,

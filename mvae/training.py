@@ -169,8 +169,9 @@ def fit(
                 )  # fmt: skip
                 asked = run.step % options.log_interval == 0 or run.step == len(batches)
                 stop = processes.agree_to_stop(caught, ask=asked)
-                watch.look(totals, raise_now=asked or stop or options.device.type == "cpu")
-                run.add(totals)
+                sums = totals.vector()
+                watch.look(sums, raise_now=asked or stop or options.device.type == "cpu")
+                run.add(sums)
                 run.seconds = time.perf_counter() - started
                 if stop:
                     watch.check_weights()
@@ -233,13 +234,12 @@ class _Watch:
         self.run = run
         self.first: Tensor | None = None
 
-    def look(self, totals: Totals, *, raise_now: bool) -> None:
-        """Remembers this step's sums unless an earlier step's were bad; those raise UserError if `raise_now`."""
-        sums = totals.vector()
+    def look(self, sums: Tensor, *, raise_now: bool) -> None:
+        """Remembers a step's sums unless an earlier step's were bad; those raise UserError if `raise_now`."""
         self.first = sums if self.first is None else torch.where(self.first.isfinite().all(), sums, self.first)
         if raise_now and not self.first.isfinite().all():
             self.check_weights()
-            self.stop(Totals.of(self.first, totals.terms, totals.modalities).not_finite())
+            self.stop(self.run.totals(self.first).not_finite())
 
     def check_weights(self) -> None:
         """Raises UserError if a weight isn't finite, as after a finite loss whose gradient was not."""
