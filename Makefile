@@ -10,7 +10,7 @@ EXPERIMENTS := mnist fashionmnist multimnist celeba celeba19 vision
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt -e '.[test]'
 	touch $@
 
-# Real MNIST where it is or can be downloaded, else made digits; about eight minutes on two cores. Run again, it resumes.
+# Real MNIST where it is or can be downloaded, else made digits; some minutes. Run again, it resumes.
 demo: .venv/ready
 	@set -e; data="$${MVAE_DATA_DIR:-data}"; run=demo/mnist; \
 	if ! $(BIN)/python mnist/datasets.py --data-dir "$$data"; then \
