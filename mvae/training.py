@@ -109,6 +109,7 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Trains `objective`; after each epoch validates at β = 1, and keeps the best model and the latest state.
 
+    It leaves the objective and its model in evaluation mode, with the weights of the last step.
     Under torchrun each process takes its share of every batch, and the first one writes.
 
     Args:
@@ -192,6 +193,7 @@ def fit(
                 run.report(validation, best=best)
     run.close()
     processes.leave()
+    objective.eval()
     return run.history
 
 

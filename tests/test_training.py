@@ -164,6 +164,12 @@ def test_metrics_are_means_over_the_examples_that_have_all_modalities(tmp_path: 
     assert records[0]["validation/label_value"] == pytest.approx(expected)
 
 
+def test_model_is_ready_for_use_after_a_run(tmp_path: Path) -> None:
+    model = small_model()
+    fit_small(tmp_path, model=model)
+    assert not any(module.training for module in model.modules())
+
+
 def test_metric_of_no_example_is_left_out(tmp_path: Path) -> None:
     validation = small_data(10, seed=1, present={"image": torch.zeros(10, dtype=torch.bool)})
     records = fit_small(tmp_path, validation=validation, metrics={"label_value": label_value})
