@@ -1,11 +1,11 @@
-"""Time a training step of each experiment against the plain reference: a pass of its own for every ELBO term.
+"""Time a training step of each experiment against the plain reference: which has a pass for every ELBO term.
 
 A plain step (plain.py) encodes and decodes every modality again in every term, in the layers and formulas of the
 published 2018 code, and ends in torch's default Adam. That code spares itself the encoders of what a term isn't given,
 and so does the plain step called 'given only'. Ours is what `mvae.fit` does per step: a batch from the uint8 data set,
 seeds, subsets, `mvae.train_step` with fused Adam, and the sums of its parts. Before it is timed, both losses are found
 equal in evaluation mode; in training mode, too, where there is neither batch norm nor dropout (see plain.py). Every row
-comes from a process of its own, where blocks of plain steps and of ours take turns; a ratio is that of neighbouring
+comes from a process in which blocks of plain steps and of ours take turns; a ratio is that of neighbouring
 blocks.
 """
 
@@ -200,7 +200,7 @@ def _processor() -> str:
 
 
 def _child(**task: Any) -> dict[str, Any]:
-    """What `measure` returns for this task, in a process of its own with the threads asked for."""
+    """What `measure` returns for this task, in another process with the threads asked for."""
     environment = os.environ | {"OMP_NUM_THREADS": str(task["threads"])}
     command = [sys.executable, __file__, "--child", json.dumps(task)]
     return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)

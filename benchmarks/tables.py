@@ -38,7 +38,7 @@ class Experiment(NamedTuple):
     """What the tables show of an experiment.
 
     what: the modalities, for a newcomer.
-    second: the modality beside the image, as the tables name it; the others together, where there are several.
+    second: the modality beside the image, as the tables name it; all the others together if there are several.
     listed: how loglike.py writes log p of them all, and of them without the image, where that is another name.
     read: the measure of how well that is read off the image; and one more.
     """

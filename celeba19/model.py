@@ -1,4 +1,4 @@
-"""The networks for CelebA-19: a face, in convolutions, and each of its 18 attributes as a modality of its own.
+"""The networks for CelebA-19: a face, in convolutions, and 18 attributes, each a modality.
 
 The 18 attributes' networks are alike, and run together: each layer of all of them is one batched matrix product.
 """

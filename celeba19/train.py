@@ -1,4 +1,4 @@
-"""Train the MVAE on CelebA faces and 18 attributes, each a modality of its own; the pictures are decoded once.
+"""Train the MVAE on CelebA faces and 18 attributes, each a modality; the pictures are decoded once.
 
 The loss is the negative sum of the ELBO of all, the ELBO of each one alone, and the ELBOs of --approx-m random subsets,
 in nats per example.

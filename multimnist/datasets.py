@@ -115,7 +115,7 @@ def prepare(data_dir: Path, canvas_dir: Path, recipe: Mapping[str, Any] | None =
     """Makes the canvases if there are none in `canvas_dir`, and returns the recipe of those that are there.
 
     Args:
-        recipe: the fields of the `Recipe` wanted; None: of whatever stands there, or the default if nothing does.
+        recipe: the fields of the `Recipe` wanted; None: those of the canvases that are there, else the default.
 
     Raises UserError if MNIST can't be had, the file is damaged or can't be written, or its recipe isn't the wanted one.
     """

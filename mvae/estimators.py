@@ -24,7 +24,7 @@ Modalities = tuple[str, ...]
 class Quantity(NamedTuple):
     """log p(target | given), or log p(target) where nothing is given.
 
-    `given_proposal` is what log p(given) is estimated under, whatever the proposal of the joint; () is the prior.
+    `given_proposal` is what log p(given) is estimated under, for every proposal of the joint; () is the prior.
     """
 
     target: Modalities

@@ -128,7 +128,7 @@ class Objective(nn.Module):
             given = given & here
             scored = mask = scored & here & given.any(dim=1, keepdim=True)
 
-        # Each modality is encoded once, whatever the number of terms; all posteriors come from one masked fusion.
+        # Each modality is encoded once for all terms; all posteriors come from one masked fusion.
         mu, logvar = self.model.fuse(*self.model.encode(batch, here), given)
         z = experts.draw(mu, logvar, torch.randn_like(mu) if noise is None else noise)
         # Each term decodes just what it scores; a modality's terms go through its decoder together.

@@ -164,7 +164,7 @@ def find(folders: Mapping[str, Path], data_dir: Path) -> Pictures:
 def split_by_name(name: str) -> int:
     """0 (train), 1 (validation) or 2 (test) for eight, one and one of ten pictures, by a checksum of the file's name.
 
-    So a picture's split is the same on every machine, whatever other pictures there are.
+    So a picture's split is the same on every machine and beside any other pictures.
     """
     return max(0, zlib.crc32(name.encode()) % 10 - 7)
 

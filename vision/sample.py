@@ -45,7 +45,7 @@ def add_conditions(parser: argparse.ArgumentParser) -> None:
 def conditions(files: list[Path], types: list[str]) -> dict[str, Tensor]:
     """The pictures given, by modality, each (1, channels, 64, 64) in [0, 1], as the training data's are.
 
-    Raises UsageError unless each file has a type of its own; UserError if a file can't be read.
+    Raises UsageError unless each file has a type and each type one file; UserError if a file can't be read.
     """
     if len(files) != len(types):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Derive the grey pictures, edge maps and landmark masks of a folder of pictures, each in a folder of its own.
+"""Derive the grey pictures, edge maps and landmark masks of a folder of pictures, each in another folder.
 
     python setup.py grayscale ./data/images ./data/grayscale
     python setup.py edge      ./data/images ./data/edge
@@ -297,7 +297,7 @@ def positive_int(text: str) -> int:
 def parse_arguments() -> argparse.Namespace:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("src", metavar="SRC", type=Path, help="folder of the pictures")
-    shared.add_argument("dst", metavar="DST", type=Path, help="folder to write into, made where there is none")
+    shared.add_argument("dst", metavar="DST", type=Path, help="folder to write into, made if it is absent")
     shared.add_argument(
         "--workers", type=positive_int, default=os.cpu_count() or 1, help="processes (default: %(default)s)"
     )

@@ -28,7 +28,7 @@ def run(main: Callable[[], None]) -> None:
     """Runs a script: a UserError becomes one line on stderr and its exit status.
 
     Parameters that an error names in backticks are printed as flags. What the package logs is printed, too: warnings on
-    stderr, the rest on stdout; by the first process alone where there are several.
+    stderr, the rest on stdout. Of several processes the first alone prints it.
     """
     if os.environ.get("RANK", "0") == "0":
         said, warned = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
@@ -184,7 +184,7 @@ def options(args: argparse.Namespace) -> "Options":
     return Options(
         epochs=args.epochs,
         batch_size=args.batch_size,
-        approx_m=getattr(args, "approx_m", 0),  # a flag where there are three modalities or more
+        approx_m=getattr(args, "approx_m", 0),  # a flag of the experiments with three modalities or more
         seed=args.seed,
         precision=args.precision,
         compile=args.compile,

@@ -182,7 +182,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 2, after a line on stderr, where it was called wrongly, 130 where it was
+    """Runs a command; returns the exit status: 2, after a line on stderr, if it was called wrongly, 130 if it was
     interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m mvae.synthetic", description="Make a data set.", exit_on_error=False
@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             exit_on_error=False,
         )
-        command.add_argument("dir", metavar="DIR", help="the data folder, made where there is none")
+        command.add_argument("dir", metavar="DIR", help="the data folder, made if it is absent")
         for split, n in splits.items():
             command.add_argument(
                 f"--{split}", type=whole_number(1, 1_000_000), default=n, help=f"images to draw for {WORDS[split]}"
