@@ -102,6 +102,8 @@ def curves(root: Path) -> Figure | None:
         else:
             row[2].set_visible(False)
         row[0].legend(frameon=False)
+        for panel in row:
+            panel.xaxis.get_major_locator().set_params(integer=True)
     for panel in panels[-1]:
         panel.set_xlabel("epochs")
     return figure
