@@ -172,44 +172,47 @@ def evaluate(
     if data.present is not None:
         raise UsageError("log-likelihoods are estimated from examples that have all modalities, and `data` lacks some")
     model.eval()
-    if not max_rows:
-        example, _ = data.batch(torch.zeros(1, dtype=torch.long))
-        max_rows = 2 ** (22 if data.device.type == "cpu" else 26) // max(x.numel() for x in example.values())
     needed = {
         (quantity, proposal): _needed(model, quantity, proposal)
         for quantity, proposals in quantities.items()
         for proposal in proposals
     }
-    found: dict[_Key, list[Estimate]] = {key: [] for keys in needed.values() for key in keys}
-    predicted: dict[str, list[Tensor]] = {name: [] for name in predictions or {}}
-    truth: dict[str, list[Tensor]] = {name: [] for name in predictions or {}}
+    # All results are allocated here and filled in the loop. Small tensors that outlive a batch would lie between the
+    # large ones of the next: freed places then no longer fit, and the memory of the process grows with every batch.
+    n = len(data)
+    keys = dict.fromkeys(key for some in needed.values() for key in some)
+    found = {key: Estimate(*torch.empty(2, n, dtype=torch.float64)) for key in keys}
+    example, _ = data.batch(torch.zeros(1, dtype=torch.long))
+    truth = {name: torch.empty(n, *example[name].shape[1:], dtype=example[name].dtype) for name in predictions or {}}
+    predicted: dict[str, Tensor] = {}
+    if not max_rows:
+        max_rows = 2 ** (22 if data.device.type == "cpu" else 26) // max(x.numel() for x in example.values())
     for rows in progress(consecutive_rows(data, max(1, max_rows // n_samples))):
         batch, _ = data.batch(rows)
         noise = torch.stack([_noise(n_samples, model.n_latents, seed, row) for row in rows.tolist()], dim=1)
         noise = noise.to(data.device)
+        here = slice(int(rows[0]), int(rows[-1]) + 1)
         for proposal in {proposal for proposal, _ in found}:
             targets = [target for other, target in found if other == proposal]
             some = log_likelihood(model, batch, proposal=proposal, targets=targets, noise=noise, max_rows=max_rows)
             for target, estimate in some.items():
-                found[proposal, target].append(estimate)
+                for whole, part in zip(found[proposal, target], estimate, strict=True):
+                    whole[here] = part
         for given in set((predictions or {}).values()):
             names = [name for name, condition in (predictions or {}).items() if condition == given]
             means = predict(model, batch, given=given, names=names, noise=noise, max_rows=max_rows)
             for name, mean in means.items():
-                predicted[name].append(mean.cpu())
-                truth[name].append(batch[name].cpu())
-    whole = {key: Estimate(*(torch.cat(part).cpu() for part in zip(*some, strict=True))) for key, some in found.items()}
+                if name not in predicted:
+                    predicted[name] = torch.empty(n, *mean.shape[1:], dtype=mean.dtype)
+                predicted[name][here] = mean.cpu()
+                truth[name][here] = batch[name].cpu()
     estimates = {}
-    for which, keys in needed.items():
-        log_p, variance = whole[keys[0]]
-        for key in keys[1:]:
-            log_p = log_p - whole[key].log_p
+    for which, (joint, *conditions) in needed.items():
+        log_p, variance = found[joint]
+        for condition in conditions:
+            log_p = log_p - found[condition].log_p
         estimates[which] = Estimate(log_p, variance)
-    return Evaluation(
-        estimates,
-        {name: torch.cat(means) for name, means in predicted.items()},
-        {name: torch.cat(values) for name, values in truth.items()},
-    )
+    return Evaluation(estimates, predicted, truth)
 
 
 _Key = tuple[Modalities, Modalities]  # a proposal and a target
