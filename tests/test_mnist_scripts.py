@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -411,3 +412,24 @@ def test_train_on_binary_pictures(digits_dir: Path, tmp_path: Path) -> None:
     flags = ["--data-dir", digits_dir, "--out-dir", tmp_path, "--epochs", "1", "--binarize", *SHORT]
     assert_ended(run_warm("mnist/train.py", *flags, cwd=tmp_path))
     assert checkpoint.load(tmp_path / checkpoint.BEST, "mnist")["settings"]["binarize"] is True
+
+
+PEAK = """
+import contextlib, io, resource, runpy, sys
+with contextlib.redirect_stdout(io.StringIO()):
+    runpy.run_path(sys.argv[0], run_name="__main__")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_of_loglike_does_not_grow_with_the_examples(trained: Trained, digits_dir: Path) -> None:
+    def peak(limit: int) -> float:
+        """The most memory in MiB that `loglike.py --limit LIMIT` holds."""
+        words = [str(trained.out_dir / checkpoint.BEST), "--data-dir", str(digits_dir), "--limit", str(limit)]
+        program = f"import sys; sys.argv = {[str(ROOT / 'mnist' / 'loglike.py'), *words]!r}; "
+        program += f"sys.path.insert(0, {str(ROOT / 'mnist')!r}){PEAK}"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment())
+        assert (done.returncode, done.stderr) == (0, "")
+        return int(done.stdout) / 1024
+
+    assert peak(100) < peak(20) + 80  # five examples are a batch; each left some 14 MiB behind
