@@ -195,7 +195,8 @@ def speed(root: Path) -> Figure | None:
     panel.set_xticks(range(len(steps)), labels)
     panel.grid(axis="x", visible=False)
     panel.set_ylabel("time of a plain step / ours")
-    panel.legend(frameon=False)
+    panel.set_xlim(-1, max(len(steps), 2))  # a single bar isn't drawn as a wall
+    figure.legend(frameon=False, loc="outside upper center", ncols=2)
     return figure
 
 
