@@ -6,7 +6,7 @@ in nats per example.
 
 import torch
 
-from mvae import Objective, fit, metrics, schedules
+from mvae import Objective, fit, metrics
 from mvae.datasets.celeba import ATTRIBUTES
 from mvae.scripts import faces, flags
 
@@ -49,15 +49,16 @@ def main() -> None:
     objective = Objective(
         build_model(args.n_latents),
         weights={"image": args.lambda_image, **dict.fromkeys(ATTRIBUTES, args.lambda_attrs)},
+        iw_samples=args.iw_samples,
         reconstruct=flags.reconstruct(args, groups={"attrs": ATTRIBUTES}),
     )
     fit(
         objective,
-        torch.optim.Adam(objective.parameters(), args.lr, fused=True),
+        torch.optim.AdamW(objective.parameters(), args.lr, weight_decay=args.weight_decay, fused=True),
         train,
         validation,
         options,
-        beta=schedules.linear(args.annealing_epochs),
+        beta=flags.beta_schedule(args),
         lr=flags.lr_schedule(args),
         metrics={"attribute_accuracy": metrics.attribute_accuracy(ATTRIBUTES)},
         experiment="celeba19",

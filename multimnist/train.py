@@ -5,7 +5,7 @@ The loss is the negative sum of ELBO(image, text), ELBO(image) and ELBO(text), i
 
 import torch
 
-from mvae import Objective, fit, metrics, schedules
+from mvae import Objective, fit, metrics
 from mvae.scripts import flags
 
 import datasets
@@ -46,15 +46,16 @@ def main() -> None:
     objective = Objective(
         build_model(args.n_latents),
         weights={"image": args.lambda_image, "text": args.lambda_text},
+        iw_samples=args.iw_samples,
         reconstruct=flags.reconstruct(args),
     )
     fit(
         objective,
-        torch.optim.Adam(objective.parameters(), args.lr, fused=True),
+        torch.optim.AdamW(objective.parameters(), args.lr, weight_decay=args.weight_decay, fused=True),
         train,
         validation,
         options,
-        beta=schedules.linear(args.annealing_epochs),
+        beta=flags.beta_schedule(args),
         lr=flags.lr_schedule(args),
         metrics={"text_accuracy": metrics.label_accuracy("text")},
         experiment="multimnist",

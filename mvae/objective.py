@@ -1,5 +1,6 @@
 """The training objective: a sum of evidence lower bounds, each given some modalities and scoring some."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -47,6 +48,9 @@ class Objective(nn.Module):
         weights: λ by modality name; 1 where absent.
         reconstruct: what every term scores beside what it was given: "given" (nothing more), "all", or names.
         terms: the terms of each step in place of the paper's; each scores what it says, and `reconstruct`.
+        iw_samples: K, the importance samples of each term. With more than one, a term's bound is
+            E[log 1/K sum_k w_k], w = exp(sum of λ_i log p(x_i | z)) (p(z) / q(z | X))^β (Burda et al. 2016, equation 8,
+            where λ = β = 1), and the posterior's gradient is the doubly reparameterised one (Tucker et al. 2019).
     """
 
     given: Tensor
@@ -60,6 +64,7 @@ class Objective(nn.Module):
         weights: Mapping[str, float] | None = None,
         reconstruct: str | Iterable[str] = "given",
         terms: Iterable[Term] | None = None,
+        iw_samples: int = 1,
     ):
         super().__init__()
         modalities = model.modalities
@@ -69,7 +74,10 @@ class Objective(nn.Module):
             names = ", ".join(modalities)
             raise UsageError(f"not {reconstruct}: `reconstruct` is given, all, or a list of {names}")
         model.check_names(*extra, *(weights or {}))
+        if iw_samples < 1:
+            raise UsageError(f"`iw_samples` is 1 or more, not {iw_samples}")
         self.model = model
+        self.iw_samples = iw_samples
         self.extra = frozenset(extra)
         if terms is None:
             singles = [(name,) for name in modalities] if len(modalities) > 1 else []
@@ -110,7 +118,8 @@ class Objective(nn.Module):
             beta: the weight of the KL divergence.
             subsets: the modalities that further terms are given and score (see `random_subsets`).
             present: bool (batch,) by modality: which examples have it; a modality that isn't named is always there.
-            noise: (terms, batch, latents) standard normal; drawn when None.
+            noise: standard normal, (terms, batch, latents), and one more dimension (iw_samples, ...) before them if
+                there are several; drawn when None.
         """
         given, scored, terms = self.given, self.scored, self.terms
         if subsets:
@@ -130,12 +139,18 @@ class Objective(nn.Module):
 
         # Each modality is encoded once for all terms; all posteriors come from one masked fusion.
         mu, logvar = self.model.fuse(*self.model.encode(batch, here), given)
-        z = experts.draw(mu, logvar, torch.randn_like(mu) if noise is None else noise)
-        # Each term decodes just what it scores; a modality's terms go through its decoder together.
-        log_prob = self.model.log_prob(z, batch, [term.scored for term in terms], mask)
+        k = self.iw_samples
+        if noise is None:
+            noise = torch.randn((k, *mu.shape) if k > 1 else mu.shape, dtype=mu.dtype, device=mu.device)
+        z = experts.draw(mu, logvar, noise).flatten(0, -3)  # (k * terms, batch, latents)
+        # Each term decodes just what it scores; a modality's terms (and draws) go through its decoder together.
+        mask = mask if mask is None else mask.repeat(k, 1, 1)
+        log_prob = self.model.log_prob(z, batch, [term.scored for term in terms] * k, mask)
         kl = experts.kl_to_prior(mu, logvar)
-        elbo = (log_prob * self.weights.unsqueeze(-1)).sum(dim=1) - beta * kl
-        loss = -elbo.sum(dim=0).mean()
+        scores = (log_prob * self.weights.unsqueeze(-1)).sum(dim=1)
+        bound = scores - beta * kl if k == 1 else _importance_weighted(scores, z, mu, logvar, beta, k)
+        loss = -bound.sum(dim=0).mean()
+        log_prob = log_prob.unflatten(0, (k, -1)).mean(dim=0)
 
         shape = (len(terms), len(self.model.modalities), n)
         parts = (
@@ -148,3 +163,23 @@ class Objective(nn.Module):
         )
         names = self.names + (SUBSET,) * len(subsets)
         return loss, Totals(names, self.model.modalities, *(part.detach() for part in parts))
+
+
+def _importance_weighted(scores: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, beta: Tensor | float, k: int) -> Tensor:
+    """log 1/k sum_k w_k of each term and example, (terms, batch), with the doubly reparameterised gradient.
+
+    Args:
+        scores: (k * terms, batch), the log-probabilities with λ.
+        z: (k * terms, batch, latents), draws from N(mu, exp(logvar)), each (terms, batch, latents).
+    """
+    # The posterior's parameters get their gradient through z alone (their score has mean 0), ...
+    fixed_mu, fixed_logvar = mu.detach(), logvar.detach()
+    draws = z.unflatten(0, (k, -1))
+    log_q = experts.log_standard_normal((draws - fixed_mu) * (-0.5 * fixed_logvar).exp()) - 0.5 * fixed_logvar.sum(-1)
+    log_w = scores.unflatten(0, (k, -1)) + beta * (experts.log_standard_normal(draws) - log_q)
+    share = log_w.detach().softmax(dim=0)
+    surrogate = (share * log_w).sum(dim=0)
+    # ... by the squares of the normalised weights, where the decoders get theirs by the weights (Tucker et al. 2019).
+    if z.requires_grad:
+        z.register_hook(lambda gradient: gradient * share.flatten(0, 1).unsqueeze(-1))
+    return surrogate + (log_w.logsumexp(dim=0) - math.log(k) - surrogate).detach()

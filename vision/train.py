@@ -7,7 +7,7 @@ the paper's terms score what they are given (--reconstruct given).
 
 import torch
 
-from mvae import Objective, fit, schedules
+from mvae import Objective, fit
 from mvae.scripts import flags
 
 import datasets
@@ -51,15 +51,16 @@ def main() -> None:
     objective = Objective(
         build_model(args.n_latents),
         weights={name: getattr(args, f"lambda_{name}") for name in MODALITIES},
+        iw_samples=args.iw_samples,
         reconstruct=flags.reconstruct(args),
     )
     fit(
         objective,
-        torch.optim.Adam(objective.parameters(), args.lr, fused=True),
+        torch.optim.AdamW(objective.parameters(), args.lr, weight_decay=args.weight_decay, fused=True),
         train,
         validation,
         options,
-        beta=schedules.linear(args.annealing_epochs),
+        beta=flags.beta_schedule(args),
         lr=flags.lr_schedule(args),
         experiment="vision",
         settings=flags.settings(args),

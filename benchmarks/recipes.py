@@ -1,0 +1,100 @@
+"""Train recipes of an experiment with several seeds and estimate their test log-likelihoods, run by run.
+
+    python benchmarks/recipes.py mnist ablation --seeds 0 1 2
+
+A run that was cut short goes on where it stood, and one whose results are there is not run again. Each leaves
+results/FOLDER/EXPERIMENT-RECIPE-SEED.json, with each example's log p, so that any two runs are compared example by
+example: `python benchmarks/tables.py` makes the tables of them.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from mvae.errors import UserError
+from mvae.scripts import flags
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Grid(NamedTuple):
+    """Recipes that are compared with each other. The first is the base.
+
+    train: flags that all have. recipes: further flags of each, by name. loglike: how each is evaluated.
+    """
+
+    train: Sequence[str]
+    recipes: dict[str, Sequence[str]]
+    loglike: Sequence[str]
+
+
+TEN_EPOCHS = ["--preset", "fast", "--epochs", "10", "--annealing-epochs", "4"]
+GRIDS = {
+    "ablation": Grid(
+        TEN_EPOCHS,
+        {
+            "base": [],
+            "constant-1e-3": ["--lr", "1e-3", "--lr-schedule", "constant", "--warmup-epochs", "0"],
+            "linear": ["--lr-schedule", "linear"],
+            "cosine": ["--lr-schedule", "cosine"],
+            "ema": ["--ema", "0.999"],
+            "weight-decay": ["--weight-decay", "0.05"],
+            "clip-grad": ["--clip-grad", "100"],
+            "beta-hold": ["--beta-hold", "1"],
+            "iw-2": ["--iw-samples", "2"],
+            "iw-5": ["--iw-samples", "5"],
+        },
+        ["--limit", "500", "--n-samples", "200"],
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=["mnist", "fashionmnist", "multimnist", "celeba", "celeba19", "vision"])
+    parser.add_argument("grid", choices=GRIDS)
+    parser.add_argument("--recipes", nargs="+", help="these recipes of the grid only")
+    parser.add_argument("--seeds", nargs="+", type=flags.seed_number, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=flags.positive_int, default=os.cpu_count(), help="runs at the same time")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of the runs' own folders")
+    args = parser.parse_args()
+    grid = GRIDS[args.grid]
+    unknown = sorted(set(args.recipes or []) - set(grid.recipes))
+    if unknown:
+        parser.error(f"{args.grid} has no recipe {', '.join(unknown)}; there are {', '.join(grid.recipes)}")
+    todo = [(name, seed) for seed in args.seeds for name in args.recipes or grid.recipes]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [pool.submit(run, args.experiment, args.grid, name, seed, args.runs_dir) for name, seed in todo]
+        for job in jobs:
+            job.result()
+
+
+def run(experiment: str, grid_name: str, recipe: str, seed: int, runs_dir: Path) -> None:
+    """Trains and evaluates one recipe with one seed, unless that was done."""
+    grid = GRIDS[grid_name]
+    name = f"{experiment}-{recipe}-{seed}"
+    result = Path("results") / grid_name / f"{name}.json"
+    if result.exists():
+        return
+    out_dir = runs_dir / grid_name / name
+    train = [*grid.train, *grid.recipes[recipe], "--seed", str(seed), "--out-dir", str(out_dir), "--resume"]
+    call(f"{experiment}/train.py", *train, "--log-interval", "1000")
+    call(f"{experiment}/loglike.py", str(out_dir / "model_best.pth.tar"), *grid.loglike, "--json", str(result))
+    print(f"wrote {result}", flush=True)
+
+
+def call(script: str, *words: str) -> None:
+    """Runs a script on one thread. Raises UserError if it fails."""
+    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    done = subprocess.run([sys.executable, str(ROOT / script), *words], env=environment, check=False)
+    if done.returncode:
+        raise UserError(f"{script} {' '.join(words)} ended with status {done.returncode}")
+
+
+if __name__ == "__main__":
+    flags.run(main)
