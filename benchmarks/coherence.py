@@ -1,48 +1,103 @@
 """Measure a model's coherence: how well its pictures fit their labels, as read by a classifier that is trained here.
 
-Coherence is how often the classifier reads the label off the mean of p(image | z), for z drawn from q(z | label).
-Agreement is how often it reads off such a picture, for z drawn from the prior, the label that is most probable given z.
-The classifier learns from the pictures that the model was trained on, and is tested on those held out for validation;
-the test split isn't read.
+Coherence is how often the classifier reads the label off the mean of p(image | z), for z drawn from q(z | label): a
+class, a whole string of digits, or each of a face's attributes. Agreement is how often it reads off such a picture, for
+z drawn from the prior, the label that is most probable given z. Labels that are not classes are those of held-out
+examples. The classifier learns from the pictures that the model was trained on, and is tested on those held out for
+validation; the test split isn't read.
 """
 
+import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from celeba import datasets as faces
+from celeba.model import build_model as build_faces
 from fashionmnist import datasets as garments
 from fashionmnist.model import build_model as build_garments
 from mnist import datasets as digits
 from mnist.model import build_model as build_digits
-from mvae import Data, checkpoint, load_model, metrics
+from multimnist import datasets as canvases
+from multimnist.model import build_model as build_canvases
+from mvae import MVAE, Data, checkpoint, load_model, metrics
 from mvae.data import consecutive_rows, permuted_rows
 from mvae.estimators import mean_and_error
 from mvae.files import write_atomically
+from mvae.scripts import faces as face_flags
 from mvae.scripts import flags
 
-EXPERIMENTS = {"mnist": (digits, build_digits), "fashionmnist": (garments, build_garments)}
-N_CLASSES = 10
+
+class Experiment(NamedTuple):
+    """What is measured of an experiment.
+
+    build_model: of its model.py.
+    data: its training and validation examples.
+    label: the modality that pictures are drawn given; `shape`: that of the logits of one label.
+    """
+
+    build_model: Callable[[int], MVAE]
+    data: Callable[[argparse.Namespace, int], tuple[Data, Data]]
+    label: str
+    shape: tuple[int, ...]
+
+    @property
+    def binary(self) -> bool:
+        """Whether a label is a vector of yes and no, with a logit for each; else each place has a logit a class."""
+        return self.label == "attrs"
 
 
-class Classifier(nn.Sequential):
-    """Pictures (batch, 1, 28, 28) in [0, 1] -> the ten classes' logits."""
+EXPERIMENTS = {
+    "mnist": Experiment(build_digits, lambda args, n: digits.training_data(args.data_dir, n_val=n), "text", (10,)),
+    "fashionmnist": Experiment(
+        build_garments, lambda args, n: garments.training_data(args.data_dir, n_val=n), "text", (10,)
+    ),
+    "multimnist": Experiment(
+        build_canvases,
+        lambda args, n: canvases.training_data(args.canvas_dir, n_val=n),
+        "text",
+        (canvases.LENGTH, canvases.FILL + 1),
+    ),
+    "celeba": Experiment(
+        build_faces,
+        lambda args, n: faces.training_data(
+            args.data_dir, args.cache_dir, allow_missing=args.allow_missing, workers=args.workers
+        ),
+        "attrs",
+        (18,),
+    ),
+}
 
-    def __init__(self) -> None:
-        super().__init__(
-            nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+
+class Classifier(nn.Module):
+    """Pictures (batch, channels, side, side) in [0, 1] -> logits (batch, *shape)."""
+
+    def __init__(self, image: Tensor, shape: tuple[int, ...]):
+        super().__init__()
+        self.shape = shape
+        side = image.shape[-1] // 8
+        self.net = nn.Sequential(
+            nn.Conv2d(len(image), 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, N_CLASSES),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(64 * side * side, 256), nn.ReLU(), nn.Dropout(0.3),
+            nn.Linear(256, torch.Size(shape).numel()),
         )  # fmt: skip
 
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images).unflatten(1, self.shape)
+
     @torch.no_grad()
-    def read(self, images: Tensor) -> Tensor:
-        """The most probable classes, (batch,)."""
-        return torch.cat([self(some).argmax(dim=1) for some in images.split(500)])
+    def read(self, images: Tensor, binary: bool) -> Tensor:
+        """The labels that are most probable, (batch, *label)."""
+        logits = torch.cat([self(some) for some in images.split(500)])
+        return logits > 0 if binary else logits.argmax(dim=-1)
 
 
 def main() -> None:
@@ -50,43 +105,57 @@ def main() -> None:
     parser = flags.parser(__doc__)
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--model", type=Path, required=True, metavar="FILE", help="the checkpoint to measure")
+    parser.add_argument("--n-labels", type=flags.two_or_more, default=100, help="strings or vectors of attributes")
     parser.add_argument("--n-pictures", type=flags.positive_int, default=200, help="sampled for each label")
     parser.add_argument("--n-prior", type=flags.two_or_more, default=2000, help="sampled from the prior")
     parser.add_argument("--classifier", type=Path, metavar="FILE", help="where it is kept; made where it is absent")
     parser.add_argument("--classifier-epochs", type=flags.positive_int, default=4, help="to train the classifier for")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file, too")
+    canvases.add_canvas_dir(parser)
+    face_flags.add_flags(parser)
     args = parser.parse_args()
     device = flags.device(args.cuda)
-    datasets, build_model = EXPERIMENTS[args.experiment]
-    model, trained = load_model(args.model, args.experiment, build_model, device)
-    n_val = trained["settings"]["n_val"]
-    train, validation = (part.to(device) for part in datasets.training_data(args.data_dir, n_val=n_val))
+    experiment = EXPERIMENTS[args.experiment]
+    model, trained = load_model(args.model, args.experiment, experiment.build_model, device)
+    parts = experiment.data(args, trained["settings"].get("n_val", 0))
+    train, validation = (part.to(device) for part in parts)
 
     kind = f"{args.experiment} classifier"
     if args.classifier and args.classifier.exists():
         saved = checkpoint.load(args.classifier, kind)
-        classifier, how = Classifier().to(device), saved["how"]
+        classifier, how = untrained(train, experiment), saved["how"]
         classifier.load_state_dict(saved["model"])
     else:
-        classifier = trained_classifier(train, args.classifier_epochs, args.seed)
+        classifier = trained_classifier(train, experiment, args.classifier_epochs, args.seed)
         how = {"epochs": args.classifier_epochs, "seed": args.seed}
         if args.classifier:
             checkpoint.save(args.classifier, kind, {"model": classifier.state_dict(), "how": how})
     classifier.eval()
     torch.manual_seed(args.seed)
-    measures = {
-        "coherence, label to image": metrics.coherence(
-            model, classifier.read, classes=N_CLASSES, n=args.n_pictures
-        ).flatten(),
-        "agreement of picture and label drawn from the prior": metrics.prior_agreement(
-            model, classifier.read, n=args.n_prior
-        ),
-    }
-    accuracy = "the classifier's accuracy on held-out pictures"
+    labels = torch.arange(10, device=device)
+    if experiment.shape != (10,):
+        labels = validation.batch(torch.arange(min(args.n_labels, len(validation))))[0][experiment.label]
+
+    def read(images: Tensor) -> Tensor:
+        return classifier.read(images, experiment.binary)
+
+    def shares(right: Tensor, dim: int) -> Tensor:
+        """Of each label, all of a string or the share of the attributes: from (..., *label) to (n,)."""
+        if right.dim() == dim:
+            return right.double().flatten()
+        return (right.double().mean(dim=-1) if experiment.binary else right.all(dim=-1).double()).flatten()
+
+    label = experiment.label
+    coherent = metrics.coherence(model, read, labels, n=args.n_pictures, given=label)
+    agrees = metrics.prior_agreement(model, read, n=args.n_prior, label=label)
+    batches = (validation.batch(rows)[0] for rows in consecutive_rows(validation, 500))
+    held_out = torch.cat([read(batch["image"]) == batch[label] for batch in batches])
     found = {
-        name: mean_and_error(values) for name, values in {**measures, accuracy: right(classifier, validation)}.items()
+        "coherence, label to image": mean_and_error(shares(coherent, 2)),
+        "agreement of picture and label drawn from the prior": mean_and_error(shares(agrees, 1)),
     }
-    for name, (mean, error) in found.items():
+    accuracy = mean_and_error(shares(held_out, 1))
+    for name, (mean, error) in [*found.items(), ("the classifier's accuracy on held-out pictures", accuracy)]:
         print(f"{name}: {mean:.4f} ± {error:.4f}")
     if args.json:
         content = {
@@ -98,9 +167,10 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "seconds": time.perf_counter() - started,
+            "n_labels": len(labels),
             "n_pictures_per_label": args.n_pictures,
             "n_prior": args.n_prior,
-            "classifier": {**how, **_as_json(found.pop(accuracy)), "n_examples": len(validation)},
+            "classifier": {**how, **_as_json(accuracy), "n_examples": len(validation)},
             "training": {name: value for name, value in trained.items() if name != "settings"},
             "measures": {name: _as_json(values) for name, values in found.items()},
         }
@@ -111,26 +181,31 @@ def _as_json(mean_and_standard_error: tuple[float, float]) -> dict[str, Any]:
     return dict(zip(["mean", "standard_error"], mean_and_standard_error, strict=True))
 
 
-def trained_classifier(train: Data, epochs: int, seed: int) -> Classifier:
-    """A classifier trained on `train`, where the data are."""
+def untrained(train: Data, experiment: Experiment) -> Classifier:
+    """A classifier of the pictures' size, where the data are."""
+    batch, _ = train.batch(torch.zeros(1, dtype=torch.long))
+    return Classifier(batch["image"][0], experiment.shape).to(train.device)
+
+
+def trained_classifier(train: Data, experiment: Experiment, epochs: int, seed: int) -> Classifier:
+    """A classifier trained on `train`."""
     torch.manual_seed(seed)
-    classifier = Classifier().to(train.device)
+    classifier = untrained(train, experiment)
     steps = [rows for epoch in range(epochs) for rows in permuted_rows(train, 100, epoch)]
     optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=len(steps))
     for rows in flags.progress(steps):
         batch, _ = train.batch(rows)
-        F.cross_entropy(classifier(batch["image"]), batch["text"]).backward()
+        logits, label = classifier(batch["image"]), batch[experiment.label]
+        if experiment.binary:
+            loss = F.binary_cross_entropy_with_logits(logits, label.float())
+        else:
+            loss = F.cross_entropy(logits.flatten(0, -2), label.flatten())
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     return classifier
-
-
-def right(classifier: Classifier, data: Data) -> Tensor:
-    """(n,): 1 where the classifier reads the picture's label, else 0."""
-    batches = (data.batch(rows)[0] for rows in consecutive_rows(data, 500))
-    return torch.cat([(classifier.read(batch["image"]) == batch["text"]).float() for batch in batches])
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def main() -> None:
     train, validation = datasets.training_data(
         args.data_dir, args.cache_dir, limit=args.limit, allow_missing=args.allow_missing, workers=args.workers
     )
+    train, validation = flags.supervised(args, train, validation, datasets.MODALITIES)
     torch.manual_seed(args.seed)
     objective = Objective(
         build_model(args.n_latents),

@@ -9,6 +9,7 @@ import torch
 from mvae import Objective, fit, metrics
 from mvae.datasets.celeba import ATTRIBUTES
 from mvae.scripts import faces, flags
+from mvae.supervision import drop
 
 import datasets
 from model import build_model
@@ -38,6 +39,7 @@ def main() -> None:
         lr=1e-4,
         approx_m=1,
         presets=PRESETS,
+        missing={"attr-missing": "the probability that an attribute of an example is missing"},
     )
     faces.add_flags(parser)
     args = parser.parse_args()
@@ -45,6 +47,8 @@ def main() -> None:
     train, validation = datasets.training_data(
         args.data_dir, args.cache_dir, limit=args.limit, allow_missing=args.allow_missing, workers=args.workers
     )
+    train, validation = flags.supervised(args, train, validation, ("image", *ATTRIBUTES))
+    train = drop(train, args.attr_missing, ATTRIBUTES, seed=args.seed) if args.attr_missing else train
     torch.manual_seed(args.seed)
     objective = Objective(
         build_model(args.n_latents),

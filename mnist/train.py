@@ -44,6 +44,7 @@ def main() -> None:
     train, validation = datasets.training_data(
         args.data_dir, n_val=args.n_val, limit=args.limit, binarize=args.binarize
     )
+    train, validation = flags.supervised(args, train, validation, datasets.MODALITIES)
     torch.manual_seed(args.seed)
     objective = Objective(
         build_model(args.n_latents),

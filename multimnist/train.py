@@ -42,6 +42,7 @@ def main() -> None:
     options = flags.options(args)
     recipe = datasets.prepare(args.data_dir, args.canvas_dir)
     train, validation = datasets.training_data(args.canvas_dir, n_val=args.n_val, limit=args.limit)
+    train, validation = flags.supervised(args, train, validation, datasets.MODALITIES)
     torch.manual_seed(args.seed)
     objective = Objective(
         build_model(args.n_latents),

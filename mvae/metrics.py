@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .likelihoods import Bernoulli
 from .model import MVAE, Batch
 
 Metric = Callable[[MVAE, Batch], Tensor]
@@ -70,37 +71,36 @@ def accuracies(probabilities: Tensor, truth: Tensor, names: Sequence[str]) -> di
 
 
 Classify = Callable[[Tensor], Tensor]
-"""A classifier of another make: pictures (n, *event), as a model's means are -> class indices (n,)."""
+"""A classifier of another make: pictures (n, *event), as a model's means are -> what it reads off them (n, ...)."""
 
 
 @torch.no_grad()
 def coherence(
-    model: MVAE, classify: Classify, *, classes: int, n: int, given: str = "text", name: str = "image"
+    model: MVAE, classify: Classify, labels: Tensor, *, n: int, given: str = "text", name: str = "image"
 ) -> Tensor:
-    """How often a classifier reads the label off pictures that are drawn given it.
+    """Whether a classifier reads the label off pictures that are drawn given it.
 
     For each label, n draws of z from q(z | label), and the mean of p(picture | z) of each.
 
     Args:
         model: in evaluation mode.
-        classes: the labels are 0 to classes - 1.
+        labels: (labels, *label), on the model's device: classes, texts or vectors of attributes.
         n: pictures for each label.
         given, name: the modalities of the label and of the picture.
 
     Returns:
-        (classes, n): 1 where the classifier reads the label that was given, else 0.
+        bool (labels, n, *label): where the classifier reads what was given.
     """
-    labels = torch.arange(classes, device=next(model.parameters()).device)
     right = []
     for label in labels.split(1):
         z = model.draw({given: label}, n, label.device)
         right.append(classify(model.mean(z, [name])[name]) == label)
-    return torch.stack(right).float()
+    return torch.stack(right)
 
 
 @torch.no_grad()
 def prior_agreement(model: MVAE, classify: Classify, *, n: int, label: str = "text", name: str = "image") -> Tensor:
-    """How often picture and label of one draw from the prior agree.
+    """Whether picture and label of one draw from the prior agree.
 
     The picture is the mean of p(picture | z), which the classifier reads; the label is the most probable one.
 
@@ -110,8 +110,9 @@ def prior_agreement(model: MVAE, classify: Classify, *, n: int, label: str = "te
         label, name: the modalities of the label and of the picture.
 
     Returns:
-        (n,): 1 where they agree, else 0.
+        bool (n, *label): where they agree.
     """
     z = model.draw({}, n, next(model.parameters()).device)
     means = model.mean(z, [label, name])
-    return (classify(means[name]) == means[label].argmax(dim=1)).float()
+    binary = isinstance(model.likelihood(label), Bernoulli)
+    return classify(means[name]) == (means[label] > 0.5 if binary else means[label].argmax(dim=-1))

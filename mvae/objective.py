@@ -56,6 +56,7 @@ class Objective(nn.Module):
     given: Tensor
     scored: Tensor
     weights: Tensor
+    keys: Tensor
 
     def __init__(
         self,
@@ -90,6 +91,8 @@ class Objective(nn.Module):
             self.register_buffer(field, self._mask(getattr(term, field) for term in self.terms), persistent=False)
         λ = torch.tensor([float((weights or {}).get(name, 1.0)) for name in modalities])
         self.register_buffer("weights", λ, persistent=False)
+        keys = torch.randint(2**63 - 1, (2, len(modalities), 1), generator=torch.Generator().manual_seed(0))
+        self.register_buffer("keys", keys, persistent=False)
 
     def _in_order(self, term: Term) -> Term:
         """The term with its names in the model's order, scoring `reconstruct`, too."""
@@ -111,7 +114,9 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, Totals]:
         """The loss of a batch: the negative objective in nats, a mean over its examples; and the sums of its parts.
 
-        A term given nothing of an example has the prior for posterior and scores nothing: it adds 0.
+        A term given nothing of an example has the prior for posterior and scores nothing: it adds 0. Two terms that
+        come to the same for an example, given the same and scoring the same, count once, as the later of them: for an
+        example with one modality, the joint term is that modality's.
 
         Args:
             batch: tensors by modality, each (batch, *event); an absent example's row may hold any finite value.
@@ -135,7 +140,10 @@ class Objective(nn.Module):
             always = torch.ones(n, dtype=torch.bool, device=given.device)
             here = torch.stack([present.get(name, always) for name in self.model.modalities])
             given = given & here
-            scored = mask = scored & here & given.any(dim=1, keepdim=True)
+            scored = scored & here & given.any(dim=1, keepdim=True)
+            fresh = ~_again(given, scored, self.keys)
+            given, scored = given & fresh, scored & fresh
+            mask = scored
 
         # Each modality is encoded once for all terms; all posteriors come from one masked fusion.
         mu, logvar = self.model.fuse(*self.model.encode(batch, here), given)
@@ -183,3 +191,13 @@ def _importance_weighted(scores: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, 
     if z.requires_grad:
         z.register_hook(lambda gradient: gradient * share.flatten(0, 1).unsqueeze(-1))
     return surrogate + (log_w.logsumexp(dim=0) - math.log(k) - surrogate).detach()
+
+
+def _again(given: Tensor, scored: Tensor, keys: Tensor) -> Tensor:
+    """Where a later term is given the same and scores the same: (terms, 1, batch), of masks (terms, modalities, batch).
+
+    Sets are compared by their sums of `keys`, (2, modalities, 1) random 63-bit numbers for what is given and scored.
+    """
+    key = (given * keys[0] + scored * keys[1]).sum(dim=1)  # an overflow wraps, which is as good
+    later = torch.ones(len(key), len(key), dtype=torch.bool, device=key.device).triu(1).unsqueeze(-1)
+    return ((key.unsqueeze(1) == key) & later).any(dim=1).unsqueeze(1)

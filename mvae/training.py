@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from .data import Data, consecutive_rows, permuted_rows, seed_of
+from .data import Data, consecutive_rows, seed_of
 from .errors import UsageError, UserError
 from .metrics import Metric
 from .model import Batch
@@ -28,6 +28,7 @@ from .processes import Processes, signals
 from .run import Run
 from .schedules import Schedule, constant
 from .stats import Totals
+from .supervision import composed_rows
 
 Precision = Literal["fp32", "bf16"]
 
@@ -36,6 +37,7 @@ Precision = Literal["fp32", "bf16"]
 class Options:
     """How a run goes. `batch_size` is the whole step's, over all processes; `approx_m` is the number of random subsets.
 
+    pairs_per_batch: complete examples in each batch, where some aren't complete; 0 for as many as chance gives.
     ema: the decay, per step, of an exponential average of the weights, which is validated and kept in place of them; 0
         for none.
     clip_grad: the largest norm of the gradient, which a larger one is scaled down to; 0 for no limit.
@@ -47,6 +49,7 @@ class Options:
     epochs: int
     batch_size: int
     approx_m: int = 0
+    pairs_per_batch: int = 0
     seed: int = 0
     precision: Precision = "fp32"
     compile: bool = False
@@ -168,7 +171,9 @@ def fit(
     beta_now = torch.zeros((), device=options.device)
     with signals() as caught:
         while run.epoch <= options.epochs and not 0 < options.patience <= run.epochs_since_best():
-            batches = permuted_rows(train, options.batch_size, seed_of(options.seed, run.epoch))
+            batches = composed_rows(
+                train, options.batch_size, options.pairs_per_batch, seed_of(options.seed, run.epoch)
+            )
             started = time.perf_counter() - run.seconds
             for rows in _bar(batches[run.step :], run, len(batches), options, processes.rank):
                 torch.manual_seed(seed_of(options.seed, run.epoch, run.step, processes.rank))

@@ -51,19 +51,19 @@ def always_one(pictures: Tensor) -> Tensor:
 
 
 def test_coherence_is_1_where_the_picture_shows_its_label() -> None:
-    found = coherence(model_of_codes(), largest, classes=N_CLASSES, n=5)
-    assert torch.equal(found, torch.ones(N_CLASSES, 5))
+    found = coherence(model_of_codes(), largest, torch.arange(N_CLASSES), n=5)
+    assert torch.equal(found, torch.ones(N_CLASSES, 5, dtype=torch.bool))
 
 
 def test_coherence_has_a_row_for_each_label() -> None:
-    found = coherence(model_of_codes(), always_one, classes=N_CLASSES, n=5)
-    assert found.mean(dim=1).tolist() == [0, 1, 0]
+    found = coherence(model_of_codes(), always_one, torch.arange(N_CLASSES), n=5)
+    assert found.float().mean(dim=1).tolist() == [0, 1, 0]
 
 
 def test_prior_agreement_compares_the_picture_and_the_label_of_one_draw() -> None:
     torch.manual_seed(0)
-    assert prior_agreement(model_of_codes(), largest, n=300).tolist() == [1.0] * 300
-    some = prior_agreement(model_of_codes(), always_one, n=300).mean().item()
+    assert prior_agreement(model_of_codes(), largest, n=300).tolist() == [True] * 300
+    some = prior_agreement(model_of_codes(), always_one, n=300).float().mean().item()
     assert abs(some - 1 / 3) < 0.1
 
 

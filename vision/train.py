@@ -9,6 +9,7 @@ import torch
 
 from mvae import Objective, fit
 from mvae.scripts import flags
+from mvae.supervision import drop
 
 import datasets
 from datasets import MODALITIES
@@ -40,6 +41,7 @@ def main() -> None:
         approx_m=0,
         reconstruct="all",
         presets=PRESETS,
+        missing={"missing": "the probability that a picture of an example is missing"},
     )
     datasets.add_flags(parser)
     args = parser.parse_args()
@@ -47,6 +49,8 @@ def main() -> None:
     train, validation = datasets.training_data(
         datasets.folders(args), args.data_dir, args.cache_dir, limit=args.limit, workers=args.workers
     )
+    train, validation = flags.supervised(args, train, validation, MODALITIES)
+    train = drop(train, args.missing, MODALITIES, seed=args.seed) if args.missing else train
     torch.manual_seed(args.seed)
     objective = Objective(
         build_model(args.n_latents),

@@ -18,6 +18,7 @@ from ..errors import UsageError, UserError
 if TYPE_CHECKING:  # torch is imported where it's needed, so that -h doesn't wait for it
     import torch
 
+    from ..data import Data
     from ..schedules import Schedule
     from ..training import Options
 
@@ -81,11 +82,13 @@ def training_parser(
     approx_m: int | None = None,
     reconstruct: str = "given",
     presets: Mapping[str, Mapping[str, object]] | None = None,
+    missing: Mapping[str, str] | None = None,
 ) -> argparse.ArgumentParser:
     """The flags of a train.py, with its defaults; `lambdas` gives each --lambda-NAME its default.
 
     `presets`: the values of --preset beside "paper", each with the defaults that it sets in place of the paper's.
     Give `n_val` to have --n-val, for data without a validation split; give `approx_m` to have --approx-m.
+    `missing`: the name and the help of a flag for the probability that a value is missing.
     """
     result = parser(description)
     names = ["paper", *(presets or {})]
@@ -148,6 +151,26 @@ def training_parser(
         "--precision", choices=["fp32", "bf16"], default="fp32", help="of the networks; the rest is fp32"
     )
     optimisation.add_argument("--compile", action="store_true", help="compile the step; on CUDA, capture it as a graph")
+    supervision = result.add_argument_group("weak supervision")
+    pairs = supervision.add_mutually_exclusive_group()
+    pairs.add_argument(
+        "--n-paired", type=positive_int, metavar="N", help="examples that keep all modalities, validation's included"
+    )
+    pairs.add_argument("--paired-fraction", type=fraction, metavar="F", help="the same as a share of all examples")
+    supervision.add_argument(
+        "--unpaired",
+        choices=["image", "both"],
+        default="image",
+        help="what the other examples keep: the image; or one half of them the image, and one half all but the image",
+    )
+    supervision.add_argument(
+        "--pairs-per-batch",
+        type=non_negative_int,
+        metavar="P",
+        help="examples with all modalities in each batch, drawn over and over; 0: as many as chance gives",
+    )
+    for name, about in (missing or {}).items():
+        supervision.add_argument(f"--{name}", type=probability, default=0.0, metavar="F", help=about)
     data = result.add_argument_group("data and files")
     if n_val is not None:
         data.add_argument("--n-val", type=positive_int, default=n_val, help="training examples held out for validation")
@@ -204,6 +227,7 @@ def options(args: argparse.Namespace) -> "Options":
         epochs=args.epochs,
         batch_size=args.batch_size,
         approx_m=getattr(args, "approx_m", 0),  # a flag of the experiments with three modalities or more
+        pairs_per_batch=_pairs_per_batch(args),
         seed=args.seed,
         precision=args.precision,
         compile=args.compile,
@@ -215,6 +239,36 @@ def options(args: argparse.Namespace) -> "Options":
         out_dir=args.out_dir,
         device=device(args.cuda),
     )
+
+
+def _pairs_per_batch(args: argparse.Namespace) -> int:
+    """--pairs-per-batch; a third of the batch by default, where chance gives less."""
+    if args.pairs_per_batch is not None or not (args.n_paired or args.paired_fraction):
+        return args.pairs_per_batch or 0
+    return args.batch_size // 3
+
+
+def supervised(args: argparse.Namespace, train: "Data", validation: "Data", names: Sequence[str]) -> list["Data"]:
+    """Training and validation data with the pairs that --n-paired or --paired-fraction leaves, and none else.
+
+    The pairs are shared out in proportion, so that validation knows no more labels than training does. They are spread
+    evenly over the classes where a label is one of several classes. `names`: of the modalities, the image's first.
+    """
+    from ..supervision import keep_pairs
+
+    total = len(train) + len(validation)
+    n = args.n_paired or round(total * (args.paired_fraction or 0))
+    if not n:
+        return [train, validation]
+    if n > total or n < 2:
+        raise UsageError(f"`n_paired` is from 2 to {total}, the examples that train and validate, not {n}")
+    held_out = min(max(1, round(n * len(validation) / total)), n - 1)
+    parts = []
+    for data, pairs, seed in ((train, n - held_out, args.seed), (validation, held_out, args.seed + 1)):
+        labels = data.tensors.get("text")
+        classes = labels if labels is not None and labels.dim() == 1 else None
+        parts.append(keep_pairs(data, pairs, names, unpaired=args.unpaired, seed=seed, classes=classes))
+    return parts
 
 
 def lr_schedule(args: argparse.Namespace) -> "Schedule":
@@ -307,6 +361,14 @@ def positive_float(text: str) -> float:
 
 def non_negative_float(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
+
+
+def fraction(text: str) -> float:
+    return _number(text, float, lambda value: 0 < value <= 1, "a number above 0, and 1 at most")
+
+
+def probability(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
 def decay(text: str) -> float:
