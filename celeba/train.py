@@ -5,7 +5,7 @@ The loss is the negative sum of ELBO(image, attrs), ELBO(image) and ELBO(attrs),
 
 import torch
 
-from mvae import Objective, fit, metrics
+from mvae import Objective, fit, metrics, schedules
 from mvae.scripts import faces, flags
 
 import datasets
@@ -56,7 +56,7 @@ def main() -> None:
         train,
         validation,
         options,
-        beta=flags.beta_schedule(args),
+        beta=schedules.linear(args.annealing_epochs),
         lr=flags.lr_schedule(args),
         metrics={"attribute_accuracy": metrics.attribute_accuracy(["attrs"])},
         experiment="celeba",

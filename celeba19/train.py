@@ -6,7 +6,7 @@ in nats per example.
 
 import torch
 
-from mvae import Objective, fit, metrics
+from mvae import Objective, fit, metrics, schedules
 from mvae.datasets.celeba import ATTRIBUTES
 from mvae.scripts import faces, flags
 from mvae.supervision import drop
@@ -62,7 +62,7 @@ def main() -> None:
         train,
         validation,
         options,
-        beta=flags.beta_schedule(args),
+        beta=schedules.linear(args.annealing_epochs),
         lr=flags.lr_schedule(args),
         metrics={"attribute_accuracy": metrics.attribute_accuracy(ATTRIBUTES)},
         experiment="celeba19",

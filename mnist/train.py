@@ -5,7 +5,7 @@ The loss is the negative sum of ELBO(image, text), ELBO(image) and ELBO(text), i
 
 import torch
 
-from mvae import Objective, fit, metrics
+from mvae import Objective, fit, metrics, schedules
 from mvae.scripts import flags
 
 import datasets
@@ -58,7 +58,7 @@ def main() -> None:
         train,
         validation,
         options,
-        beta=flags.beta_schedule(args),
+        beta=schedules.linear(args.annealing_epochs),
         lr=flags.lr_schedule(args),
         metrics={"label_accuracy": metrics.label_accuracy("text")},
         experiment="mnist",

@@ -114,9 +114,9 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, Totals]:
         """The loss of a batch: the negative objective in nats, a mean over its examples; and the sums of its parts.
 
-        A term given nothing of an example has the prior for posterior and scores nothing: it adds 0. Two terms that
-        come to the same for an example, given the same and scoring the same, count once, as the later of them: for an
-        example with one modality, the joint term is that modality's.
+        A term given nothing of an example has the prior for posterior and scores nothing: it adds 0. So does one that
+        lacks modalities of an example, and is thereby given and scores the same as another: for an example with one
+        modality the joint term would be that modality's again.
 
         Args:
             batch: tensors by modality, each (batch, *event); an absent example's row may hold any finite value.
@@ -139,9 +139,10 @@ class Objective(nn.Module):
             self.model.check_names(*present)
             always = torch.ones(n, dtype=torch.bool, device=given.device)
             here = torch.stack([present.get(name, always) for name in self.model.modalities])
+            lost = (given & ~here).any(dim=1)
             given = given & here
             scored = scored & here & given.any(dim=1, keepdim=True)
-            fresh = ~_again(given, scored, self.keys)
+            fresh = ~_again(given, scored, lost, self.keys)
             given, scored = given & fresh, scored & fresh
             mask = scored
 
@@ -193,11 +194,16 @@ def _importance_weighted(scores: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, 
     return surrogate + (log_w.logsumexp(dim=0) - math.log(k) - surrogate).detach()
 
 
-def _again(given: Tensor, scored: Tensor, keys: Tensor) -> Tensor:
-    """Where a later term is given the same and scores the same: (terms, 1, batch), of masks (terms, modalities, batch).
+def _again(given: Tensor, scored: Tensor, lost: Tensor, keys: Tensor) -> Tensor:
+    """Which terms repeat another, (terms, 1, batch), of masks (terms, modalities, batch) of what is given and scored.
 
-    Sets are compared by their sums of `keys`, (2, modalities, 1) random 63-bit numbers for what is given and scored.
+    Of terms that are the same, those that have lost nothing count, or else the last of them. Sets are compared by their
+    sums of `keys`, (2, modalities, 1) random 63-bit numbers for what is given and scored.
+
+    Args:
+        lost: bool (terms, batch), which terms lack a modality of an example.
     """
     key = (given * keys[0] + scored * keys[1]).sum(dim=1)  # an overflow wraps, which is as good
     later = torch.ones(len(key), len(key), dtype=torch.bool, device=key.device).triu(1).unsqueeze(-1)
-    return ((key.unsqueeze(1) == key) & later).any(dim=1).unsqueeze(1)
+    rather = later | ~lost  # [t, u]: u is the one to count; a term that has lost something isn't itself among these
+    return (lost & ((key.unsqueeze(1) == key) & rather).any(dim=1)).unsqueeze(1)

@@ -1,14 +1,12 @@
 """A run's state and the files that report it: checkpoints, stats.jsonl, TensorBoard scalars and pictures."""
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim.swa_utils import AveragedModel
 
 from . import checkpoint, pictures
 from .data import Data
@@ -38,7 +36,6 @@ class Run:
         out_dir: Path,
         experiment: str,
         settings: Mapping[str, Any],
-        average: AveragedModel | None = None,
     ):
         self.objective, self.optimizer = objective, optimizer
         self.out_dir, self.experiment, self.settings = out_dir, experiment, dict(settings)
@@ -47,7 +44,6 @@ class Run:
         self.best = math.inf
         self.history: list[dict[str, Any]] = []
         self.sums = torch.zeros(0)  # of this epoch's steps, as Totals.vector; empty before the first
-        self.average = average  # of the model's weights over the steps
         self.writer: SummaryWriter | None = None
 
     def start(self, resume: bool) -> None:
@@ -71,34 +67,13 @@ class Run:
         if differ:
             raise UsageError(f"`resume`: {path} was made with other settings: {'; '.join(differ)}")
         try:
-            self.objective.model.load_state_dict(saved["raw" if self.average else "model"])
-            if self.average:
-                self.average.module.load_state_dict(saved["model"])
-                self.average.n_averaged.fill_(1)  # not the first: the next step is averaged with what was loaded
+            self.objective.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             for name in STATE:
                 setattr(self, name, saved[name])
             self.sums = self.sums.to(next(self.objective.parameters()).device)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
             raise UserError(f"{path} doesn't hold a run of this network to go on from") from None
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within it the model has the averaged weights, if there is an average."""
-        model = self.objective.model
-        raw = {name: tensor.clone() for name, tensor in model.state_dict().items()} if self.average else {}
-        if self.average:
-            model.load_state_dict(self.average.module.state_dict())
-        try:
-            yield
-        finally:
-            if self.average:
-                model.load_state_dict(raw)
-
-    def epochs_since_best(self) -> int:
-        """The finished epochs after the one with the best validation loss."""
-        losses = [record["validation/loss"] for record in self.history]
-        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
     def add(self, sums: torch.Tensor) -> None:
         """Adds a step's sums to the epoch's."""
@@ -140,16 +115,13 @@ class Run:
     def save(self, *, best: bool = False) -> None:
         """Writes the latest state, and before it the best model if this is it. Raises UserError if that fails."""
         model = self.objective.model
-        shown = self.average.module if self.average else model
-        content = {"model": shown.state_dict(), "n_latents": model.n_latents, "settings": self.settings}
+        content = {"model": model.state_dict(), "n_latents": model.n_latents, "settings": self.settings}
         if best:
             seconds = sum(record["seconds"] for record in self.history)
             found = {"epoch": self.epoch - 1, "validation_loss": self.best, "training_seconds": seconds}
             checkpoint.save(self.out_dir / checkpoint.BEST, self.experiment, content | found)
         content |= {name: getattr(self, name) for name in STATE}
         content["optimizer"] = self.optimizer.state_dict()
-        if self.average:
-            content["raw"] = model.state_dict()
         checkpoint.save(self.out_dir / checkpoint.LATEST, self.experiment, content)
 
     def report(self, validation: Data, *, best: bool) -> None:

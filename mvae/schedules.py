@@ -38,13 +38,3 @@ def warmed_up(epochs: float, schedule: Schedule) -> Schedule:
 def late(epochs: float) -> Schedule:
     """1 for the first half of `epochs`, then falls linearly to 0 at their end."""
     return lambda t: min(1.0, max(0.0, 2 - 2 * t / epochs))
-
-
-def held(epochs: float, schedule: Schedule) -> Schedule:
-    """0 over the first `epochs`, and then `schedule`, as if it began there."""
-    return lambda t: 0.0 if t <= epochs else schedule(t - epochs)
-
-
-def falling(epochs: float) -> Schedule:
-    """Falls linearly from 1 to 0 over `epochs`."""
-    return lambda t: max(0.0, 1 - t / epochs)

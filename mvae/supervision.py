@@ -59,25 +59,34 @@ def drop(data: Data, share: float, names: Sequence[str], *, seed: int) -> Data:
 
 
 def composed_rows(data: Data, batch_size: int, pairs: int, seed: int) -> list[Tensor]:
-    """The rows of an epoch's batches, each with `pairs` complete examples and then batch_size - pairs others.
+    """The rows of an epoch's batches, all of one composition: so many complete examples, and then so many others.
 
-    The epoch is a permutation of the others; the complete ones come in permutations too, over and over. Where all
-    examples are complete, or none, or `pairs` is 0, the batches are those of `permuted_rows`.
+    Complete are `pairs` of a batch, or their share of the data where that is more. Both kinds come in permutations,
+    each begun anew when it ends; an epoch has as many batches as `permuted_rows` gives. Where all examples are
+    complete, or none, or `pairs` is 0, the batches are those of `permuted_rows`.
 
     Raises UsageError if `pairs` leaves no place for the others.
     """
-    complete = torch.stack(list(data.present.values())).all(dim=0) if data.present else torch.ones(len(data)).bool()
-    whole, rest = (rows.nonzero().flatten() for rows in (complete, ~complete))
-    if not pairs or not len(whole) or not len(rest):
-        return permuted_rows(data, batch_size, seed)
     if pairs >= batch_size:
         raise UsageError(f"`pairs_per_batch` {pairs} leaves the other examples no place in a batch of {batch_size}")
+    if not pairs or data.present is None:
+        return permuted_rows(data, batch_size, seed)
+    complete = torch.stack(list(data.present.values())).all(dim=0)
+    whole, rest = complete.nonzero().flatten(), (~complete).nonzero().flatten()
+    if not len(whole) or not len(rest):
+        return permuted_rows(data, batch_size, seed)
+    n_batches = max(1, len(data) // batch_size)
+    by_chance = min(round(batch_size * len(whole) / len(data)), batch_size - 1)
     generator = torch.Generator().manual_seed(seed)
-    size = min(batch_size - pairs, len(rest))
-    others = _shuffled(rest, generator)[: len(rest) // size * size].split(size)
-    again = [_shuffled(whole, generator) for _ in range(-(-len(others) * pairs // len(whole)))]
-    some = torch.cat(again)[: len(others) * pairs].split(pairs)
-    return [torch.cat(both) for both in zip(some, others, strict=True)]
+    some = _over_and_over(whole, n_batches, max(pairs, by_chance), generator)
+    others = _over_and_over(rest, n_batches, batch_size - max(pairs, by_chance), generator)
+    return list(torch.cat([some, others], dim=1))
+
+
+def _over_and_over(rows: Tensor, n_batches: int, size: int, generator: torch.Generator) -> Tensor:
+    """(n_batches, size) of the rows, in as many permutations as that takes."""
+    orders = [torch.randperm(len(rows), generator=generator) for _ in range(-(-n_batches * size // len(rows)))]
+    return rows[torch.cat(orders)[: n_batches * size].to(rows.device)].view(n_batches, size)
 
 
 def _limited(data: Data, present: dict[str, Tensor]) -> Data:
@@ -97,7 +106,3 @@ def _taking_turns(order: Tensor, classes: Tensor) -> Tensor:
         where = (of_row == one).nonzero().flatten()
         rounds[where] = torch.arange(len(where))
     return order[rounds.argsort(stable=True)]
-
-
-def _shuffled(rows: Tensor, generator: torch.Generator) -> Tensor:
-    return rows[torch.randperm(len(rows), generator=generator).to(rows.device)]

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from .data import Data, consecutive_rows, seed_of
@@ -37,12 +36,7 @@ Precision = Literal["fp32", "bf16"]
 class Options:
     """How a run goes. `batch_size` is the whole step's, over all processes; `approx_m` is the number of random subsets.
 
-    pairs_per_batch: complete examples in each batch, where some aren't complete; 0 for as many as chance gives.
-    ema: the decay, per step, of an exponential average of the weights, which is validated and kept in place of them; 0
-        for none.
-    clip_grad: the largest norm of the gradient, which a larger one is scaled down to; 0 for no limit.
-    patience: the epochs without a better validation loss after which the run ends; 0 for no such end.
-
+    pairs_per_batch: see `mvae.supervision.composed_rows`; 0 for batches of no fixed composition.
     Raises UsageError if `compile` meets random subsets: it needs the same terms at every step.
     """
 
@@ -53,9 +47,6 @@ class Options:
     seed: int = 0
     precision: Precision = "fp32"
     compile: bool = False
-    ema: float = 0.0
-    clip_grad: float = 0.0
-    patience: int = 0
     resume: bool = False
     log_interval: int = 100
     out_dir: Path = Path("trained_models")
@@ -83,7 +74,6 @@ def train_step(
     beta: Tensor | float = 1.0,
     subsets: Sequence[Sequence[str]] = (),
     precision: Precision = "fp32",
-    clip_grad: float = 0.0,
 ) -> Totals:
     """One step of gradient descent on the negative sum of the ELBO terms; returns the sums of its parts.
 
@@ -94,7 +84,6 @@ def train_step(
         optimizer: of its parameters, with zero gradients (as this function leaves them).
         batch, present, beta, subsets: as `Objective.forward` takes them.
         precision: "bf16" runs the networks in bfloat16, and all log-probabilities and sums in float32.
-        clip_grad: the largest norm of the gradient; 0 for no limit.
     """
     # Encode each modality once, fuse the experts of every term, draw one z for each, decode what each term scores.
     with torch.autocast(_device_of(batch).type, torch.bfloat16, enabled=precision == "bf16"):
@@ -103,8 +92,6 @@ def train_step(
     loss.backward()
     # A loss that isn't finite must not reach the weights. On a GPU nobody looks: the look would make every step wait.
     if loss.device.type != "cpu" or loss.isfinite():
-        if clip_grad:
-            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_grad)
         optimizer.step()
     optimizer.zero_grad()
     return totals
@@ -152,11 +139,7 @@ def fit(
     train, validation = train.to(options.device), validation.to(options.device)
     objective.to(options.device).train()
     rates = [group["lr"] for group in optimizer.param_groups]
-    average = AveragedModel(objective.model, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)
-    run = Run(
-        objective, optimizer, out_dir=options.out_dir, experiment=experiment, settings=settings,
-        average=average if options.ema else None,
-    )  # fmt: skip
+    run = Run(objective, optimizer, out_dir=options.out_dir, experiment=experiment, settings=settings)
     run.start(options.resume)
     if processes.rank == 0:
         run.write_stats()  # a folder that can't be written is better known before the first step
@@ -170,7 +153,7 @@ def fit(
     watch = _Watch(run)
     beta_now = torch.zeros((), device=options.device)
     with signals() as caught:
-        while run.epoch <= options.epochs and not 0 < options.patience <= run.epochs_since_best():
+        while run.epoch <= options.epochs:
             batches = composed_rows(
                 train, options.batch_size, options.pairs_per_batch, seed_of(options.seed, run.epoch)
             )
@@ -188,10 +171,8 @@ def fit(
                     group["lr"] = rate * lr(t)
                 totals = train_step(
                     step_module, optimizer, batch, present,
-                    beta=beta_now, subsets=subsets, precision=options.precision, clip_grad=options.clip_grad,
+                    beta=beta_now, subsets=subsets, precision=options.precision,
                 )  # fmt: skip
-                if run.average:
-                    run.average.update_parameters(objective.model)
                 asked = run.step % options.log_interval == 0 or run.step == len(batches)
                 stop = processes.agree_to_stop(caught, ask=asked)
                 sums = totals.vector()
@@ -207,8 +188,7 @@ def fit(
                     raise Stopped(f"stopped at {where}; the state is saved: `resume` goes on from it", caught[0])
             watch.check_weights()
             train_sums = processes.sum(run.sums)
-            with run.averaged():
-                found = validate(objective, validation, options, metrics or {}, processes)
+            found = validate(objective, validation, options, metrics or {}, processes)
             if not all(map(math.isfinite, found.values())):
                 bad = [name for name, value in found.items() if not math.isfinite(value)]
                 watch.stop([f"validation's {name}" for name in sorted(bad, key=lambda name: "/" not in name)])

@@ -85,6 +85,27 @@ def plain_product(experts: Sequence[tuple[Tensor, Tensor]]) -> distributions.Nor
     return distributions.Normal(mu, precision.rsqrt())
 
 
+def repeated(
+    terms: Sequence[Sequence[str]],
+    names: Sequence[str],
+    reconstruct: str | Collection[str],
+    rows_with: Mapping[str, Sequence[int]],
+) -> set[tuple[int, int]]:
+    """(term, row) that counts for nothing: the term lacks something of the row, and another one comes to the same."""
+    found = set()
+    for row in {row for rows in rows_with.values() for row in rows}:
+        what: dict[int, tuple[set[str], set[str]]] = {}
+        for t, given in enumerate(terms):
+            scored = {name for name in names if name in given or reconstruct == "all" or name in reconstruct}
+            what[t] = ({name for name in given if row in rows_with[name]}, {n for n in scored if row in rows_with[n]})
+        lost = {t for t, given in enumerate(terms) if len(what[t][0]) < len(given)}
+        for t in lost:
+            others = [u for u in what if u != t and what[u] == what[t]]
+            if any(u not in lost or u > t for u in others):
+                found.add((t, row))
+    return found
+
+
 def plain_objective(
     model: MVAE,
     batch: Batch,
@@ -104,6 +125,7 @@ def plain_objective(
         for name in names
     }
     terms = [names, *([(name,) for name in names] if len(names) > 1 else []), *subsets]
+    counts = {(t, row) for t in range(len(terms)) for row in range(n)} - repeated(terms, names, reconstruct, rows_with)
     log_prob, n_log_prob = noise.new_zeros(2, len(terms), len(names))
     kl, n_kl = noise.new_zeros(2, len(terms))
     loss = noise.new_zeros(())
@@ -112,7 +134,7 @@ def plain_objective(
         encoded = {name: model.encoders[name](batch[name][rows_with[name]]) for name in given if rows_with[name]}
         for row in range(n):
             indices = {name: rows_with[name].index(row) for name in encoded if row in rows_with[name]}
-            if indices:
+            if indices and (t, row) in counts:
                 q = plain_product([(encoded[name][0][i], encoded[name][1][i]) for name, i in indices.items()])
                 z[t][row] = q.mean + q.stddev * noise[t, row]
                 nats = distributions.kl_divergence(q, prior).sum()

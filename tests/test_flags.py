@@ -28,6 +28,9 @@ EVERY: dict[str, list[Any]] = {
     "--lr": [2e-3],
     "--lr-schedule": ["late"],
     "--warmup-epochs": [1],
+    "--weight-decay": [0.5],
+    "--iw-samples": [2],
+    "--n-paired": [3],
     "--precision": ["bf16"],
     "--seed": [1],
     "--limit": [2],
@@ -40,11 +43,12 @@ OWN: dict[str, dict[str, list[Any]]] = {
     "fashionmnist": {**TEXT, "--binarize": []},
     "multimnist": TEXT,
     "celeba": {"--lambda-image": [3], "--lambda-attrs": [3]},
-    "celeba19": {"--lambda-image": [3], "--lambda-attrs": [3], "--approx-m": [2]},
+    "celeba19": {"--lambda-image": [3], "--lambda-attrs": [3], "--approx-m": [2], "--attr-missing": [0.5]},
     "vision": {
         **{f"--lambda-{name}": [3] for name in ("image", "gray", "edge", "mask", "obscured", "watermark")},
         **{f"--{name}-dir": ["other/celeba/img_align_celeba"] for name in ("image", "gray", "edge", "mask")},
         "--approx-m": [1],
+        "--missing": [0.5],
     },
 }
 """The flags that some train.py has beside, or wants another value of."""
@@ -53,6 +57,9 @@ ELSEWHERE = {
     "--help": "test_house",
     "--preset": "below",
     "--n-val": "below",
+    "--paired-fraction": "test_supervision",
+    "--unpaired": "test_supervision",
+    "--pairs-per-batch": "test_supervision",
     "--canvas-dir": "below, and test_multimnist",
     "--data-dir": "below, and test_data",
     "--cache-dir": "test_celeba",

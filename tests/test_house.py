@@ -18,7 +18,7 @@ EXPERIMENTS = ("mnist", "fashionmnist", "multimnist", "celeba", "celeba19", "vis
 
 FLOORS = {
     "plain": "errors files",
-    "data": "data",
+    "data": "data supervision",
     "paper": "experts likelihoods layers stats model objective estimators",
     "run": "schedules metrics checkpoint pictures processes run training",
 }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributions, nn
 
 from mvae.errors import UsageError
 from mvae.model import MVAE
@@ -253,10 +253,102 @@ def test_a_term_with_nothing_given_adds_exactly_zero(reconstruct: str) -> None:
     model, batch = small_model(6), small_batch(6, N_EXAMPLES)
     present = {"m1": torch.zeros(N_EXAMPLES, dtype=torch.bool)}
     objective = Objective(model, reconstruct=reconstruct)
-    _, totals = objective(batch, 1.0, [("m1", "m2")], present)
+    _, totals = objective(batch, 1.0, [("m1", "m2", "m3")], present)
     term = [term.given for term in objective.terms].index(("m1",))
     assert all((part[term] == 0).all() for part in (totals.log_prob, totals.n_log_prob, totals.kl, totals.n_kl))
     assert (np.delete(totals.kl.numpy(), term) > 0).all()
+
+
+def test_the_bound_of_an_example_with_one_modality_counts_once() -> None:
+    model, batch, noise = small_model(6), small_batch(6, N_EXAMPLES), noise_of(6)
+    present = {name: torch.full((N_EXAMPLES,), name == "m2") for name in batch}
+    found, totals = Objective(model)(batch, 0.3, [("m2", "m4"), ("m1", "m2")], present, noise)
+    alone = Objective(model, terms=[Term(("m2",), ("m2",))])
+    expected, _ = alone(batch, 0.3, (), None, noise[3:4])
+    assert found.item() == pytest.approx(expected.item())
+    assert totals.n_kl.tolist() == [0, 0, 0, N_EXAMPLES, 0, 0, 0, 0, 0]
+
+
+def test_terms_that_are_the_same_by_intent_count_each() -> None:
+    model, batch = small_model(6), small_batch(6, N_EXAMPLES)
+    _, totals = Objective(model)(batch, 0.3, [("m1", "m2")] * 2, {"m3": torch.zeros(N_EXAMPLES).bool()})
+    assert totals.n_kl[-2:].tolist() == [N_EXAMPLES] * 2
+
+
+# Several importance samples.
+
+
+def weighted(k: int, missing: bool = False) -> tuple[MVAE, Objective, tuple[Any, ...], Tensor]:
+    """A model of six modalities, its objective with k importance samples, a batch's arguments, and noise (k, ...)."""
+    model, present = small_model(6), presence_of(6) if missing else None
+    objective = Objective(model, weights=weights_of(6), reconstruct=("m1",), iw_samples=k)
+    noise = torch.randn(k, 7, N_EXAMPLES, LATENTS, generator=torch.Generator().manual_seed(5)).double()
+    return model, objective, (small_batch(6, N_EXAMPLES), 0.3, (), present), noise
+
+
+def plain_bound(objective: Objective, batch: dict[str, Tensor], beta: float, noise: Tensor) -> Tensor:
+    """The loss with log 1/K sum_k w_k in each term, as it is written, from the model's own posteriors."""
+    model, total = objective.model, torch.zeros((), dtype=torch.float64)
+    for t, term in enumerate(objective.terms):
+        mu, logvar = model.posterior({name: batch[name] for name in term.given})
+        q, prior = distributions.Normal(mu, (0.5 * logvar).exp()), distributions.Normal(0.0, 1.0)
+        z = q.mean + q.stddev * noise[:, t]
+        log_w = beta * (prior.log_prob(z) - q.log_prob(z)).sum(dim=-1)
+        for name in term.scored:
+            weight = objective.weights[model.modalities.index(name)]
+            log_w = log_w + weight * model.likelihood(name).log_prob(z, batch[name])
+        total = total - (log_w.logsumexp(dim=0) - math.log(len(noise))).mean()
+    return total
+
+
+def test_the_loss_of_several_samples_is_the_importance_weighted_bound() -> None:
+    _, objective, arguments, noise = weighted(4)
+    loss, totals = objective(*arguments, noise)
+    assert loss.item() == pytest.approx(plain_bound(objective, *arguments[:2], noise).item(), rel=1e-6)
+    assert totals.means()["joint/kl"] == pytest.approx(Objective(objective.model)(*arguments)[1].means()["joint/kl"])
+
+
+def test_decoders_get_the_gradient_of_the_importance_weighted_bound() -> None:
+    model, objective, arguments, noise = weighted(4)
+    weights = list(model.decoders.parameters())
+    found = torch.autograd.grad(objective(*arguments, noise)[0], weights)
+    expected = torch.autograd.grad(plain_bound(objective, *arguments[:2], noise), weights)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+
+
+def test_encoders_get_that_gradient_in_expectation_with_less_noise() -> None:
+    model, objective, (batch, beta, *_), _ = weighted(4)
+    weights = [*model.encoders["m0"].parameters()][-1:]
+    torch.manual_seed(0)
+    draws: list[list[Tensor]] = [[], []]
+    for _ in range(400):
+        noise = torch.randn(4, 7, N_EXAMPLES, LATENTS).double()
+        for some, loss in zip(
+            draws, (objective(batch, beta, (), None, noise)[0], plain_bound(objective, batch, beta, noise)), strict=True
+        ):
+            some.append(torch.autograd.grad(loss, weights)[0])
+    found, expected = (torch.stack(some) for some in draws)
+    error = (found - expected).std(dim=0) / 20
+    assert ((found.mean(dim=0) - expected.mean(dim=0)).abs() < 4 * error + 1e-9).all()
+    assert found.var(dim=0).sum() < expected.var(dim=0).sum()
+
+
+def test_examples_that_lack_modalities_have_a_bound_of_what_they_have() -> None:
+    _, objective, (batch, beta, subsets, present), noise = weighted(3, missing=True)
+    whole = objective(batch, beta, subsets, present, noise)[0]
+    wrong = objective(spoilt(batch, present), beta, subsets, present, noise)[0]
+    assert whole.isfinite()
+    assert whole == wrong
+
+
+def test_more_samples_tighten_the_bound() -> None:
+    losses = []
+    for k in (1, 5, 50):
+        _, objective, (batch, _, *rest), _ = weighted(k)
+        torch.manual_seed(0)
+        losses.append(sum(objective(batch, 1.0, *rest)[0].item() for _ in range(20)))
+    assert losses[0] > losses[1] > losses[2]
 
 
 def test_modalities_that_all_have_may_be_named_or_not() -> None:

@@ -7,7 +7,7 @@ the paper's terms score what they are given (--reconstruct given).
 
 import torch
 
-from mvae import Objective, fit
+from mvae import Objective, fit, schedules
 from mvae.scripts import flags
 from mvae.supervision import drop
 
@@ -64,7 +64,7 @@ def main() -> None:
         train,
         validation,
         options,
-        beta=flags.beta_schedule(args),
+        beta=schedules.linear(args.annealing_epochs),
         lr=flags.lr_schedule(args),
         experiment="vision",
         settings=flags.settings(args),

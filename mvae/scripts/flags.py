@@ -110,10 +110,6 @@ def training_parser(
         "--annealing-epochs", type=non_negative_int, default=annealing_epochs, help="epochs over which β rises to 1"
     )
     model.add_argument(
-        "--beta-hold", type=non_negative_float, default=0.0, help="epochs over which β stays at 0 before it rises"
-    )
-    model.add_argument("--beta-final", type=positive_float, default=1.0, help="the β that it rises to")
-    model.add_argument(
         "--iw-samples", type=positive_int, default=1, help="importance samples of each term: its bound is the IWAE's"
     )
     if approx_m is not None:
@@ -128,24 +124,15 @@ def training_parser(
     optimisation.add_argument("--lr", type=positive_float, default=lr, help="Adam's learning rate")
     optimisation.add_argument(
         "--lr-schedule",
-        choices=["constant", "cosine", "linear", "late"],
+        choices=["constant", "cosine", "late"],
         default="constant",
-        help="cosine and linear fall from the start, late from half of the epochs on; all end at 0",
+        help="the rate's course: cosine falls to 0, late stays to half of the epochs and then falls linearly to 0",
     )
     optimisation.add_argument(
         "--warmup-epochs", type=non_negative_float, default=0.0, help="epochs over which the rate rises from 0"
     )
     optimisation.add_argument(
         "--weight-decay", type=non_negative_float, default=0.0, help="AdamW's decay of the weights, times the rate"
-    )
-    optimisation.add_argument(
-        "--clip-grad", type=non_negative_float, default=0.0, help="the largest norm of the gradient; 0: no limit"
-    )
-    optimisation.add_argument(
-        "--ema", type=decay, default=0.0, help="decay of an average of the weights, which is kept in place of them"
-    )
-    optimisation.add_argument(
-        "--patience", type=non_negative_int, default=0, help="epochs without a better validation loss; 0: no limit"
     )
     optimisation.add_argument(
         "--precision", choices=["fp32", "bf16"], default="fp32", help="of the networks; the rest is fp32"
@@ -167,7 +154,7 @@ def training_parser(
         "--pairs-per-batch",
         type=non_negative_int,
         metavar="P",
-        help="examples with all modalities in each batch, drawn over and over; 0: as many as chance gives",
+        help="examples with all modalities in each batch, at least (a third of it); 0: as many as chance gives",
     )
     for name, about in (missing or {}).items():
         supervision.add_argument(f"--{name}", type=probability, default=0.0, metavar="F", help=about)
@@ -231,9 +218,6 @@ def options(args: argparse.Namespace) -> "Options":
         seed=args.seed,
         precision=args.precision,
         compile=args.compile,
-        ema=args.ema,
-        clip_grad=args.clip_grad,
-        patience=args.patience,
         resume=args.resume,
         log_interval=args.log_interval,
         out_dir=args.out_dir,
@@ -242,7 +226,7 @@ def options(args: argparse.Namespace) -> "Options":
 
 
 def _pairs_per_batch(args: argparse.Namespace) -> int:
-    """--pairs-per-batch; a third of the batch by default, where chance gives less."""
+    """--pairs-per-batch; a third of the batch by default, if there are few pairs."""
     if args.pairs_per_batch is not None or not (args.n_paired or args.paired_fraction):
         return args.pairs_per_batch or 0
     return args.batch_size // 3
@@ -275,21 +259,8 @@ def lr_schedule(args: argparse.Namespace) -> "Schedule":
     """The factor of the rate that --lr-schedule and --warmup-epochs ask for."""
     from .. import schedules
 
-    courses = {
-        "constant": lambda epochs: schedules.constant(),
-        "cosine": schedules.cosine,
-        "linear": schedules.falling,
-        "late": schedules.late,
-    }
+    courses = {"constant": lambda epochs: schedules.constant(), "cosine": schedules.cosine, "late": schedules.late}
     return schedules.warmed_up(args.warmup_epochs, courses[args.lr_schedule](args.epochs))
-
-
-def beta_schedule(args: argparse.Namespace) -> "Schedule":
-    """β as --annealing-epochs, --beta-hold and --beta-final ask for."""
-    from .. import schedules
-
-    rise = schedules.held(args.beta_hold, schedules.linear(args.annealing_epochs))
-    return lambda t: args.beta_final * rise(t)
 
 
 def reconstruct(args: argparse.Namespace, groups: Mapping[str, Sequence[str]] | None = None) -> str | list[str]:
@@ -368,10 +339,6 @@ def fraction(text: str) -> float:
 
 
 def probability(text: str) -> float:
-    return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
-
-
-def decay(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 

@@ -1,0 +1,128 @@
+"""Weak supervision: which examples keep what, and batches of one composition."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mvae import checkpoint
+from mvae.data import Data
+from mvae.errors import UsageError
+from mvae.supervision import composed_rows, drop, keep_pairs
+
+from helpers import assert_refused, assert_same_run, fit_small, run_warm, same, small_data
+
+N = 300
+NAMES = ("image", "text")
+
+
+def labelled() -> Data:
+    return Data(tensors={"image": torch.rand(N, 2), "text": torch.arange(N) % 10})
+
+
+def masks(data: Data) -> tuple[Tensor, Tensor]:
+    assert data.present is not None
+    return data.present["image"], data.present["text"]
+
+
+def test_pairs_are_spread_over_the_classes_and_others_keep_the_image() -> None:
+    data = keep_pairs(labelled(), 53, NAMES, seed=0, classes=labelled().tensors["text"])
+    image, text = masks(data)
+    assert image.all()
+    counts = labelled().tensors["text"][text].bincount(minlength=10)
+    assert counts.sum() == 53
+    assert counts.max() - counts.min() == 1
+
+
+def test_both_sides_of_different_examples() -> None:
+    image, text = masks(keep_pairs(labelled(), 20, NAMES, unpaired="both", seed=0))
+    assert (image & text).sum() == 20
+    assert (image & ~text).sum() == (text & ~image).sum() == 140
+
+
+def test_the_seed_decides_which() -> None:
+    first, again, other = (masks(keep_pairs(labelled(), 20, NAMES, seed=seed))[1] for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("n", [0, N + 1])
+def test_pairs_that_are_not_there(n: int) -> None:
+    with pytest.raises(UsageError, match="`n_paired`"):
+        keep_pairs(labelled(), n, NAMES, seed=0)
+
+
+def test_drop_leaves_out_what_was_there_and_nothing_comes_back() -> None:
+    data = drop(keep_pairs(labelled(), 100, NAMES, seed=0), 0.5, ["text"], seed=1)
+    image, text = masks(data)
+    assert image.all()
+    assert 25 < text.sum() < 75
+    assert not (text & ~masks(keep_pairs(labelled(), 100, NAMES, seed=0))[1]).any()
+
+
+def test_each_batch_has_its_pairs_and_an_epoch_its_length() -> None:
+    data = keep_pairs(labelled(), 12, NAMES, seed=0)
+    text = masks(data)[1]
+    batches = composed_rows(data, 20, 5, seed=0)
+    assert len(batches) == N // 20
+    assert {tuple(text[rows].tolist()) for rows in batches} == {(True,) * 5 + (False,) * 15}
+    rows = torch.cat(batches)
+    assert rows[text[rows]].bincount(minlength=N)[text].min() == 6  # of 75 places for 12, in permutations
+    assert rows[~text[rows]].bincount().max() == 1
+    assert not torch.equal(rows, torch.cat(composed_rows(data, 20, 5, seed=1)))
+
+
+def test_many_pairs_keep_their_share() -> None:
+    data = keep_pairs(labelled(), 240, NAMES, seed=0)
+    assert {int(masks(data)[1][rows].sum()) for rows in composed_rows(data, 20, 5, seed=0)} == {16}
+    whole = keep_pairs(labelled(), N, NAMES, seed=0)
+    assert torch.cat(composed_rows(whole, 20, 5, seed=0)).unique().numel() == N
+
+
+def test_no_place_for_the_others() -> None:
+    with pytest.raises(UsageError, match="`pairs_per_batch` 20"):
+        composed_rows(keep_pairs(labelled(), 12, NAMES, seed=0), 20, 20, seed=0)
+
+
+def test_what_is_missing_touches_nothing(tmp_path: Path) -> None:
+    data = keep_pairs(small_data(24, seed=0), 8, ["image", "attrs", "label"], unpaired="both", seed=0)
+    assert data.present is not None
+    spoilt = {
+        name: torch.where(data.present[name].view(-1, *[1] * (x.dim() - 1)), x, 2 if name == "label" else math.nan)
+        for name, x in data.tensors.items()
+    }
+    runs = []
+    for name, some in (("as it was", data), ("spoilt", dataclasses.replace(data, tensors=spoilt))):
+        fit_small(tmp_path / name, train=some, pairs_per_batch=2)
+        runs.append(checkpoint.load(tmp_path / name / checkpoint.LATEST, "small"))
+    assert all(runs[0][part] == runs[1][part] for part in ("epoch", "best"))
+    assert same(runs[0]["model"], runs[1]["model"])
+    assert same(runs[0]["optimizer"], runs[1]["optimizer"])
+
+
+def test_a_run_of_composed_batches_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    data = keep_pairs(small_data(24, seed=0), 8, ["image", "attrs", "label"], seed=0)
+    fit_small(tmp_path / "straight", train=data, pairs_per_batch=3, epochs=3)
+    fit_small(tmp_path / "parts", train=data, pairs_per_batch=3, epochs=1)
+    fit_small(tmp_path / "parts", train=data, pairs_per_batch=3, epochs=3, resume=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "parts", "small")
+    fit_small(tmp_path / "by chance", train=data, epochs=3)
+    weights = [
+        checkpoint.load(tmp_path / name / checkpoint.LATEST, "small")["model"] for name in ("straight", "by chance")
+    ]
+    assert not same(*weights)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--n-paired", 10**6], "--n-paired is from 2 to 1200"),
+        (["--n-paired", 20, "--pairs-per-batch", 100], "--pairs-per-batch 100"),
+    ],
+)
+def test_pairs_that_cannot_be_are_refused(flags: list[object], said: str, digits_dir: Path, tmp_path: Path) -> None:
+    done = run_warm("mnist/train.py", "--data-dir", digits_dir, "--n-val", 200, *flags, cwd=tmp_path)
+    assert_refused(done, UsageError("").status, said)
