@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--classifier-epochs", type=flags.positive_int, default=4, help="to train the classifier for")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file, too")
     args = parser.parse_args()
-    device = flags.device(args.cuda)
+    device = flags.device(args)
     datasets, build_model = EXPERIMENTS[args.experiment]
     model, trained = load_model(args.model, args.experiment, build_model, device)
     n_val = trained["settings"]["n_val"]

@@ -62,6 +62,7 @@ ELSEWHERE = {
     "--resume": "test_training_files",
     "--log-interval": "test_mnist_scripts",
     "--cuda": "test_mnist_scripts",
+    "--threads": "test_mnist_scripts",
     "--compile": "test_training_files",
 }
 """The other flags, and the tests of their effect."""
