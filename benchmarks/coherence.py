@@ -114,7 +114,7 @@ def main() -> None:
     canvases.add_canvas_dir(parser)
     face_flags.add_flags(parser)
     args = parser.parse_args()
-    device = flags.device(args.cuda)
+    device = flags.device(args)
     experiment = EXPERIMENTS[args.experiment]
     model, trained = load_model(args.model, args.experiment, experiment.build_model, device)
     parts = experiment.data(args, trained["settings"].get("n_val", 0))

@@ -4,29 +4,31 @@ Colour pixels are scored by the Bernoulli cross-entropy, which is not a normalis
 from an image are those more probable than not, by the mean of p(attrs | z) over q(z | image).
 """
 
-from mvae import checkpoint, metrics
 from mvae.datasets.celeba import ATTRIBUTES
-from mvae.estimators import evaluate, of_a_pair
 from mvae.scripts import faces, flags
-from mvae.scripts.report import report
 
 import datasets
-from model import build_model
-
-QUANTITIES = of_a_pair(("image",), ("attrs",))
 
 
 def main() -> None:
     parser = flags.loglike_parser(__doc__)
     faces.add_flags(parser)
     args = parser.parse_args()
-    device = flags.device(args.cuda)
+
+    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
+    from mvae import checkpoint, metrics
+    from mvae.estimators import evaluate, of_a_pair
+    from mvae.scripts.report import report
+
+    from model import build_model
+
+    device = flags.device(args)
     model, trained = checkpoint.load_model(args.model_path, "celeba", build_model, device)
     test = datasets.test_data(args.data_dir, args.cache_dir, allow_missing=args.allow_missing, workers=args.workers)
     found = evaluate(
         model,
         test[: args.limit].to(device),
-        quantities=QUANTITIES,
+        quantities=of_a_pair(("image",), ("attrs",)),
         predictions={"attrs": ("image",)},
         n_samples=args.n_samples,
         seed=args.seed,

@@ -4,23 +4,26 @@ Writes sample_image.png, a grid of the pictures' means, and sample_attrs.txt, a 
 attributes in the same order. The attributes are one vector: those that --condition-on-attrs doesn't name are absent.
 """
 
-import torch
-
-from mvae import checkpoint, pictures
 from mvae.datasets.celeba import ATTRIBUTES
 from mvae.files import write_atomically
 from mvae.scripts import faces, flags
 
-from model import build_model
 
-
-@torch.no_grad()
 def main() -> None:
     parser = flags.sampling_parser(__doc__)
     faces.add_flags(parser)
     faces.add_conditions(parser)
     args = parser.parse_args(faces.arguments())
-    device = flags.device(args.cuda)
+
+    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
+    import torch
+
+    from mvae import checkpoint, pictures
+
+    from model import build_model
+
+    torch.set_grad_enabled(False)
+    device = flags.device(args)
     model, _ = checkpoint.load_model(args.model_path, "celeba", build_model, device)
     torch.manual_seed(args.seed)
     given = {}

@@ -3,13 +3,9 @@
 The loss is the negative sum of ELBO(image, attrs), ELBO(image) and ELBO(attrs), in nats per example.
 """
 
-import torch
-
-from mvae import Objective, fit, metrics, schedules
 from mvae.scripts import faces, flags
 
 import datasets
-from model import build_model
 
 PRESETS = {
     "fast": {
@@ -38,6 +34,14 @@ def main() -> None:
     )
     faces.add_flags(parser)
     args = parser.parse_args()
+
+    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
+    import torch
+
+    from mvae import Objective, fit, metrics, schedules
+
+    from model import build_model
+
     options = flags.options(args)
     train, validation = datasets.training_data(
         args.data_dir, args.cache_dir, limit=args.limit, allow_missing=args.allow_missing, workers=args.workers

@@ -5,18 +5,21 @@ As a command it looks whether the set is complete, and decodes its pictures: pyt
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from mvae.data import Data
 from mvae.datasets import celeba
 from mvae.datasets.celeba import ATTRIBUTES
 from mvae.scripts import faces, flags
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mvae import Data
+
 MODALITIES = ("image", *ATTRIBUTES)
 
 
-def apart(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+def apart(rows: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
     """A `transform`: `image` as floats in [0, 1], and each attribute (batch,) as floats, 0 and 1."""
     batch = celeba.pictures_and_attributes(rows)
     return {"image": batch["image"], **dict(zip(ATTRIBUTES, batch["attrs"].unbind(dim=1), strict=True))}
@@ -24,14 +27,14 @@ def apart(rows: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def training_data(
     data_dir: Path, cache_dir: Path, *, limit: int | None = None, allow_missing: bool, workers: int
-) -> tuple[Data, Data]:
+) -> tuple["Data", "Data"]:
     """The official training split (the first `limit` of it) and the official validation split, of all modalities."""
     parts = celeba.training_data(data_dir, cache_dir, limit=limit, allow_missing=allow_missing, workers=workers)
     train, validation = (dataclasses.replace(part, transform=apart) for part in parts)
     return train, validation
 
 
-def test_data(data_dir: Path, cache_dir: Path, *, allow_missing: bool, workers: int) -> Data:
+def test_data(data_dir: Path, cache_dir: Path, *, allow_missing: bool, workers: int) -> "Data":
     """The official test split, of all modalities."""
     test = celeba.test_data(data_dir, cache_dir, allow_missing=allow_missing, workers=workers)
     return dataclasses.replace(test, transform=apart)

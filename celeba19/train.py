@@ -4,15 +4,10 @@ The loss is the negative sum of the ELBO of all, the ELBO of each one alone, and
 in nats per example.
 """
 
-import torch
-
-from mvae import Objective, fit, metrics, schedules
 from mvae.datasets.celeba import ATTRIBUTES
 from mvae.scripts import faces, flags
-from mvae.supervision import drop
 
 import datasets
-from model import build_model
 
 PRESETS = {
     "fast": {
@@ -43,6 +38,15 @@ def main() -> None:
     )
     faces.add_flags(parser)
     args = parser.parse_args()
+
+    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
+    import torch
+
+    from mvae import Objective, fit, metrics, schedules
+    from mvae.supervision import drop
+
+    from model import build_model
+
     options = flags.options(args)
     train, validation = datasets.training_data(
         args.data_dir, args.cache_dir, limit=args.limit, allow_missing=args.allow_missing, workers=args.workers

@@ -4,24 +4,28 @@ Writes sample_image.png, a grid of the pictures' means, and sample_text.txt, the
 each, in the same order.
 """
 
-import torch
-
-from mvae import checkpoint, data, pictures
 from mvae.files import write_atomically
 from mvae.scripts import flags
 
 import datasets
-from model import build_model
 
 
-@torch.no_grad()
 def main() -> None:
     parser = flags.sampling_parser(__doc__)
     label = {"type": datasets.class_number, "metavar": "CLASS"}
     parser.add_argument("--condition-on-image", **label, help="a held-out picture of this class, chosen by --seed")
     parser.add_argument("--condition-on-text", **label, help="this class: 0 to 9, or its name, such as 'Ankle boot'")
     args = parser.parse_args()
-    device = flags.device(args.cuda)
+
+    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
+    import torch
+
+    from mvae import checkpoint, data, pictures
+
+    from model import build_model
+
+    torch.set_grad_enabled(False)
+    device = flags.device(args)
     model, trained = checkpoint.load_model(args.model_path, "fashionmnist", build_model, device)
     torch.manual_seed(args.seed)
     given = {}

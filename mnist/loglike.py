@@ -4,25 +4,27 @@ Grey pixels are scored by the Bernoulli cross-entropy, which is not a normalised
 --binarize is scored on binary pixels, drawn once, which is one.
 """
 
-from mvae import checkpoint
-from mvae.estimators import evaluate, of_a_pair
 from mvae.scripts import flags
-from mvae.scripts.report import report
 
 import datasets
-from model import build_model
-
-QUANTITIES = of_a_pair(("image",), ("text",))
 
 
 def main() -> None:
     args = flags.loglike_parser(__doc__).parse_args()
-    device = flags.device(args.cuda)
+
+    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
+    from mvae import checkpoint
+    from mvae.estimators import evaluate, of_a_pair
+    from mvae.scripts.report import report
+
+    from model import build_model
+
+    device = flags.device(args)
     model, trained = checkpoint.load_model(args.model_path, "mnist", build_model, device)
     found = evaluate(
         model,
         datasets.test_data(args.data_dir, binarize=trained["settings"]["binarize"])[: args.limit].to(device),
-        quantities=QUANTITIES,
+        quantities=of_a_pair(("image",), ("text",)),
         predictions={"text": ("image",)},
         n_samples=args.n_samples,
         seed=args.seed,

@@ -3,13 +3,9 @@
 The loss is the negative sum of ELBO(image, text), ELBO(image) and ELBO(text), in nats per example.
 """
 
-import torch
-
-from mvae import Objective, fit, metrics, schedules
 from mvae.scripts import flags
 
 import datasets
-from model import build_model
 
 PRESETS = {
     "fast": {
@@ -40,6 +36,14 @@ def main() -> None:
     )
     parser.add_argument("--binarize", action="store_true", help="draw each pixel from Bernoulli(grey): BinaryMNIST")
     args = parser.parse_args()
+
+    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
+    import torch
+
+    from mvae import Objective, fit, metrics, schedules
+
+    from model import build_model
+
     options = flags.options(args)
     train, validation = datasets.training_data(
         args.data_dir, n_val=args.n_val, limit=args.limit, binarize=args.binarize

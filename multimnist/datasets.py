@@ -14,18 +14,19 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from mvae import data
 from mvae.datasets import mnist
 from mvae.errors import UsageError, UserError
 from mvae.files import write_atomically
 from mvae.scripts import flags
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mvae import Data
 
 MODALITIES = ("image", "text")
 LENGTH = 4  # symbols of a text: up to four digits, then FILL
@@ -83,25 +84,29 @@ class Recipe:
         return " ".join(["python datasets.py", *words, *["--no-fixed"] * (not self.fixed)])
 
 
-def encode(text: str) -> Tensor:
+def encode(text: str) -> "Tensor":
     """The symbols (LENGTH,) of a string of digits: '17' -> 1, 7, FILL, FILL. Raises ValueError for any other string."""
-    if not re.fullmatch(f"[0-9]{{0,{LENGTH}}}", text):
+    import torch
+
+    if not _is_text(text):
         raise ValueError(f"{text!r} is not a string of up to {LENGTH} digits")
     return torch.tensor([*map(int, text), *[FILL] * (LENGTH - len(text))])
 
 
-def decode(symbols: Tensor) -> list[str]:
+def _is_text(text: str) -> bool:
+    return re.fullmatch(f"[0-9]{{0,{LENGTH}}}", text) is not None
+
+
+def decode(symbols: "Tensor") -> list[str]:
     """The strings of (n, LENGTH) symbols, each up to its first FILL."""
     return ["".join("0123456789|"[symbol] for symbol in row).split("|")[0] for row in symbols.tolist()]
 
 
 def text_argument(text: str) -> str:
     """The argparse type of a text: up to four digits, or '' for the empty canvas; leading zeros count."""
-    try:
-        encode(text)
-    except ValueError:
+    if not _is_text(text):
         allowed = f"0 to {LENGTH} digits, such as 1773 or 007, or '' for the empty canvas"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a text of MultiMNIST: {allowed}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a text of MultiMNIST: {allowed}")
     return text
 
 
@@ -132,15 +137,17 @@ def prepare(data_dir: Path, canvas_dir: Path, recipe: Mapping[str, Any] | None =
     return found
 
 
-def training_data(canvas_dir: Path, *, n_val: int, limit: int | None = None) -> tuple[data.Data, data.Data]:
+def training_data(canvas_dir: Path, *, n_val: int, limit: int | None = None) -> tuple["Data", "Data"]:
     """Training and validation canvases. Raises UserError if the file is absent or damaged.
 
     Of the default set, the last 5,000 canvases show digits that no other training canvas shows.
     """
-    return data.split(_data(canvas_dir, "train"), n_val, limit)
+    from mvae.data import split
+
+    return split(_data(canvas_dir, "train"), n_val, limit)
 
 
-def test_data(canvas_dir: Path) -> data.Data:
+def test_data(canvas_dir: Path) -> "Data":
     """The test canvases, of MNIST's test digits. Raises UserError as `training_data` does."""
     return _data(canvas_dir, "test")
 
@@ -150,6 +157,8 @@ def make(data_dir: Path, canvas_dir: Path, recipe: Recipe) -> None:
 
     Runs that make it at the same time write files of their own, each renamed when it is complete.
     """
+    import torch
+
     content: dict[str, Any] = {"recipe": dataclasses.asdict(recipe)}
     for stream, (part, source, n) in enumerate((("train", "train", recipe.train), ("test", "t10k", recipe.test))):
         images, labels = (tensor.numpy() for tensor in mnist.load_idx(data_dir, "MNIST", source))
@@ -248,6 +257,9 @@ def _scaled(images: np.ndarray, side: int) -> np.ndarray:
     """(N, 28, 28) uint8 -> (N, side, side) uint8, antialiased."""
     if side == DIGIT:
         return images
+    import torch
+    from torch.nn import functional as F
+
     pixels = torch.from_numpy(images).unsqueeze(1)
     return F.interpolate(pixels, (side, side), mode="bilinear", antialias=True).squeeze(1).numpy()
 
@@ -293,6 +305,8 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _read(canvas_dir: Path) -> dict[str, Any]:
+    import torch
+
     path = canvas_dir / FILE
     try:
         content = torch.load(path, weights_only=True)
@@ -306,10 +320,12 @@ def _read(canvas_dir: Path) -> dict[str, Any]:
     return content
 
 
-def _data(canvas_dir: Path, part: str) -> data.Data:
+def _data(canvas_dir: Path, part: str) -> "Data":
+    from mvae.data import Data, pictures_and_labels
+
     content = _read(canvas_dir)
     tensors = {"image": content[f"{part}_image"].unsqueeze(1), "text": content[f"{part}_text"]}
-    return data.Data(tensors=tensors, transform=data.pictures_and_labels)
+    return Data(tensors=tensors, transform=pictures_and_labels)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,25 +5,24 @@ decoding greedily from the mean of q(z | image). Its accuracy per digit is the s
 right at their place.
 """
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from mvae import checkpoint
-from mvae.data import Data, consecutive_rows
-from mvae.estimators import evaluate, of_a_pair
-from mvae.model import MVAE
 from mvae.scripts import flags
-from mvae.scripts.report import report
 
 import datasets
-from model import build_model
 
-QUANTITIES = of_a_pair(("image",), ("text",), y_proposal=("text",))
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mvae import MVAE, Data
 
 
-@torch.no_grad()
-def read_texts(model: MVAE, test: Data) -> Tensor:
+def read_texts(model: "MVAE", test: "Data") -> "Tensor":
     """The symbols (n, 4) of the text read off each canvas."""
+    import torch
+
+    from mvae.data import consecutive_rows
+
     images = (test.batch(rows)[0]["image"] for rows in consecutive_rows(test, 1000))
     means = [model.posterior({"image": image})[0] for image in images]
     return torch.cat([model.likelihood("text").mean(mean).argmax(dim=2) for mean in means])
@@ -33,12 +32,28 @@ def main() -> None:
     parser = flags.loglike_parser(__doc__)
     datasets.add_canvas_dir(parser)
     args = parser.parse_args()
-    device = flags.device(args.cuda)
+
+    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
+    import torch
+
+    from mvae import checkpoint
+    from mvae.estimators import evaluate, of_a_pair
+    from mvae.scripts.report import report
+
+    from model import build_model
+
+    torch.set_grad_enabled(False)
+    device = flags.device(args)
     model, trained = checkpoint.load_model(args.model_path, "multimnist", build_model, device)
     datasets.prepare(args.data_dir, args.canvas_dir, trained["settings"]["canvases"])
     test = datasets.test_data(args.canvas_dir)[: args.limit].to(device)
     found = evaluate(
-        model, test, quantities=QUANTITIES, n_samples=args.n_samples, seed=args.seed, progress=flags.progress
+        model,
+        test,
+        quantities=of_a_pair(("image",), ("text",), y_proposal=("text",)),
+        n_samples=args.n_samples,
+        seed=args.seed,
+        progress=flags.progress,
     )
     texts = test.tensors["text"]
     right = (read_texts(model, test) == texts).double()

@@ -6,17 +6,12 @@ decoded greedily, or drawn with --temperature. The empty canvas's line is empty.
 
 from typing import cast
 
-import torch
-
-from mvae import checkpoint, data, pictures
 from mvae.files import write_atomically
 from mvae.scripts import flags
 
 import datasets
-from model import Text, build_model
 
 
-@torch.no_grad()
 def main() -> None:
     parser = flags.sampling_parser(__doc__)
     datasets.add_canvas_dir(parser)
@@ -25,7 +20,16 @@ def main() -> None:
     parser.add_argument("--condition-on-text", **text, help="this text: up to four digits; '' is the empty canvas")
     parser.add_argument("--temperature", type=flags.positive_float, help="draw texts at it; 1 is p(text | z)")
     args = parser.parse_args()
-    device = flags.device(args.cuda)
+
+    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
+    import torch
+
+    from mvae import checkpoint, data, pictures
+
+    from model import Text, build_model
+
+    torch.set_grad_enabled(False)
+    device = flags.device(args)
     model, trained = checkpoint.load_model(args.model_path, "multimnist", build_model, device)
     torch.manual_seed(args.seed)
     given = {}

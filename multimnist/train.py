@@ -3,13 +3,9 @@
 The loss is the negative sum of ELBO(image, text), ELBO(image) and ELBO(text), in nats per example.
 """
 
-import torch
-
-from mvae import Objective, fit, metrics, schedules
 from mvae.scripts import flags
 
 import datasets
-from model import build_model
 
 PRESETS = {
     "fast": {
@@ -39,6 +35,14 @@ def main() -> None:
     )
     datasets.add_canvas_dir(parser)
     args = parser.parse_args()
+
+    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
+    import torch
+
+    from mvae import Objective, fit, metrics, schedules
+
+    from model import build_model
+
     options = flags.options(args)
     recipe = datasets.prepare(args.data_dir, args.canvas_dir)
     train, validation = datasets.training_data(args.canvas_dir, n_val=args.n_val, limit=args.limit)

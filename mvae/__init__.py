@@ -4,6 +4,7 @@ A name is imported from its module when it is first asked for, so that a script 
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from .model import MVAE, Batch
     from .objective import Objective, Term, random_subsets
     from .training import Options, fit, train_step
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+"""OpenMP reads it when torch is loaded. By default its threads spin while they wait for each other, and so keep a core
+from those that they wait for, where other processes compute too."""
 
 _HOMES = {
     "checkpoint": ["load_model"],

@@ -4,9 +4,9 @@ import io
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
+from torch.nn import functional as F
 
 from .files import write_atomically
 from .model import MVAE, Batch
@@ -15,8 +15,22 @@ from .model import MVAE, Batch
 def save_grid(path: Path, images: Tensor, columns: int = 8) -> None:
     """Writes (n, channels, height, width) pictures in [0, 1] as one PNG. Raises UserError if it can't be written."""
     buffer = io.BytesIO()
-    to_pil_image(make_grid(images.cpu(), nrow=columns, padding=2)).save(buffer, format="PNG", optimize=True)
+    to_image(grid(images, columns)).save(buffer, format="PNG", optimize=True)
     write_atomically(path, buffer.getvalue())
+
+
+def grid(images: Tensor, columns: int) -> Tensor:
+    """Pictures (n, channels, height, width) in rows of `columns`, with black lines of 2 pixels: (3, height, width)."""
+    images = F.pad(images.expand(-1, 3, -1, -1), (2, 0, 2, 0))
+    columns = min(columns, len(images))
+    cells = torch.cat([images, torch.zeros_like(images[: -len(images) % columns])]).unflatten(0, (-1, columns))
+    return F.pad(cells.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2), (0, 2, 0, 2))
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """A picture (3 or 1, height, width) in [0, 1] as PIL has them."""
+    pixels = (picture * 255).byte().cpu().movedim(0, 2).squeeze(2).numpy()
+    return Image.fromarray(pixels)
 
 
 @torch.no_grad()
@@ -36,6 +50,6 @@ def reconstructions(model: MVAE, batch: Batch) -> dict[str, Tensor]:
     for name in model.modalities:
         if batch[name].dim() == 4:
             rows = torch.cat([batch[name].unsqueeze(0), model.likelihood(name).mean(torch.stack(draws))])
-            grids[name] = make_grid(rows.flatten(0, 1).cpu(), nrow=len(batch[name]), padding=2)
+            grids[name] = grid(rows.flatten(0, 1), len(batch[name])).cpu()
     model.train(was_training)
     return grids

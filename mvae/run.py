@@ -18,7 +18,7 @@ from .stats import SUBSET, Totals
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-MAY_CHANGE = {"epochs", "cuda", "compile", "workers", "log_interval", "resume", "command", "commit"}
+MAY_CHANGE = {"epochs", "cuda", "compile", "threads", "workers", "log_interval", "resume", "command", "commit"}
 """Settings that may differ when a run is resumed, as may folders (..._dir). Any other change makes another run."""
 
 STATE = ("epoch", "step", "seconds", "beta", "lr", "best", "history", "sums")

@@ -82,7 +82,6 @@ FORKED.set_forkserver_preload(
         "mvae.training",
         "mvae.estimators",
         "mvae.scripts.faces",
-        "torchvision",
         "torch.utils.tensorboard",
         "torch._dynamo",
     ]

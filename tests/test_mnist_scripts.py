@@ -17,6 +17,7 @@ from mnist.model import build_model
 from mvae import checkpoint
 from mvae.errors import UsageError
 from mvae.estimators import Quantity, evaluate
+from mvae.scripts import flags
 from mvae.scripts.flags import reconstruct, training_parser
 
 from helpers import (
@@ -412,6 +413,38 @@ def test_train_on_binary_pictures(digits_dir: Path, tmp_path: Path) -> None:
     flags = ["--data-dir", digits_dir, "--out-dir", tmp_path, "--epochs", "1", "--binarize", *SHORT]
     assert_ended(run_warm("mnist/train.py", *flags, cwd=tmp_path))
     assert checkpoint.load(tmp_path / checkpoint.BEST, "mnist")["settings"]["binarize"] is True
+
+
+@pytest.mark.parametrize("policy", ["PASSIVE", "ACTIVE"])
+def test_threads_wait_asleep_unless_the_user_has_it_otherwise(policy: str, tmp_path: Path) -> None:
+    env = environment(OMP_DISPLAY_ENV="true", OMP_WAIT_POLICY=policy)
+    if policy == "PASSIVE":
+        del env["OMP_WAIT_POLICY"]
+    said = run("mnist/sample.py", "absent.pth.tar", cwd=tmp_path, env=env).stderr
+    assert f"OMP_WAIT_POLICY = '{policy}'" in said
+
+
+def test_threads_are_those_asked_for_and_else_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(*words: str) -> int:
+        args = flags.parser(None).parse_args(words)
+        assert flags.device(args).type == "cpu"
+        assert args.threads == torch.get_num_threads()
+        return args.threads
+
+    before = torch.get_num_threads()
+    try:
+        assert [taken("--threads", "7"), taken("--threads", "2")] == [7, 2]
+        torch.set_num_threads(7)
+        monkeypatch.setenv("OMP_NUM_THREADS", "7")
+        assert taken() == 7
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        assert taken() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_are_in_the_checkpoint(trained: Trained) -> None:
+    assert checkpoint.load(trained.out_dir / checkpoint.BEST, "mnist")["settings"]["threads"] == 1
 
 
 PEAK = """

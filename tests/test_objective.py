@@ -304,7 +304,7 @@ def plain_bound(objective: Objective, batch: dict[str, Tensor], beta: float, noi
 def test_the_loss_of_several_samples_is_the_importance_weighted_bound() -> None:
     _, objective, arguments, noise = weighted(4)
     loss, totals = objective(*arguments, noise)
-    assert loss.item() == pytest.approx(plain_bound(objective, *arguments[:2], noise).item(), rel=1e-6)
+    assert loss.item() == pytest.approx(plain_bound(objective, arguments[0], arguments[1], noise).item(), rel=1e-6)
     assert totals.means()["joint/kl"] == pytest.approx(Objective(objective.model)(*arguments)[1].means()["joint/kl"])
 
 
@@ -312,7 +312,7 @@ def test_decoders_get_the_gradient_of_the_importance_weighted_bound() -> None:
     model, objective, arguments, noise = weighted(4)
     weights = list(model.decoders.parameters())
     found = torch.autograd.grad(objective(*arguments, noise)[0], weights)
-    expected = torch.autograd.grad(plain_bound(objective, *arguments[:2], noise), weights)
+    expected = torch.autograd.grad(plain_bound(objective, arguments[0], arguments[1], noise), weights)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
 

@@ -13,19 +13,22 @@ import logging
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-from mvae.data import Data
 from mvae.datasets import celeba
 from mvae.datasets.celeba import SPLITS
 from mvae.datasets.picture_cache import Entry, decoded, listing
 from mvae.errors import UserError
 from mvae.scripts import flags
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mvae import Data
 
 log = logging.getLogger("mvae.vision")
 
@@ -71,7 +74,7 @@ def folders(args: argparse.Namespace) -> dict[str, Path]:
     return {name: getattr(args, f"{name}_dir") for name in FOLDERS}
 
 
-def six(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+def six(rows: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
     """A `transform`: from the pictures (batch, channels, 64, 64) of the four folders, uint8, to the six modalities."""
     image = rows["image"].float()
     obscured = image.clone()
@@ -87,7 +90,7 @@ def six(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: picture / 255 for name, picture in batch.items()}
 
 
-def watermarked(image: Tensor) -> Tensor:
+def watermarked(image: "Tensor") -> "Tensor":
     """Pictures (batch, 3, 64, 64) of whole numbers to 255, as floats, with the watermark over them.
 
     The result is whole, too: each sum of integers is exact and rounded once, as PIL's Image.paste does it.
@@ -97,8 +100,10 @@ def watermarked(image: Tensor) -> Tensor:
 
 
 @functools.cache
-def _watermark(device: torch.device) -> tuple[Tensor, Tensor]:
+def _watermark(device: "torch.device") -> tuple["Tensor", "Tensor"]:
     """Its colours times its opacity, (3, 64, 64), and 255 less its opacity, (1, 64, 64)."""
+    import torch
+
     with Image.open(WATERMARK) as opened:
         rgba = torch.from_numpy(np.array(opened.convert("RGBA"))).permute(2, 0, 1).float().to(device)
     colour, opacity = rgba.split([3, 1])
@@ -107,7 +112,7 @@ def _watermark(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def training_data(
     folders: Mapping[str, Path], data_dir: Path, cache_dir: Path, *, limit: int | None = None, workers: int
-) -> tuple[Data, Data]:
+) -> tuple["Data", "Data"]:
     """The training split (the first `limit` of it) and the validation split; see `find` for what they are.
 
     Raises UserError, in one line, for what is missing, doesn't fit or is damaged.
@@ -116,7 +121,7 @@ def training_data(
     return train[:limit], validation
 
 
-def test_data(folders: Mapping[str, Path], data_dir: Path, cache_dir: Path, *, workers: int) -> Data:
+def test_data(folders: Mapping[str, Path], data_dir: Path, cache_dir: Path, *, workers: int) -> "Data":
     """The test split, as `training_data` gives the others."""
     return _splits(folders, data_dir, cache_dir, workers)[2]
 
@@ -178,8 +183,10 @@ def _remedy(name: str, folders: Mapping[str, Path]) -> str:
     return f"`python setup.py {COMMANDS[name]} {folders['image']} {folders[name]}` makes it, or name --{name}-dir"
 
 
-def _splits(folders: Mapping[str, Path], data_dir: Path, cache_dir: Path, workers: int) -> list[Data]:
+def _splits(folders: Mapping[str, Path], data_dir: Path, cache_dir: Path, workers: int) -> list["Data"]:
     """The data of each of `SPLITS`: slices of four files of decoded pictures."""
+    from mvae import Data
+
     found = find(folders, data_dir)
     tensors = {
         name: decoded(

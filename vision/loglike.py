@@ -3,39 +3,38 @@
 Pixels are scored by the Bernoulli cross-entropy, which is not a normalised density.
 """
 
-from mvae import checkpoint
-from mvae.estimators import Modalities, Quantity, evaluate
 from mvae.scripts import flags
-from mvae.scripts.report import report
 
 import datasets
 from datasets import MODALITIES
-from model import build_model
-
-IMAGE = ("image",)
-QUANTITIES: dict[Quantity, list[Modalities]] = {
-    **{Quantity((name,)): [(name,), MODALITIES] for name in MODALITIES},
-    Quantity(MODALITIES): [IMAGE, MODALITIES],
-    **{
-        Quantity((name,), given=IMAGE, given_proposal=IMAGE): [IMAGE, MODALITIES]
-        for name in MODALITIES
-        if name != "image"
-    },
-}
-"""Of each one alone, of all six, and of each of the other five given the image: what each is estimated under."""
 
 
 def main() -> None:
     parser = flags.loglike_parser(__doc__)
     datasets.add_flags(parser)
     args = parser.parse_args()
-    device = flags.device(args.cuda)
+
+    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
+    from mvae import checkpoint
+    from mvae.estimators import Modalities, Quantity, evaluate
+    from mvae.scripts.report import report
+
+    from model import build_model
+
+    # Of each one alone, of all six, and of each of the other five given the image: what each is estimated under.
+    image = ("image",)
+    quantities: dict[Quantity, list[Modalities]] = {
+        **{Quantity((name,)): [(name,), MODALITIES] for name in MODALITIES},
+        Quantity(MODALITIES): [image, MODALITIES],
+        **{Quantity((name,), image, image): [image, MODALITIES] for name in MODALITIES if name != "image"},
+    }
+    device = flags.device(args)
     model, trained = checkpoint.load_model(args.model_path, "vision", build_model, device)
     test = datasets.test_data(datasets.folders(args), args.data_dir, args.cache_dir, workers=args.workers)
     found = evaluate(
         model,
         test[: args.limit].to(device),
-        quantities=QUANTITIES,
+        quantities=quantities,
         n_samples=args.n_samples,
         seed=args.seed,
         progress=flags.progress,

@@ -7,20 +7,19 @@ samples of all six.
 import argparse
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
-from mvae import checkpoint, pictures
 from mvae.datasets.picture_cache import load_picture
 from mvae.errors import UsageError
 from mvae.files import write_atomically
 from mvae.scripts import flags
 
 from datasets import MODALITIES, MODES, SIZE
-from model import build_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 N_ROWS = 8  # of the contact sheet
 CELL, HEADER = SIZE + 6, 32  # of the contact sheet, in pixels
@@ -42,7 +41,7 @@ def add_conditions(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def conditions(files: list[Path], types: list[str]) -> dict[str, Tensor]:
+def conditions(files: list[Path], types: list[str]) -> dict[str, "Tensor"]:
     """The pictures given, by modality, each (1, channels, 64, 64) in [0, 1], as the training data's are.
 
     Raises UsageError unless each file has a type and each type one file; UserError if a file can't be read.
@@ -61,8 +60,10 @@ def conditions(files: list[Path], types: list[str]) -> dict[str, Tensor]:
     return given
 
 
-def contact_sheet(given: dict[str, Tensor], drawn: dict[str, Tensor]) -> Image.Image:
+def contact_sheet(given: dict[str, "Tensor"], drawn: dict[str, "Tensor"]) -> Image.Image:
     """A column of pictures for each modality that is given or drawn, labelled; `drawn` are (n, channels, 64, 64)."""
+    from mvae.pictures import to_image
+
     columns = [(f"given\n{name}", picture) for name, picture in given.items()]
     columns += [(f"\n{name}", some[:N_ROWS]) for name, some in drawn.items()]
     n_rows = max(len(some) for _, some in columns)
@@ -71,18 +72,26 @@ def contact_sheet(given: dict[str, Tensor], drawn: dict[str, Tensor]) -> Image.I
         left = i * CELL + (CELL - SIZE) // 2
         ImageDraw.Draw(sheet).multiline_text((left, 2), label, fill="black", spacing=2)
         for row, picture in enumerate(some):
-            sheet.paste(to_pil_image(picture.cpu()), (left, HEADER + row * CELL))
+            sheet.paste(to_image(picture), (left, HEADER + row * CELL))
     return sheet
 
 
-@torch.no_grad()
 def main() -> None:
     parser = flags.sampling_parser(__doc__)
     parser.set_defaults(out_dir=Path("./samples"))
     add_conditions(parser)
     args = parser.parse_args()
+
+    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
+    import torch
+
+    from mvae import checkpoint, pictures
+
+    from model import build_model
+
+    torch.set_grad_enabled(False)
     given = conditions(args.condition_file or [], args.condition_type or [])
-    device = flags.device(args.cuda)
+    device = flags.device(args)
     model, _ = checkpoint.load_model(args.model_path, "vision", build_model, device)
     torch.manual_seed(args.seed)
     z = model.draw({name: picture.to(device) for name, picture in given.items()}, args.n_samples, device)

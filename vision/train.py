@@ -5,15 +5,10 @@ subsets, in nats per example. By default every term scores all six, so that each
 the paper's terms score what they are given (--reconstruct given).
 """
 
-import torch
-
-from mvae import Objective, fit, schedules
 from mvae.scripts import flags
-from mvae.supervision import drop
 
 import datasets
 from datasets import MODALITIES
-from model import build_model
 
 PRESETS = {
     "fast": {
@@ -45,6 +40,15 @@ def main() -> None:
     )
     datasets.add_flags(parser)
     args = parser.parse_args()
+
+    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
+    import torch
+
+    from mvae import Objective, fit, schedules
+    from mvae.supervision import drop
+
+    from model import build_model
+
     options = flags.options(args)
     train, validation = datasets.training_data(
         datasets.folders(args), args.data_dir, args.cache_dir, limit=args.limit, workers=args.workers

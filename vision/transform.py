@@ -5,16 +5,16 @@ watermark_removal.png. An output is the mean of p(output | z), where z is the me
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from mvae import checkpoint, pictures
-from mvae.model import MVAE, Batch
 from mvae.scripts import flags
 
 import datasets
-from model import build_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mvae import MVAE, Batch
 
 TRANSFORMATIONS: dict[str, tuple[str, ...]] = {
     "edges_and_mask": ("image", "edge", "mask"),
@@ -25,20 +25,30 @@ TRANSFORMATIONS: dict[str, tuple[str, ...]] = {
 """Of each file, the modality that is given and those that are drawn, from the top row to the bottom."""
 
 
-def transformed(model: MVAE, batch: Batch, given: str, *drawn: str) -> Tensor:
+def transformed(model: "MVAE", batch: "Batch", given: str, *drawn: str) -> "Tensor":
     """The row of what is given and those of what is drawn, (rows * batch, 3, 64, 64)."""
+    import torch
+
     mu, _ = model.posterior({given: batch[given]})
     rows = [batch[given], *(model.likelihood(name).mean(mu) for name in drawn)]
     return torch.cat([row.expand(-1, 3, -1, -1) for row in rows])
 
 
-@torch.no_grad()
 def main() -> None:
     parser = flags.sampling_parser(__doc__)
     parser.set_defaults(out_dir=Path("./samples"), n_samples=8)
     datasets.add_flags(parser)
     args = parser.parse_args()
-    device = flags.device(args.cuda)
+
+    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
+    import torch
+
+    from mvae import checkpoint, pictures
+
+    from model import build_model
+
+    torch.set_grad_enabled(False)
+    device = flags.device(args)
     model, _ = checkpoint.load_model(args.model_path, "vision", build_model, device)
     _, validation = datasets.training_data(datasets.folders(args), args.data_dir, args.cache_dir, workers=args.workers)
     faces = torch.randperm(len(validation), generator=torch.Generator().manual_seed(args.seed))[: args.n_samples]

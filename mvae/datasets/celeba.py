@@ -3,15 +3,17 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ..data import Data
 from ..errors import UserError
 from .picture_cache import Entry, decoded, listing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..data import Data
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class Faces(NamedTuple):
     named: tuple[int, ...]
 
 
-def pictures_and_attributes(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+def pictures_and_attributes(rows: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
     """A `transform`: `image` becomes floats in [0, 1], and `attrs` (batch, 18) floats, 0 and 1."""
     return {"image": rows["image"].float() / 255, "attrs": rows["attrs"].float()}
 
@@ -76,7 +78,7 @@ def training_data(
     limit: int | None = None,
     allow_missing: bool,
     workers: int,
-) -> tuple[Data, Data]:
+) -> tuple["Data", "Data"]:
     """The official training split (the first `limit` of it) and the official validation split.
 
     Both hold `image` (N, 3, 64, 64), memory-mapped, and `attrs` (N, 18) in {0, 1} by `ATTRIBUTES`, all uint8.
@@ -87,7 +89,7 @@ def training_data(
     return train[:limit], validation
 
 
-def test_data(data_dir: Path, cache_dir: Path, *, allow_missing: bool, workers: int) -> Data:
+def test_data(data_dir: Path, cache_dir: Path, *, allow_missing: bool, workers: int) -> "Data":
     """The official test split, as `training_data` gives the others."""
     return _splits(data_dir, cache_dir, allow_missing, workers)[2]
 
@@ -183,8 +185,12 @@ def read_partition(path: Path) -> tuple[list[str], np.ndarray]:
     return names, values[:, 0]
 
 
-def _splits(data_dir: Path, cache_dir: Path, allow_missing: bool, workers: int) -> list[Data]:
+def _splits(data_dir: Path, cache_dir: Path, allow_missing: bool, workers: int) -> list["Data"]:
     """The data of each of `SPLITS`: slices of one file of all decoded pictures."""
+    import torch
+
+    from ..data import Data
+
     faces = find(data_dir, allow_missing)
     image = pictures(faces, cache_dir, workers)
     attributes = faces.attributes[:, [faces.columns.index(name) for name in ATTRIBUTES]]
@@ -194,7 +200,7 @@ def _splits(data_dir: Path, cache_dir: Path, allow_missing: bool, workers: int) 
     return [whole[end - n : end] for n, end in zip(faces.counts, ends, strict=True)]
 
 
-def pictures(faces: Faces, cache_dir: Path, workers: int) -> Tensor:
+def pictures(faces: Faces, cache_dir: Path, workers: int) -> "Tensor":
     """The faces' pictures, (n, 3, 64, 64) uint8, decoded into a file in `cache_dir` unless they are there."""
     return decoded(faces.source, faces.entries, cache_dir / "celeba-64.pictures", workers=workers)
 

@@ -1,4 +1,7 @@
-"""The MNIST family: pictures (1, 28, 28) in [0, 1] as `image`, and classes 0 to 9 as `text`, of IDX files."""
+"""The MNIST family: pictures (1, 28, 28) in [0, 1] as `image`, and classes 0 to 9 as `text`, of IDX files.
+
+Like all of mvae.datasets, it imports torch where it makes tensors, so that scripts read their flags without torch.
+"""
 
 import gzip
 import hashlib
@@ -8,15 +11,17 @@ import zlib
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.error import URLError
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ..data import Data, binarize_once, pictures_and_labels, split
-from ..data import binarize as binarize_afresh
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..data import Data
 
 CONTENT_MD5 = {
     "MNIST": {
@@ -37,20 +42,25 @@ CONTENT_MD5 = {
 
 def training_data(
     name: str, data_dir: Path, *, n_val: int, limit: int | None = None, binarize: bool = False
-) -> tuple[Data, Data]:
+) -> tuple["Data", "Data"]:
     """Training and validation examples, of the training split of the set `name`; see `load_idx`.
 
     With `binarize`, each pixel is drawn from Bernoulli(grey value): for training afresh at every step, for validation
     once. Raises UserError if the files can't be had or are damaged.
     """
+    from ..data import binarize as binarize_afresh
+    from ..data import binarize_once, split
+
     train, validation = split(_data(name, data_dir, "train"), n_val, limit)
     if binarize:
         return binarize_afresh(train, "image"), binarize_once(validation, "image")
     return train, validation
 
 
-def test_data(name: str, data_dir: Path, *, binarize: bool = False) -> Data:
+def test_data(name: str, data_dir: Path, *, binarize: bool = False) -> "Data":
     """The test split; with `binarize`, drawn once with a fixed seed. Raises UserError as `training_data` does."""
+    from ..data import binarize_once
+
     test = _data(name, data_dir, "t10k")
     return binarize_once(test, "image") if binarize else test
 
@@ -61,12 +71,14 @@ def check(name: str, data_dir: Path) -> str:
     return f"{name} in {data_dir} is complete: {train} training and {test} test examples"
 
 
-def _data(name: str, data_dir: Path, part: str) -> Data:
+def _data(name: str, data_dir: Path, part: str) -> "Data":
+    from ..data import Data, pictures_and_labels
+
     images, labels = load_idx(data_dir, name, part)
     return Data(tensors={"image": images.unsqueeze(1), "text": labels}, transform=pictures_and_labels)
 
 
-def load_idx(data_dir: Path, name: str, part: str) -> tuple[Tensor, Tensor]:
+def load_idx(data_dir: Path, name: str, part: str) -> tuple["Tensor", "Tensor"]:
     """Pictures (N, 28, 28) and labels (N,), both uint8, of `DATA_DIR/name/raw`, as torchvision lays them out.
 
     Files may be packed (.gz) or not, and the folder read-only; what is absent is downloaded with a progress bar. Every
@@ -78,6 +90,8 @@ def load_idx(data_dir: Path, name: str, part: str) -> tuple[Tensor, Tensor]:
 
     Raises UserError, naming the file, if it can't be had or is damaged.
     """
+    import torch
+
     folder = data_dir / name / "raw"
     paths = [folder / f"{part}-images-idx3-ubyte", folder / f"{part}-labels-idx1-ubyte"]
     absent = [path.name + ".gz" for path in paths if not (path.exists() or path.with_name(path.name + ".gz").exists())]

@@ -5,14 +5,14 @@ import difflib
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from ..data import random_example
 from ..datasets.celeba import ATTRIBUTES, find, pictures, summary, training_data
 from ..datasets.picture_cache import load_picture
 from . import flags
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONDITIONS = ("--condition-on-attrs", "--condition-on-image")
 
@@ -90,11 +90,15 @@ def picture_or_attributes(text: str) -> Path | dict[str, bool]:
         raise argparse.ArgumentTypeError(f"there is no file {text!r}, and {error}") from None
 
 
-def condition(args: argparse.Namespace) -> Tensor:
+def condition(args: argparse.Namespace) -> "Tensor":
     """The picture (1, 3, 64, 64) in [0, 1] that --condition-on-image asks for: a file, or a validation example.
 
     Raises UserError if the file is no picture, or CelebA can't be had, or no example has the attributes.
     """
+    import torch
+
+    from ..data import random_example
+
     wanted = args.condition_on_image
     if isinstance(wanted, Path):
         return load_picture(wanted, "RGB", 64)
@@ -106,7 +110,7 @@ def condition(args: argparse.Namespace) -> Tensor:
     return random_example(held_out, fits, what)["image"]
 
 
-def lines(there: Tensor) -> str:
+def lines(there: "Tensor") -> str:
     """A line for each row of (n, 18) bool: the names of the attributes that are there."""
     rows = ([name for name, here in zip(ATTRIBUTES, row, strict=True) if here] for row in there.tolist())
     return "".join(" ".join(row) + "\n" for row in rows)

@@ -57,13 +57,16 @@ def _is_no_warning(record: logging.LogRecord) -> bool:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the flags of every script: --data-dir, --seed, --cuda. Defaults are shown in --help."""
+    """A parser with the flags of every script: --data-dir, --seed, --threads, --cuda. Defaults are shown in --help."""
     result = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
     default = Path(os.environ.get("MVAE_DATA_DIR", "./data"))
     result.add_argument(
         "--data-dir", type=Path, default=default, help="folder of the data sets; $MVAE_DATA_DIR, else ./data"
     )
     result.add_argument("--seed", type=seed_number, default=0, help="of everything random")
+    result.add_argument(
+        "--threads", type=positive_int, help="of a CPU that compute together; $OMP_NUM_THREADS, else its cores up to 4"
+    )
     result.add_argument("--cuda", action="store_true", help="use the first visible CUDA device")
     return result
 
@@ -221,7 +224,7 @@ def options(args: argparse.Namespace) -> "Options":
         resume=args.resume,
         log_interval=args.log_interval,
         out_dir=args.out_dir,
-        device=device(args.cuda),
+        device=device(args),
     )
 
 
@@ -294,13 +297,19 @@ def origin() -> dict[str, str | None]:
     return {"command": shlex.join(["python", str(name), *sys.argv[1:]]), "commit": commit}
 
 
-def device(cuda: bool) -> "torch.device":
-    """The device asked for. Without a CUDA device --cuda warns in one line, and the CPU does the work."""
+def device(args: argparse.Namespace) -> "torch.device":
+    """Has torch compute with --threads, and gives the device asked for. `args.threads` then says how many.
+
+    Without a CUDA device --cuda warns in one line, and the CPU does the work.
+    """
     import torch
 
-    if cuda and torch.cuda.is_available():
+    usual = torch.get_num_threads()  # OMP_NUM_THREADS, else all cores: too many for networks of a hundred examples
+    args.threads = args.threads or (usual if "OMP_NUM_THREADS" in os.environ else min(usual, 4))
+    torch.set_num_threads(args.threads)
+    if args.cuda and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if cuda:
+    if args.cuda:
         print("--cuda: this machine has no CUDA device that torch can use; going on with the CPU", file=sys.stderr)
     return torch.device("cpu")
 
