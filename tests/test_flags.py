@@ -119,7 +119,7 @@ def train(root: Path, experiment: str, *flags: object) -> Path:
 
 
 base = functools.cache(train)
-"""The run of an experiment with BASE alone, made once."""
+"""The same, made once: with no flags, the run with BASE alone."""
 
 
 def weights(out_dir: Path, experiment: str) -> dict[str, torch.Tensor]:
@@ -142,7 +142,7 @@ def test_same_command_gives_the_same_weights(experiment: str, root: Path) -> Non
 
 @pytest.mark.parametrize(("experiment", "flag", "values"), CASES)
 def test_flag_makes_other_weights(experiment: str, flag: str, values: list[Any], root: Path) -> None:
-    changed = train(root, experiment, flag, *values)
+    changed = base(root, experiment, flag, *values)
     usual = base(root, experiment, *values[1:])  # with the flags that this one needs
     assert not same(weights(changed, experiment), weights(usual, experiment))
 
