@@ -41,7 +41,9 @@ def reconstructions(model: MVAE, batch: Batch) -> dict[str, Tensor]:
     """
     was_training = model.training
     model.eval()
-    givens = [batch, *({name: batch[name]} for name in model.modalities)]
+    givens = [
+        {name: batch[name] for name in names} for names in (model.modalities, *zip(model.modalities, strict=True))
+    ]
     draws = []
     for given in givens:
         mu, logvar = model.posterior(given)
