@@ -153,25 +153,24 @@ class MVAE(nn.Module):
         self.train(was_training)
 
     def _check_one(self, name: str, x: Tensor) -> None:
-        network = "encoder"
+        network, weight = "likelihood", next(self.parameters())
         try:
-            for part in self.encoders[name](x):
-                if part.shape != (len(x), self.n_latents):
-                    wanted = f"mu and logvar of {len(x), self.n_latents} each: `n_latents` is {self.n_latents}"
-                    raise UsageError(f"its encoder makes {tuple(part.shape)}, and is to make {wanted}")
-            network = "likelihood"
-            z = self.posterior({name: x})[0]
+            z = weight.new_zeros(len(x), self.n_latents)
             self.likelihood(name).check(x, z)
             nats = self.likelihood(name).log_prob(z, x)
             if nats.shape != x.shape[:1]:
                 raise UsageError(f"its log_prob is of shape {tuple(nats.shape)}, and one of {(len(x),)} is wanted")
+            network = "encoder"
+            for part in self.encoders[name](x):
+                if part.shape != z.shape:
+                    wanted = f"mu and logvar of {tuple(z.shape)} each: `n_latents` is {self.n_latents}"
+                    raise UsageError(f"its encoder makes {tuple(part.shape)}, and is to make {wanted}")
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
         except Exception as error:  # networks fail in many ways on what they aren't made for
             if "memory" in str(error):
                 raise
-            weights = next(self.parameters()).dtype
-            reason = f"{str(error).splitlines()[0]}; the weights are {weights}"
+            reason = f"{str(error).splitlines()[0]}; the weights are {weight.dtype}"
             raise UsageError(f"{name}: its {network} fails on {x.dtype} of {tuple(x.shape)}: {reason}") from error
 
     def draw(self, given: Batch, n: int, device: torch.device) -> Tensor:

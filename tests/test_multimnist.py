@@ -291,6 +291,23 @@ def test_all_texts_together_have_probability_one(probability: dict[str, float]) 
 
 
 @torch.no_grad()
+def test_in_bfloat16_probabilities_still_sum_to_one() -> None:
+    torch.manual_seed(0)
+    likelihood, z = networks.Text(networks.TextDecoder(5)), 3 * torch.randn(20, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = likelihood.mean(z).double().sum(dim=2)
+        assert likelihood.log_prob(z, datasets.encode("1773").expand(20, -1)).dtype == torch.float32
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", [[1, 10, 2, 10], [-1, 10, 10, 10], [11, 10, 10, 10]])
+def test_symbols_that_are_no_text_are_refused(text: list[int]) -> None:
+    with pytest.raises(UsageError, match="digits 0 to 9, and after them 10 alone"):
+        networks.build_model(5).check({"text": torch.tensor([text])}, names=["text"])
+
+
+@torch.no_grad()
 def test_a_digit_after_the_end_has_no_probability(text_given_z: Any) -> None:
     fill = datasets.FILL
     after_end = torch.tensor([[fill, 1, fill, fill], [1, fill, 2, 3], [1, 2, fill, 3]])
