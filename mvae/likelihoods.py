@@ -49,8 +49,8 @@ class Likelihood(nn.Module, ABC):
         """E[x | z], or a label's probabilities: (..., batch, *event)."""
 
     @abstractmethod
-    def sample(self, z: Tensor) -> Tensor:
-        """A draw from p(x | z)."""
+    def sample(self, z: Tensor, temperature: float = 1.0) -> Tensor:
+        """A draw from p(x | z) to the power 1 / temperature, normalised."""
 
     def check(self, x: Tensor, z: Tensor) -> None:
         """Raises UsageError, with what would be right, unless x (batch, *event) is what log_prob(z, x) scores.
@@ -85,8 +85,8 @@ class Bernoulli(Likelihood):
     def mean(self, z: Tensor) -> Tensor:
         return self.decode(z).sigmoid()
 
-    def sample(self, z: Tensor) -> Tensor:
-        return self.mean(z).bernoulli()
+    def sample(self, z: Tensor, temperature: float = 1.0) -> Tensor:
+        return (self.decode(z) / temperature).sigmoid().bernoulli()
 
     def check(self, x: Tensor, z: Tensor) -> None:
         check_shape(x, self.mean(z).shape)
@@ -109,8 +109,8 @@ class Categorical(Likelihood):
     def mean(self, z: Tensor) -> Tensor:
         return self.decode(z).softmax(dim=-1)
 
-    def sample(self, z: Tensor) -> Tensor:
-        return torch.distributions.Categorical(logits=self.decode(z)).sample()
+    def sample(self, z: Tensor, temperature: float = 1.0) -> Tensor:
+        return torch.distributions.Categorical(logits=self.decode(z) / temperature).sample()
 
     def check(self, x: Tensor, z: Tensor) -> None:
         *shape, classes = self.mean(z).shape
@@ -141,9 +141,9 @@ class Gaussian(Likelihood):
     def mean(self, z: Tensor) -> Tensor:
         return self.decode(z)
 
-    def sample(self, z: Tensor) -> Tensor:
+    def sample(self, z: Tensor, temperature: float = 1.0) -> Tensor:
         mean = self.mean(z)
-        return mean + self.std * torch.randn_like(mean)
+        return mean + math.sqrt(temperature) * self.std * torch.randn_like(mean)
 
     def check(self, x: Tensor, z: Tensor) -> None:
         check_shape(x, self.mean(z).shape)

@@ -127,7 +127,7 @@ class Poisson(Likelihood):
     def mean(self, z: Tensor) -> Tensor:
         return self.decode(z).exp()
 
-    def sample(self, z: Tensor) -> Tensor:
+    def sample(self, z: Tensor, temperature: float = 1.0) -> Tensor:
         return torch.poisson(self.mean(z))
 
 
