@@ -3,11 +3,29 @@
 As a command it looks whether the set is complete, and decodes its pictures: python datasets.py [--data-dir DIR]
 """
 
+import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 from mvae.datasets import celeba
 from mvae.scripts import faces, flags
+from mvae.scripts.kinds import Attributes, Picture
+
+if TYPE_CHECKING:
+    from mvae import Data
 
 MODALITIES = ("image", "attrs")
+CONTROLS = {"image": Picture("RGB", 64), "attrs": Attributes(celeba.ATTRIBUTES)}
 training_data, test_data = celeba.training_data, celeba.test_data
+
+
+def examples(split: str, args: argparse.Namespace, settings: Mapping[str, Any]) -> "Data":
+    """The official split "train", "validation" or "test"."""
+    how: dict[str, Any] = {"allow_missing": args.allow_missing, "workers": args.workers}
+    if split == "test":
+        return test_data(args.data_dir, args.cache_dir, **how)
+    train, validation = training_data(args.data_dir, args.cache_dir, **how)
+    return train if split == "train" else validation
 
 
 def main() -> None:

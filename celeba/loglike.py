@@ -24,10 +24,9 @@ def main() -> None:
 
     device = flags.device(args)
     model, trained = checkpoint.load_model(args.model_path, "celeba", build_model, device)
-    test = datasets.test_data(args.data_dir, args.cache_dir, allow_missing=args.allow_missing, workers=args.workers)
     found = evaluate(
         model,
-        test[: args.limit].to(device),
+        datasets.examples(args.split, args, trained["settings"])[: args.limit].to(device),
         quantities=of_a_pair(("image",), ("attrs",)),
         predictions={"attrs": ("image",)},
         n_samples=args.n_samples,

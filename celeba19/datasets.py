@@ -3,13 +3,16 @@
 As a command it looks whether the set is complete, and decodes its pictures: python datasets.py [--data-dir DIR]
 """
 
+import argparse
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mvae.datasets import celeba
 from mvae.datasets.celeba import ATTRIBUTES
 from mvae.scripts import faces, flags
+from mvae.scripts.kinds import Attributes, Picture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from mvae import Data
 
 MODALITIES = ("image", *ATTRIBUTES)
+CONTROLS = {"image": Picture("RGB", 64), "attrs": Attributes(ATTRIBUTES, apart=True)}
 
 
 def apart(rows: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
@@ -38,6 +42,15 @@ def test_data(data_dir: Path, cache_dir: Path, *, allow_missing: bool, workers: 
     """The official test split, of all modalities."""
     test = celeba.test_data(data_dir, cache_dir, allow_missing=allow_missing, workers=workers)
     return dataclasses.replace(test, transform=apart)
+
+
+def examples(split: str, args: argparse.Namespace, settings: Mapping[str, Any]) -> "Data":
+    """The official split "train", "validation" or "test"."""
+    how: dict[str, Any] = {"allow_missing": args.allow_missing, "workers": args.workers}
+    if split == "test":
+        return test_data(args.data_dir, args.cache_dir, **how)
+    train, validation = training_data(args.data_dir, args.cache_dir, **how)
+    return train if split == "train" else validation
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from mvae import MVAE, Batch, Bernoulli, experts
 from mvae.datasets.celeba import ATTRIBUTES
 from mvae.layers import FaceEncoder, face_decoder
+from mvae.likelihoods import float32_at_least
 
 HIDDEN = 512
 ALL = slice(None)
@@ -69,7 +70,7 @@ class AttributeDecoders(nn.Module):
         z = first(z, which)
         for layer in others:
             z = layer(F.silu(z), which)
-        return z.squeeze(-1).float()
+        return float32_at_least(z.squeeze(-1))
 
 
 class One(nn.Module):
@@ -110,7 +111,7 @@ class MVAE19(MVAE):
         here = [i for i, name in enumerate(ATTRIBUTES) if name in batch]
         if here:
             mu, logvar = self.attribute_encoders(values_of(batch))
-            parts.append((mu[here].float(), logvar[here].float()))
+            parts.append((float32_at_least(mu[here]), float32_at_least(logvar[here])))
         mu, logvar = (torch.cat(part) for part in zip(*parts, strict=True))
         return mu, logvar
 

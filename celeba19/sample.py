@@ -4,39 +4,23 @@ Writes sample_image.png, a grid of the pictures' means, and sample_attrs.txt, a 
 attributes in the same order. Those that --condition-on-attrs doesn't name are inferred.
 """
 
-from mvae.datasets.celeba import ATTRIBUTES
-from mvae.files import write_atomically
 from mvae.scripts import faces, flags
+
+import datasets
 
 
 def main() -> None:
-    parser = flags.sampling_parser(__doc__)
+    parser = flags.sampling_parser(__doc__, datasets.CONTROLS)
     faces.add_flags(parser)
-    faces.add_conditions(parser)
+    flags.add_conditions(parser, datasets.CONTROLS)
     args = parser.parse_args(faces.arguments())
 
     # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
-    import torch
-
-    from mvae import checkpoint, pictures
+    from mvae.scripts import sampling
 
     from model import build_model
 
-    torch.set_grad_enabled(False)
-    device = flags.device(args)
-    model, _ = checkpoint.load_model(args.model_path, "celeba19", build_model, device)
-    torch.manual_seed(args.seed)
-    given = {}
-    if args.condition_on_image is not None:
-        given["image"] = faces.condition(args).to(device)
-    if args.condition_on_attrs is not None:
-        given |= {name: torch.tensor([float(there)], device=device) for name, there in args.condition_on_attrs.items()}
-    z = model.draw(given, args.n_samples, device)
-    pictures.save_grid(args.out_dir / "sample_image.png", model.likelihood("image").mean(z))
-    probabilities = torch.stack(list(model.mean(z, ATTRIBUTES).values()), dim=1)
-    lines = faces.lines(probabilities > 0.5)
-    write_atomically(args.out_dir / "sample_attrs.txt", lines.encode())
-    print(f"wrote sample_image.png and sample_attrs.txt in {args.out_dir}")
+    sampling.sample(args, "celeba19", build_model, datasets.CONTROLS, datasets.examples)
 
 
 if __name__ == "__main__":

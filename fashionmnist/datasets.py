@@ -4,28 +4,32 @@ As a command it downloads what is absent, and checks it: python datasets.py [--d
 """
 
 import argparse
+from collections.abc import Mapping
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from mvae.datasets import mnist
 from mvae.scripts import flags
+from mvae.scripts.kinds import Label, Picture
+
+if TYPE_CHECKING:
+    from mvae import Data
 
 MODALITIES = ("image", "text")
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
+CONTROLS = {"image": Picture("L", 28, dark=True, pen=4), "text": Label(CLASSES)}
 
 training_data, test_data = partial(mnist.training_data, "FashionMNIST"), partial(mnist.test_data, "FashionMNIST")
 
 
-def class_number(text: str) -> int:
-    """An argparse type: the number of a class that is given by its number or, in any case, its name."""
-    numbers = [str(number) for number in range(len(CLASSES))]
-    names = [name.casefold() for name in CLASSES]
-    for known in (numbers, names):
-        if text.casefold() in known:
-            return known.index(text.casefold())
-    allowed = ", ".join(f"{number} {name}" for number, name in enumerate(CLASSES))
-    raise argparse.ArgumentTypeError(f"{text!r} is no class: give the number or the name of one of {allowed}")
+def examples(split: str, args: argparse.Namespace, settings: Mapping[str, Any]) -> "Data":
+    """The split "train", "validation" or "test" as a model of these settings has it."""
+    if split == "test":
+        return test_data(args.data_dir, binarize=settings["binarize"])
+    train, validation = training_data(args.data_dir, n_val=settings["n_val"], binarize=settings["binarize"])
+    return train if split == "train" else validation
 
 
 def main() -> None:

@@ -3,15 +3,31 @@
 As a command it downloads what is absent, and checks it: python datasets.py [--data-dir DIR]
 """
 
+import argparse
+from collections.abc import Mapping
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from mvae.datasets import mnist
 from mvae.scripts import flags
+from mvae.scripts.kinds import Label, Picture
+
+if TYPE_CHECKING:
+    from mvae import Data
 
 MODALITIES = ("image", "text")
 CLASSES = tuple(str(digit) for digit in range(10))
+CONTROLS = {"image": Picture("L", 28, dark=True, pen=2.5), "text": Label(CLASSES)}
 
 training_data, test_data = partial(mnist.training_data, "MNIST"), partial(mnist.test_data, "MNIST")
+
+
+def examples(split: str, args: argparse.Namespace, settings: Mapping[str, Any]) -> "Data":
+    """The split "train", "validation" or "test" as a model of these settings has it."""
+    if split == "test":
+        return test_data(args.data_dir, binarize=settings["binarize"])
+    train, validation = training_data(args.data_dir, n_val=settings["n_val"], binarize=settings["binarize"])
+    return train if split == "train" else validation
 
 
 def main() -> None:

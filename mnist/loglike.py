@@ -23,7 +23,7 @@ def main() -> None:
     model, trained = checkpoint.load_model(args.model_path, "mnist", build_model, device)
     found = evaluate(
         model,
-        datasets.test_data(args.data_dir, binarize=trained["settings"]["binarize"])[: args.limit].to(device),
+        datasets.examples(args.split, args, trained["settings"])[: args.limit].to(device),
         quantities=of_a_pair(("image",), ("text",)),
         predictions={"text": ("image",)},
         n_samples=args.n_samples,

@@ -12,7 +12,7 @@ import io
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from mvae.datasets import mnist
 from mvae.errors import UsageError, UserError
 from mvae.files import write_atomically
 from mvae.scripts import flags
+from mvae.scripts.kinds import Kind, Picture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,12 +103,41 @@ def decode(symbols: "Tensor") -> list[str]:
     return ["".join("0123456789|"[symbol] for symbol in row).split("|")[0] for row in symbols.tolist()]
 
 
-def text_argument(text: str) -> str:
-    """The argparse type of a text: up to four digits, or '' for the empty canvas; leading zeros count."""
-    if not _is_text(text):
-        allowed = f"0 to {LENGTH} digits, such as 1773 or 007, or '' for the empty canvas"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a text of MultiMNIST: {allowed}")
-    return text
+class Text(Kind):
+    """The kind of `text`: up to four digits. A value is a string."""
+
+    metavar = "TEXT,TEXT"
+    help = "these texts, up to four digits each, with commas between them; '' is the empty canvas"
+
+    def values(self, words: str) -> list[str]:
+        """Texts with commas between them; leading zeros count, and '' is the empty canvas."""
+        for word in words.split(","):
+            if not _is_text(word):
+                allowed = f"0 to {LENGTH} digits, such as 1773 or 007, or '' for the empty canvas"
+                raise argparse.ArgumentTypeError(f"{word!r} is not a text of MultiMNIST: {allowed}")
+        return words.split(",")
+
+    def say(self, value: str) -> str:
+        return value or "of no digits"
+
+    def tensor(self, value: str) -> "Tensor":
+        return encode(value).unsqueeze(0)
+
+    def likeliest(self, mean: "Tensor") -> "Tensor":
+        return mean.argmax(dim=2)
+
+    def lines(self, x: "Tensor") -> list[str]:
+        return decode(x)
+
+    def where(self, stored: "Tensor", value: str) -> "Tensor":
+        return (stored == encode(value)).all(dim=1)
+
+    def colours(self, name: str, x: "Tensor") -> dict[str, tuple["Tensor", Sequence[str]]]:
+        """How many digits a text has."""
+        return {"digits": ((x != FILL).sum(dim=1), [f"{n} digits" for n in range(LENGTH + 1)])}
+
+
+CONTROLS = {"image": Picture("L", CANVAS, dark=True, pen=2), "text": Text()}
 
 
 def add_canvas_dir(parser: argparse.ArgumentParser) -> None:
@@ -150,6 +180,15 @@ def training_data(canvas_dir: Path, *, n_val: int, limit: int | None = None) -> 
 def test_data(canvas_dir: Path) -> "Data":
     """The test canvases, of MNIST's test digits. Raises UserError as `training_data` does."""
     return _data(canvas_dir, "test")
+
+
+def examples(split: str, args: argparse.Namespace, settings: Mapping[str, Any]) -> "Data":
+    """The split "train", "validation" or "test" of the canvases that a model of these settings is of."""
+    prepare(args.data_dir, args.canvas_dir, settings["canvases"])
+    if split == "test":
+        return test_data(args.canvas_dir)
+    train, validation = training_data(args.canvas_dir, n_val=settings["n_val"])
+    return train if split == "train" else validation
 
 
 def make(data_dir: Path, canvas_dir: Path, recipe: Recipe) -> None:

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from mvae import MVAE, Data
 
 
-def read_texts(model: "MVAE", test: "Data") -> "Tensor":
+def read_texts(model: "MVAE", examples: "Data") -> "Tensor":
     """The symbols (n, 4) of the text read off each canvas."""
     import torch
 
     from mvae.data import consecutive_rows
 
-    images = (test.batch(rows)[0]["image"] for rows in consecutive_rows(test, 1000))
+    images = (examples.batch(rows)[0]["image"] for rows in consecutive_rows(examples, 1000))
     means = [model.posterior({"image": image})[0] for image in images]
     return torch.cat([model.likelihood("text").mean(mean).argmax(dim=2) for mean in means])
 
@@ -45,18 +45,17 @@ def main() -> None:
     torch.set_grad_enabled(False)
     device = flags.device(args)
     model, trained = checkpoint.load_model(args.model_path, "multimnist", build_model, device)
-    datasets.prepare(args.data_dir, args.canvas_dir, trained["settings"]["canvases"])
-    test = datasets.test_data(args.canvas_dir)[: args.limit].to(device)
+    examples = datasets.examples(args.split, args, trained["settings"])[: args.limit].to(device)
     found = evaluate(
         model,
-        test,
+        examples,
         quantities=of_a_pair(("image",), ("text",), y_proposal=("text",)),
         n_samples=args.n_samples,
         seed=args.seed,
         progress=flags.progress,
     )
-    texts = test.tensors["text"]
-    right = (read_texts(model, test) == texts).double()
+    texts = examples.tensors["text"]
+    right = (read_texts(model, examples) == texts).double()
     measures = {
         "accuracy of the text read off the image, whole strings": right.prod(dim=1),
         "accuracy of the text read off the image, per digit": right[texts != datasets.FILL],

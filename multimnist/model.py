@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvae import MVAE, Bernoulli, Likelihood, experts
+from mvae.errors import UsageError
 from mvae.layers import FoldConvTranspose2d
+from mvae.likelihoods import float32_at_least
 
 LENGTH, FILL, START, N_SYMBOLS = 4, 10, 11, 12
 """Of a text: its places, and the symbols after the digits: the one that fills it up, and the decoder's first input."""
@@ -89,7 +91,7 @@ class TextDecoder(nn.Module):
             state = self.state(z).expand(LAYERS, -1, -1).contiguous()
         everywhere = z.unsqueeze(1).expand(-1, previous.shape[1], -1)
         hidden, state = self.gru(torch.cat([F.silu(self.embedding(previous)), everywhere], dim=2), state)
-        return self.logits(torch.cat([hidden, everywhere], dim=2)), state
+        return float32_at_least(self.logits(torch.cat([hidden, everywhere], dim=2))), state
 
 
 class Text(Likelihood):
@@ -122,6 +124,13 @@ class Text(Likelihood):
     def sample(self, z: Tensor, temperature: float = 1.0) -> Tensor:
         """A draw of the text's symbols, (..., batch, LENGTH), from p(text | z) with all logits / `temperature`."""
         return self._write(z, lambda logits: torch.distributions.Categorical(logits=logits / temperature).sample())[0]
+
+    def check(self, x: Tensor, z: Tensor) -> None:
+        if x.dtype != torch.int64 or x.shape != (len(z), LENGTH):
+            raise UsageError(f"it is {x.dtype} of {tuple(x.shape)}, and a text is torch.int64 of {LENGTH} symbols")
+        ended = (x[:, :-1] == FILL) & (x[:, 1:] != FILL)
+        if x.min() < 0 or x.max() > FILL or ended.any():
+            raise UsageError(f"a text's symbols are digits 0 to 9, and after them {FILL} alone")
 
     def _write(self, z: Tensor, choose: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Decodes place by place: the symbols that `choose` takes, given logits (rows, FILL + 1), and probabilities."""

@@ -1,9 +1,9 @@
 """Data sets as tensors by modality, made into batches on the training device."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,12 +18,34 @@ class Data:
     transform: from the rows of `tensors` to a batch by modality name. It may draw from torch's global generator.
     present: bool (N,) by modality: which examples have it. Modalities not named are there for all; None: all are.
     streamed_to: the device that each batch's rows are copied to before `transform`; None: they stay where they are.
+
+    Raises UsageError for what isn't a tensor, no examples, numbers of them that differ, or a mask that isn't bool.
     """
 
     tensors: Mapping[str, Tensor]
     transform: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
     present: Mapping[str, Tensor] | None = None
     streamed_to: torch.device | None = None
+
+    def __post_init__(self) -> None:
+        parts = {"tensors": self.tensors, "present": self.present or {}}
+        named = {f"{name} of `{part}`": value for part, values in parts.items() for name, value in values.items()}
+        for name, value in named.items():
+            if not isinstance(value, Tensor):
+                remedy = ": torch.from_numpy makes one of it" if type(value).__module__ == "numpy" else ""
+                raise UsageError(f"{name} is a {type(value).__name__}, and a torch.Tensor is wanted{remedy}")
+            if value.dim() == 0:
+                raise UsageError(f"{name} is a single number, and a row for each example is wanted")
+        for name, here in (self.present or {}).items():
+            if here.dtype != torch.bool or here.dim() != 1:
+                found = f"{here.dtype} of shape {tuple(here.shape)}"
+                raise UsageError(f"{name} of `present` is {found}, and torch.bool of shape (examples,) is wanted")
+        lengths = {name: len(value) for name, value in named.items()}
+        if len(set(lengths.values())) > 1:
+            found = ", ".join(f"{name} has {n}" for name, n in lengths.items())
+            raise UsageError(f"all are to have a row for each example, and {found}")
+        if not self.tensors or not len(self):
+            raise UsageError("these data have no examples in `tensors`, and one or more are wanted")
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
@@ -64,7 +86,10 @@ class Data:
             return dataclasses.replace(self, streamed_to=device)
         return dataclasses.replace(self._map(lambda tensor: tensor.to(device)), streamed_to=None)
 
-    def __getitem__(self, rows: slice) -> "Data":
+    def __getitem__(self, rows: slice | Tensor) -> "Data":
+        """Some of the examples: `data[:900]`, or those at the places that a tensor holds."""
+        if not isinstance(rows, slice | Tensor):
+            raise UsageError(f"examples are taken by a slice such as [:900] or by a tensor, not by {rows!r}")
         return self._map(lambda tensor: tensor[rows])
 
 
@@ -80,8 +105,9 @@ def split(data: Data, n_val: int, limit: int | None) -> tuple[Data, Data]:
 
 
 def seed_of(*numbers: int) -> int:
-    """One 63-bit seed for a tuple of non-negative numbers such as (seed, epoch, step, rank)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """One 63-bit seed for a tuple of whole numbers such as (seed, epoch, step, rank), unlike every other tuple's."""
+    text = ",".join(str(int(number)) for number in numbers)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def permuted_rows(data: Data, batch_size: int, seed: int) -> list[Tensor]:

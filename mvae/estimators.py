@@ -7,14 +7,14 @@ training have no part in any of it.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import experts
-from .data import Data, consecutive_rows, seed_of
+from .data import Data, seed_of
 from .errors import UsageError
 from .model import MVAE, Batch
 
@@ -57,7 +57,7 @@ def of_a_pair(x: Modalities, y: Modalities, y_proposal: Modalities = ()) -> dict
 
 
 class Estimate(NamedTuple):
-    """One value per example, each (n,), in nats.
+    """One value per example, each (n,), in nats; from `evaluate`, of the examples that have all that it takes.
 
     log_p: the estimate of log p(target).
     log_weight_variance: the variance, over the draws, of log p(target | z) + log p(z) - log q(z | proposal). It tells
@@ -89,6 +89,9 @@ def log_likelihood(
         max_rows: bounds the latents decoded in one call, and so the memory; the result doesn't depend on it.
     """
     model.check_names(*proposal, *(name for target in targets for name in target))
+    if noise.dim() != 3 or len(noise) < 2 or noise.shape[2] != model.n_latents:
+        wanted = f"(draws, batch, {model.n_latents}) with two draws or more"
+        raise UsageError(f"`noise` is of shape {tuple(noise.shape)}, and {wanted} is wanted")
     n_draws, n, _ = noise.shape
     scored = tuple(name for name in model.modalities if any(name in target for target in targets))
     if proposal:
@@ -131,15 +134,19 @@ def predict(
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate` found, over n examples, on the CPU.
+    """What `evaluate` found, on the CPU.
 
-    estimates: by quantity and proposal, each value (n,). A conditional's variance is that of its joint's log weights.
-    predictions: by predicted modality, (n, *event); truth: the same modalities of the data.
+    estimates: by quantity and proposal, each value (n,), of the n examples that `examples` names under the same key. A
+        conditional's variance is that of its joint's log weights.
+    predictions: by predicted modality, (n, *event), of the examples that have it and what it is predicted from; truth:
+        the same modalities of the data.
+    examples: by quantity and proposal, (n,): the numbers of the examples that have the modalities of both.
     """
 
     estimates: dict[tuple[Quantity, Modalities], Estimate]
     predictions: dict[str, Tensor]
     truth: dict[str, Tensor]
+    examples: dict[tuple[Quantity, Modalities], Tensor]
 
 
 def evaluate(
@@ -151,9 +158,9 @@ def evaluate(
     n_samples: int,
     seed: int = 0,
     max_rows: int | None = None,
-    progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
+    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> Evaluation:
-    """Estimates log-likelihoods of every example of `data`.
+    """Estimates log-likelihoods of the examples of `data`: each quantity of those that have all its modalities.
 
     Args:
         quantities: what to estimate, each with the proposals to estimate it (a conditional: its joint) under.
@@ -165,54 +172,75 @@ def evaluate(
             the largest modality on a CPU (5,349 pictures of 28x28), to fit its cache, and 2^26 on other devices.
         progress: wraps the list of batches, to show a bar.
 
-    Raises UsageError for a name that is no modality's, or data in which examples lack modalities.
+    Raises UsageError for a name that is no modality's, data that the model doesn't take, or a quantity or prediction
+    for which no example has all modalities.
     """
+    predictions = predictions or {}
     for quantity in quantities:
-        model.check_names(*quantity.target, *quantity.given)
-    if data.present is not None:
-        raise UsageError("log-likelihoods are estimated from examples that have all modalities, and `data` lacks some")
-    model.eval()
+        model.check_names(*quantity.target, *quantity.given, *quantity.given_proposal)
+        if not quantity.target:
+            raise UsageError(f"{quantity.name} has no `target`, and one modality or more is wanted")
     needed = {
         (quantity, proposal): _needed(model, quantity, proposal)
         for quantity, proposals in quantities.items()
         for proposal in proposals
     }
+    keys = dict.fromkeys(key for some in needed.values() for key in some)
+    used = {name for proposal, target in keys for name in proposal + target}
+    used |= {name for predicted, given in predictions.items() for name in (predicted, *given)}
+    model.check_names(*used, *(data.present or {}))
+    if n_samples < 2:
+        raise UsageError(f"`n_samples` is {n_samples}, and 2 or more are wanted")
+    patterns = _patterns(data, used)
+    examples = {
+        which: _having({name for key in some for part in key for name in part}, patterns, which[0].name)
+        for which, some in needed.items()
+    }
+    predictable = {
+        name: _having({name, *given}, patterns, f"{name} predicted from {listed(given)}")
+        for name, given in predictions.items()
+    }
+    model.eval()
+    example, _ = data.batch(torch.zeros(1, dtype=torch.long))
+    if not max_rows:
+        max_rows = 2 ** (22 if data.device.type == "cpu" else 26) // max(x.numel() for x in example.values())
+    for has, rows in patterns:
+        if has:
+            model.check(data.batch(rows[:100])[0], names=[name for name in model.modalities if name in has])
     # All results are allocated here and filled in the loop. Small tensors that outlive a batch would lie between the
     # large ones of the next: freed places then no longer fit, and the memory of the process grows with every batch.
     n = len(data)
-    keys = dict.fromkeys(key for some in needed.values() for key in some)
     found = {key: Estimate(*torch.empty(2, n, dtype=torch.float64)) for key in keys}
-    example, _ = data.batch(torch.zeros(1, dtype=torch.long))
-    truth = {name: torch.empty(n, *example[name].shape[1:], dtype=example[name].dtype) for name in predictions or {}}
+    truth = {name: torch.empty(n, *example[name].shape[1:], dtype=example[name].dtype) for name in predictions}
     predicted: dict[str, Tensor] = {}
-    if not max_rows:
-        max_rows = 2 ** (22 if data.device.type == "cpu" else 26) // max(x.numel() for x in example.values())
-    for rows in progress(consecutive_rows(data, max(1, max_rows // n_samples))):
+    size = max(1, max_rows // n_samples)
+    for has, rows in progress([(has, rows) for has, rows_of_all in patterns for rows in rows_of_all.split(size)]):
         batch, _ = data.batch(rows)
         noise = torch.stack([_noise(n_samples, model.n_latents, seed, row) for row in rows.tolist()], dim=1)
-        noise = noise.to(data.device)
-        here = slice(int(rows[0]), int(rows[-1]) + 1)
-        for proposal in {proposal for proposal, _ in found}:
-            targets = [target for other, target in found if other == proposal]
-            some = log_likelihood(model, batch, proposal=proposal, targets=targets, noise=noise, max_rows=max_rows)
-            for target, estimate in some.items():
-                for whole, part in zip(found[proposal, target], estimate, strict=True):
-                    whole[here] = part
-        for given in set((predictions or {}).values()):
-            names = [name for name, condition in (predictions or {}).items() if condition == given]
-            means = predict(model, batch, given=given, names=names, noise=noise, max_rows=max_rows)
+        noise = noise.to(data.device, next(model.parameters()).dtype)
+        for proposal in dict.fromkeys(proposal for proposal, _ in found):
+            targets = [target for other, target in found if other == proposal and has.issuperset(proposal + target)]
+            if targets:
+                some = log_likelihood(model, batch, proposal=proposal, targets=targets, noise=noise, max_rows=max_rows)
+                for target, estimate in some.items():
+                    for whole, part in zip(found[proposal, target], estimate, strict=True):
+                        whole[rows] = part.cpu()
+        for given in dict.fromkeys(predictions.values()):
+            names = [name for name, other in predictions.items() if other == given and has.issuperset((name, *given))]
+            means = predict(model, batch, given=given, names=names, noise=noise, max_rows=max_rows) if names else {}
             for name, mean in means.items():
                 if name not in predicted:
                     predicted[name] = torch.empty(n, *mean.shape[1:], dtype=mean.dtype)
-                predicted[name][here] = mean.cpu()
-                truth[name][here] = batch[name].cpu()
+                predicted[name][rows] = mean.cpu()
+                truth[name][rows] = batch[name].cpu()
     estimates = {}
     for which, (joint, *conditions) in needed.items():
         log_p, variance = found[joint]
         for condition in conditions:
             log_p = log_p - found[condition].log_p
-        estimates[which] = Estimate(log_p, variance)
-    return Evaluation(estimates, predicted, truth)
+        estimates[which] = Estimate(log_p[examples[which]], variance[examples[which]])
+    predicted, truth = ({name: part[name][rows] for name, rows in predictable.items()} for part in (predicted, truth))
+    return Evaluation(estimates, predicted, truth, examples)
 
 
 _Key = tuple[Modalities, Modalities]  # a proposal and a target
@@ -222,6 +250,24 @@ def _needed(model: MVAE, quantity: Quantity, proposal: Modalities) -> list[_Key]
     """What the quantity is the difference of: its joint under `proposal`, and what is given, if anything."""
     joint = tuple(name for name in model.modalities if name in quantity.target + quantity.given)
     return [(proposal, joint), *([(quantity.given_proposal, quantity.given)] if quantity.given else [])]
+
+
+def _patterns(data: Data, names: Collection[str]) -> list[tuple[frozenset[str], Tensor]]:
+    """The examples by which of `names` they have: for each pattern those modalities, and the examples' numbers."""
+    masked = {name: here.cpu() for name, here in (data.present or {}).items() if name in names}
+    if not masked:
+        return [(frozenset(names), torch.arange(len(data)))]
+    kinds, kind_of = torch.stack([*masked.values()], dim=1).unique(dim=0, return_inverse=True)
+    lacking = [{name for name, here in zip(masked, kind, strict=True) if not here} for kind in kinds.tolist()]
+    return [(frozenset(names) - some, (kind_of == i).nonzero().flatten()) for i, some in enumerate(lacking)]
+
+
+def _having(names: Collection[str], patterns: Sequence[tuple[frozenset[str], Tensor]], what: str) -> Tensor:
+    """The numbers of the examples that have all of `names`. Raises UsageError, naming `what` needs them, for none."""
+    found = [rows for has, rows in patterns if has.issuperset(names)]
+    if not found:
+        raise UsageError(f"{what}: no example of `data` has {listed(sorted(names))}")
+    return torch.cat(found).sort().values
 
 
 def _noise(n_samples: int, n_latents: int, seed: int, row: int) -> Tensor:

@@ -1,8 +1,12 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and arrays that are written row by row."""
 
 import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
+
+import numpy as np
 
 from .errors import UserError
 
@@ -12,11 +16,21 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises UserError if the folder can't be written or the disk is full; the old file is then still there.
     """
+    with whole(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which stands under its name when the block has ended without an error.
+
+    Until then the old file is there, and after an error still. Raises UserError as `write_atomically` does.
+    """
     temporary = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -25,7 +39,27 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UserError(f"can't write {path}: {error.strerror or error}; what was there before is unchanged") from None
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise UserError(f"can't write {path}: {reason}; what was there before is unchanged") from None
+        raise
+
+
+@contextlib.contextmanager
+def npy(path: Path, n: int) -> Iterator[Callable[[np.ndarray], None]]:
+    """A function that appends rows to the .npy file of a float32 array (n, ...), so that no memory holds all of it.
+
+    Raises UserError as `write_atomically` does.
+    """
+    with whole(path) as file:
+
+        def append(rows: np.ndarray) -> None:
+            if not file.tell():
+                about = {"descr": "<f4", "fortran_order": False, "shape": (n, *rows.shape[1:])}
+                np.lib.format.write_array_header_2_0(file, about)
+            file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
+
+        yield append

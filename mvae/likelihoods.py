@@ -4,7 +4,8 @@ Every likelihood has the same three methods, on latents `z` of shape (..., batch
     log_prob(z, x)  nats of each example, summed over x's own dimensions; x is (batch, *event); returns (..., batch).
     mean(z)         the expected x, or the probabilities of a label; (..., batch, *event).
     sample(z)       a draw of x.
-For another kind of modality, such as a sequence, write a subclass of Likelihood with these methods.
+For another kind of modality, such as a sequence, write a subclass of Likelihood with these methods, and with `check` if
+its x may not have any value.
 """
 
 import math
@@ -13,6 +14,13 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .errors import UsageError
+
+
+def float32_at_least(values: Tensor) -> Tensor:
+    """The values as they are, or as float32 where a network gave fewer bits: log-probabilities need 24 of them."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 class Likelihood(nn.Module, ABC):
@@ -29,8 +37,7 @@ class Likelihood(nn.Module, ABC):
 
     def decode(self, z: Tensor) -> Tensor:
         """The decoder's output for z of (..., batch, latents), in one call: (..., batch, *event), float32 at least."""
-        output = self.decoder(z.reshape(-1, z.shape[-1]))
-        output = output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+        output = float32_at_least(self.decoder(z.reshape(-1, z.shape[-1])))
         return output.reshape(*z.shape[:-1], *output.shape[1:])
 
     @abstractmethod
@@ -42,8 +49,24 @@ class Likelihood(nn.Module, ABC):
         """E[x | z], or a label's probabilities: (..., batch, *event)."""
 
     @abstractmethod
-    def sample(self, z: Tensor) -> Tensor:
-        """A draw from p(x | z)."""
+    def sample(self, z: Tensor, temperature: float = 1.0) -> Tensor:
+        """A draw from p(x | z) to the power 1 / temperature, normalised."""
+
+    def check(self, x: Tensor, z: Tensor) -> None:
+        """Raises UsageError, with what would be right, unless x (batch, *event) is what log_prob(z, x) scores.
+
+        `fit` and `evaluate` ask it of their first batch; z is (batch, latents). A subclass says which values x may
+        have. Here x is to have the mean's shape, or for labels the mean's without the classes.
+        """
+        shape = self.mean(z).shape
+        if x.shape != shape[:-1]:
+            check_shape(x, shape)
+
+
+def check_shape(x: Tensor, shape: torch.Size) -> None:
+    """Raises UsageError unless x has this shape: what broadcasts would be scored several times."""
+    if x.shape != shape:
+        raise UsageError(f"it is of shape {tuple(x.shape)}, and its decoder makes {tuple(shape)}")
 
 
 class Bernoulli(Likelihood):
@@ -55,28 +78,48 @@ class Bernoulli(Likelihood):
 
     def log_prob(self, z: Tensor, x: Tensor) -> Tensor:
         logits = self.decode(z)
+        check_shape(x, logits.shape[z.dim() - 2 :])
         nats = F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
         return -nats.reshape(*z.shape[:-1], -1).sum(dim=-1)
 
     def mean(self, z: Tensor) -> Tensor:
         return self.decode(z).sigmoid()
 
-    def sample(self, z: Tensor) -> Tensor:
-        return self.mean(z).bernoulli()
+    def sample(self, z: Tensor, temperature: float = 1.0) -> Tensor:
+        return (self.decode(z) / temperature).sigmoid().bernoulli()
+
+    def check(self, x: Tensor, z: Tensor) -> None:
+        check_shape(x, self.mean(z).shape)
+        if not x.is_floating_point():
+            raise UsageError(f"it is {x.dtype}, and a Bernoulli likelihood takes floats from 0 to 1")
+        low, high = x.aminmax()
+        if not (low >= 0 and high <= 1):
+            remedy = "pictures of 0 to 255 are to be divided by 255, and none to be standardised"
+            raise UsageError(f"it has values from {low:g} to {high:g}, and 0 to 1 are wanted: {remedy}")
 
 
 class Categorical(Likelihood):
     """One label out of several; the decoder gives (rows, classes) logits. x is (batch,) of class indices."""
 
     def log_prob(self, z: Tensor, x: Tensor) -> Tensor:
+        check_shape(x, z.shape[-2:-1])
         log_probs = self.decode(z).log_softmax(dim=-1)
         return log_probs.gather(-1, x.expand(z.shape[:-1]).unsqueeze(-1)).squeeze(-1)
 
     def mean(self, z: Tensor) -> Tensor:
         return self.decode(z).softmax(dim=-1)
 
-    def sample(self, z: Tensor) -> Tensor:
-        return torch.distributions.Categorical(logits=self.decode(z)).sample()
+    def sample(self, z: Tensor, temperature: float = 1.0) -> Tensor:
+        return torch.distributions.Categorical(logits=self.decode(z) / temperature).sample()
+
+    def check(self, x: Tensor, z: Tensor) -> None:
+        *shape, classes = self.mean(z).shape
+        check_shape(x, torch.Size(shape))
+        if x.dtype != torch.int64:
+            raise UsageError(f"it is {x.dtype}, and a Categorical likelihood takes class numbers as torch.int64")
+        low, high = x.aminmax()
+        if low < 0 or high >= classes:
+            raise UsageError(f"it has labels from {low} to {high}, and its decoder knows classes 0 to {classes - 1}")
 
 
 class Gaussian(Likelihood):
@@ -84,10 +127,13 @@ class Gaussian(Likelihood):
 
     def __init__(self, decoder: nn.Module, std: float = 1.0):
         super().__init__(decoder)
+        if not 0 < std < math.inf:
+            raise UsageError(f"`std` is {std}, and a standard deviation is above 0")
         self.std = std
 
     def log_prob(self, z: Tensor, x: Tensor) -> Tensor:
         mean = self.decode(z)
+        check_shape(x, mean.shape[z.dim() - 2 :])
         error = (x.expand_as(mean) - mean) / self.std
         nats = 0.5 * error.square() + math.log(self.std) + 0.5 * math.log(2 * math.pi)
         return -nats.flatten(z.dim() - 1).sum(dim=-1)
@@ -95,6 +141,11 @@ class Gaussian(Likelihood):
     def mean(self, z: Tensor) -> Tensor:
         return self.decode(z)
 
-    def sample(self, z: Tensor) -> Tensor:
+    def sample(self, z: Tensor, temperature: float = 1.0) -> Tensor:
         mean = self.mean(z)
-        return mean + self.std * torch.randn_like(mean)
+        return mean + math.sqrt(temperature) * self.std * torch.randn_like(mean)
+
+    def check(self, x: Tensor, z: Tensor) -> None:
+        check_shape(x, self.mean(z).shape)
+        if not x.is_floating_point():
+            raise UsageError(f"it is {x.dtype}, and a Gaussian likelihood takes floats")

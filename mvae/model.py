@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import experts
 from .errors import UsageError
-from .likelihoods import Likelihood
+from .likelihoods import Likelihood, float32_at_least
 
 Batch = Mapping[str, Tensor]
 """Tensors by modality name, each (batch, *event)."""
@@ -34,13 +34,21 @@ class MVAE(nn.Module):
         fuse: experts.Fusion = experts.product,
     ):
         super().__init__()
-        if set(encoders) != set(likelihoods):
-            raise ValueError(f"encoders are for {sorted(encoders)}, likelihoods for {sorted(likelihoods)}")
+        if set(encoders) != set(likelihoods) or not encoders:
+            raise UsageError(f"`encoders` are for {sorted(encoders)}, `likelihoods` for {sorted(likelihoods)}")
+        if not isinstance(n_latents, int) or n_latents < 1:
+            raise UsageError(f"`n_latents` is {n_latents!r}, and a whole number above 0 is wanted")
+        for name, likelihood in likelihoods.items():
+            if not isinstance(likelihood, Likelihood):
+                raise UsageError(f"{name} of `likelihoods` is a {type(likelihood).__name__}, and no mvae.Likelihood")
         self.modalities = tuple(encoders)
         self.n_latents = n_latents
         self.fuse = fuse
-        self.encoders = nn.ModuleDict(encoders)
-        self.decoders = nn.ModuleDict({name: likelihoods[name] for name in self.modalities})
+        try:
+            self.encoders = nn.ModuleDict(encoders)
+            self.decoders = nn.ModuleDict({name: likelihoods[name] for name in self.modalities})
+        except (KeyError, TypeError) as error:  # such as a name with a dot in it
+            raise UsageError(f"these modalities can't be modules of torch: {error.args[0]}") from None
 
     def encode(self, batch: Batch, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Runs each encoder once.
@@ -72,7 +80,7 @@ class MVAE(nn.Module):
             mus.append(mu)
             logvars.append(logvar)
         mu, logvar = torch.stack(mus), torch.stack(logvars)
-        return (mu.float(), logvar.float()) if mu.dtype in (torch.bfloat16, torch.float16) else (mu, logvar)
+        return float32_at_least(mu), float32_at_least(logvar)
 
     def check_names(self, *names: str) -> None:
         """Raises UsageError for a name that is no modality's."""
@@ -84,17 +92,91 @@ class MVAE(nn.Module):
         """p(x | z) of one modality."""
         return cast(Likelihood, self.decoders[name])
 
-    def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """q(z | the modalities in `batch`): mu, logvar, each (batch, latents)."""
-        mu, logvar = self.encode(batch)
-        everything = torch.ones(1, len(mu), 1, dtype=torch.bool, device=mu.device)
-        mu, logvar = self.fuse(mu, logvar, everything)
+    def which(self, batch: Batch, present: Mapping[str, Tensor] | None) -> Tensor | None:
+        """Which examples have which modality: bool (modalities of the batch, batch); None if all have all.
+
+        Raises UsageError for modalities of unequal length, and masks that aren't bool (batch,) of a modality.
+        """
+        names = [name for name in self.modalities if name in batch]
+        lengths = {name: len(batch[name]) for name in names}
+        if len(set(lengths.values())) != 1:
+            found = ", ".join(f"{n} of {name}" for name, n in lengths.items()) or "none"
+            raise UsageError(f"a batch has a row of each modality for each example, and this one has {found}")
+        if present is None:
+            return None
+        self.check_names(*present)
+        some = batch[names[0]]
+        always = torch.ones(len(some), dtype=torch.bool, device=some.device)
+        for name, here in present.items():
+            if here.dtype != torch.bool or here.shape != always.shape:
+                found = f"{here.dtype} of shape {tuple(here.shape)}"
+                raise UsageError(f"{name} of `present` is {found}, and torch.bool of {tuple(always.shape)} is wanted")
+        return torch.stack([present.get(name, always) for name in names])
+
+    def posterior(self, batch: Batch, present: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """q(z | the modalities in `batch`): mu, logvar, each (batch, latents); of an empty one the prior, (1, latents).
+
+        `present`, bool (batch,) by modality, says which examples have it; one that isn't named is there for all. Where
+        one is absent its row may hold anything.
+
+        Raises UsageError for names that no modality has, and rows that don't fit each other.
+        """
+        self.check_names(*batch)
+        if not batch:
+            mu, logvar = next(self.parameters()).new_zeros(2, 1, self.n_latents)
+            return mu, logvar
+        here = self.which(batch, present)
+        mu, logvar = self.encode(batch, here)
+        given = torch.ones(len(mu), 1, dtype=torch.bool, device=mu.device) if here is None else here
+        mu, logvar = self.fuse(mu, logvar, given.unsqueeze(0))
         return mu[0], logvar[0]
+
+    @torch.no_grad()
+    def check(
+        self, batch: Batch, present: Mapping[str, Tensor] | None = None, names: Sequence[str] | None = None
+    ) -> None:
+        """Runs the networks on a batch, in evaluation mode, to know that encoders, latents, decoders and data fit.
+
+        Raises UsageError, naming the modality and what would be right. `names`: the modalities to check; None: all.
+        """
+        names = self.modalities if names is None else names
+        lacking = [name for name in names if name not in batch]
+        if lacking:
+            raise UsageError(f"there is no {lacking[0]} in it: it has {', '.join(batch)}")
+        here = self.which({name: batch[name] for name in names}, present)
+        was_training = self.training
+        self.eval()
+        for m, name in enumerate(name for name in self.modalities if name in names):
+            x = batch[name] if here is None else batch[name][here[m]]
+            if len(x):
+                self._check_one(name, x)
+        self.train(was_training)
+
+    def _check_one(self, name: str, x: Tensor) -> None:
+        network, weight = "likelihood", next(self.parameters())
+        try:
+            z = weight.new_zeros(len(x), self.n_latents)
+            self.likelihood(name).check(x, z)
+            nats = self.likelihood(name).log_prob(z, x)
+            if nats.shape != x.shape[:1]:
+                raise UsageError(f"its log_prob is of shape {tuple(nats.shape)}, and one of {(len(x),)} is wanted")
+            network = "encoder"
+            for part in self.encoders[name](x):
+                if part.shape != z.shape:
+                    wanted = f"mu and logvar of {tuple(z.shape)} each: `n_latents` is {self.n_latents}"
+                    raise UsageError(f"its encoder makes {tuple(part.shape)}, and is to make {wanted}")
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from None
+        except Exception as error:  # networks fail in many ways on what they aren't made for
+            if "memory" in str(error):
+                raise
+            reason = f"{str(error).splitlines()[0]}; the weights are {weight.dtype}"
+            raise UsageError(f"{name}: its {network} fails on {x.dtype} of {tuple(x.shape)}: {reason}") from error
 
     def draw(self, given: Batch, n: int, device: torch.device) -> Tensor:
         """n draws of z, (n, latents), given one example of some modalities; from the prior if `given` is empty."""
-        noise = torch.randn(n, self.n_latents, device=device)
-        return experts.draw(*self.posterior(given), noise) if given else noise
+        mu, logvar = self.posterior(given)
+        return experts.draw(mu, logvar, torch.randn(n, self.n_latents, device=device, dtype=mu.dtype))
 
     def mean(self, z: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """E[x | z], or a label's probabilities, of the modalities named, each (..., batch, *event)."""

@@ -90,6 +90,9 @@ class Objective(nn.Module):
         for field in ("given", "scored"):
             self.register_buffer(field, self._mask(getattr(term, field) for term in self.terms), persistent=False)
         λ = torch.tensor([float((weights or {}).get(name, 1.0)) for name in modalities])
+        for name, weight in zip(modalities, λ.tolist(), strict=True):
+            if not 0 <= weight < math.inf:
+                raise UsageError(f"the weight of {name} in `weights` is {weight:g}, and a number, 0 or more, is wanted")
         self.register_buffer("weights", λ, persistent=False)
         keys = torch.randint(2**63 - 1, (2, len(modalities), 1), generator=torch.Generator().manual_seed(0))
         self.register_buffer("keys", keys, persistent=False)
@@ -133,12 +136,13 @@ class Objective(nn.Module):
             given = torch.cat([given, self._mask(t.given for t in more).to(given.device)])
             scored = torch.cat([scored, self._mask(t.scored for t in more).to(given.device)])
         # Two masks say all of it: which experts a term's posterior takes, and which log-probabilities it counts.
-        given, scored, mask, here = given.unsqueeze(-1), scored.unsqueeze(-1), None, None
+        given, scored, mask = given.unsqueeze(-1), scored.unsqueeze(-1), None
         n = len(next(iter(batch.values())))
-        if present is not None:  # an expert or a score counts for the examples that have the modality
-            self.model.check_names(*present)
-            always = torch.ones(n, dtype=torch.bool, device=given.device)
-            here = torch.stack([present.get(name, always) for name in self.model.modalities])
+        lacking = [name for name in self.model.modalities if name not in batch]
+        if lacking:
+            raise UsageError(f"this batch lacks {', '.join(lacking)}; an example may lack a modality by `present`")
+        here = self.model.which(batch, present)
+        if here is not None:  # an expert or a score counts for the examples that have the modality
             lost = (given & ~here).any(dim=1)
             given = given & here
             scored = scored & here & given.any(dim=1, keepdim=True)

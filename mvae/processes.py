@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,8 +66,12 @@ class Processes:
 def signals() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM in a list. The same signal again, more than a second later, ends the process.
 
-    Within that second it is the same request: `timeout` sends its signal to the process, and then to its group.
+    Within that second it is the same request: `timeout` sends its signal to the process, and then to its group. In a
+    thread other than the main one there are no signals to collect.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield []
+        return
     caught: list[int] = []
     first: dict[int, float] = {}
 

@@ -9,8 +9,10 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -31,13 +33,19 @@ from .supervision import composed_rows
 
 Precision = Literal["fp32", "bf16"]
 
+DIVERGED = 100
+"""A validation loss is that of a run that diverges if it is so many times the loss with which the training began."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """How a run goes. `batch_size` is the whole step's, over all processes; `approx_m` is the number of random subsets.
 
     pairs_per_batch: see `mvae.supervision.composed_rows`; 0 for batches of no fixed composition.
-    Raises UsageError if `compile` meets random subsets: it needs the same terms at every step.
+    `out_dir` and `device` may be given as strings.
+
+    Raises UsageError for a value that can't be, and if `compile` meets random subsets: it needs the same terms at every
+    step.
     """
 
     epochs: int
@@ -53,6 +61,18 @@ class Options:
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 1), ("approx_m", 0), ("seed", 0), ("log_interval", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < least:
+                raise UsageError(f"`{name}` is {value!r}, and a whole number, {least} or more, is wanted")
+        _check_precision(self.precision)
+        for name, kind, wanted in (("out_dir", Path, "a folder"), ("device", torch.device, "one such as cpu or cuda")):
+            try:
+                object.__setattr__(self, name, kind(getattr(self, name)))
+            except (RuntimeError, TypeError):
+                raise UsageError(f"`{name}` is {getattr(self, name)!r}, and {wanted} is wanted") from None
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise UsageError(f"`device` is {self.device}, and there is no CUDA device that torch can use")
         if self.compile and self.approx_m:
             raise UsageError("`compile` needs the same terms at every step: it goes with `approx_m` 0")
 
@@ -85,6 +105,7 @@ def train_step(
         batch, present, beta, subsets: as `Objective.forward` takes them.
         precision: "bf16" runs the networks in bfloat16, and all log-probabilities and sums in float32.
     """
+    _check_precision(precision)
     # Encode each modality once, fuse the experts of every term, draw one z for each, decode what each term scores.
     with torch.autocast(_device_of(batch).type, torch.bfloat16, enabled=precision == "bf16"):
         loss, totals = objective(batch, beta, subsets, present)
@@ -127,10 +148,15 @@ def fit(
         The epochs' records, as in stats.jsonl.
 
     Raises:
-        UsageError: settings that differ from the checkpoint's, or a run in `out_dir` that would be overwritten.
-        UserError: a loss or gradient that isn't finite (no file is overwritten), or a file that can't be written.
+        UsageError: settings that differ from the checkpoint's, a run in `out_dir` that would be overwritten, or data
+            whose first batch the model doesn't take.
+        UserError: a loss or gradient that isn't finite, or a loss that says that the run diverges (no file is
+            overwritten), or a file that can't be written.
         Stopped: SIGINT or SIGTERM, after saving; resuming goes on from that very step.
     """
+    owned = {id(weight) for weight in objective.parameters()}
+    if not owned.issuperset(id(weight) for group in optimizer.param_groups for weight in group["params"]):
+        raise UsageError("`optimizer` holds weights that aren't `objective`'s: it is to be made of its parameters()")
     processes = Processes.join(options.batch_size, options.device)
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in objective.modules())
     if has_batch_norm and min(options.batch_size, len(train)) < 2 * processes.world:
@@ -138,6 +164,11 @@ def fit(
     settings = {**(settings or {}), "n_train": len(train)}
     train, validation = train.to(options.device), validation.to(options.device)
     objective.to(options.device).train()
+    for data, what in ((train, "training"), (validation, "validation")):
+        try:
+            objective.model.check(*data.batch(consecutive_rows(data, options.batch_size)[0]))
+        except UsageError as error:
+            raise UsageError(f"the first batch of {what}: {error}") from error.__cause__
     rates = [group["lr"] for group in optimizer.param_groups]
     run = Run(objective, optimizer, out_dir=options.out_dir, experiment=experiment, settings=settings)
     run.start(options.resume)
@@ -169,10 +200,11 @@ def fit(
                 beta_now.fill_(run.beta)  # a tensor: a compiled step would take each new number for a new program
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * lr(t)
-                totals = train_step(
-                    step_module, optimizer, batch, present,
-                    beta=beta_now, subsets=subsets, precision=options.precision,
-                )  # fmt: skip
+                with _explained(objective, batch, present):
+                    totals = train_step(
+                        step_module, optimizer, batch, present,
+                        beta=beta_now, subsets=subsets, precision=options.precision,
+                    )  # fmt: skip
                 asked = run.step % options.log_interval == 0 or run.step == len(batches)
                 stop = processes.agree_to_stop(caught, ask=asked)
                 sums = totals.vector()
@@ -192,6 +224,7 @@ def fit(
             if not all(map(math.isfinite, found.values())):
                 bad = [name for name, value in found.items() if not math.isfinite(value)]
                 watch.stop([f"validation's {name}" for name in sorted(bad, key=lambda name: "/" not in name)])
+            watch.check_course(found["loss"])
             best = run.end_epoch(train_sums, found)
             if processes.rank == 0:
                 run.save(best=best)
@@ -217,7 +250,8 @@ def validate(
         if i % processes.world == processes.rank:
             torch.manual_seed(seed_of(options.seed, 0, i))
             batch, present = data.batch(rows)
-            with torch.autocast(options.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+            autocast = torch.autocast(options.device.type, torch.bfloat16, enabled=options.precision == "bf16")
+            with autocast, _explained(objective, batch, present):
                 _, totals = objective(batch, 1.0, (), present)
             sums[:size] += totals.vector()
             whole = torch.ones(len(rows), dtype=torch.bool, device=options.device)
@@ -240,9 +274,12 @@ class _Watch:
     def __init__(self, run: Run):
         self.run = run
         self.first: Tensor | None = None
+        self.start = run.history[0]["train/loss"] if run.history else None
 
     def look(self, sums: Tensor, *, raise_now: bool) -> None:
         """Remembers a step's sums unless an earlier step's were bad; those raise UserError if `raise_now`."""
+        if self.first is None and self.start is None:
+            self.start = (sums[0] / sums[1]).item()
         self.first = sums if self.first is None else torch.where(self.first.isfinite().all(), sums, self.first)
         if raise_now and not self.first.isfinite().all():
             self.check_weights()
@@ -255,11 +292,37 @@ class _Watch:
         if bad:
             self.stop([f"the gradient of {name}" for name in sorted(bad)])
 
+    def check_course(self, loss: float) -> None:
+        """Raises UserError if an epoch's validation loss says that the run diverges.
+
+        It is held against the loss of the run's first step, or after resuming that of its first epoch.
+        """
+        if self.start is not None and loss > DIVERGED * max(abs(self.start), 100.0):
+            self._stop(f"the run diverges: validation loss {loss:.3g}", f", after {self.start:.3g} at its start")
+
     def stop(self, what: list[str]) -> None:
-        where = f"epoch {self.run.epoch}, step {self.run.step}"
         more = " and more" if len(what) > 4 else ""
+        self._stop("not finite", f": {', '.join(what[:4])}{more}")
+
+    def _stop(self, what: str, more: str) -> None:
+        where = f"by epoch {self.run.epoch}, step {self.run.step}"
         remedy = "the last good checkpoint is kept; try a smaller `lr`, or `precision` fp32"
-        raise UserError(f"not finite by {where}: {', '.join(what[:4])}{more}; {remedy}")
+        raise UserError(f"{what} {where}{more}; {remedy}")
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in get_args(Precision):
+        raise UsageError(f"`precision` is {precision!r}, and {' or '.join(get_args(Precision))} is wanted")
+
+
+@contextmanager
+def _explained(objective: Objective, batch: Batch, present: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Where torch fails on a batch, such as on a label that is no class, has the model say what is wrong with it."""
+    try:
+        yield
+    except (IndexError, RuntimeError):
+        objective.model.check(batch, present)
+        raise
 
 
 def _device_of(batch: Batch) -> torch.device:

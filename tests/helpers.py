@@ -233,12 +233,12 @@ def fit_small(
 
 
 def at_call(n: int, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable:
-    """A transform of Data that does `change` at its n-th call and nothing at others."""
+    """A transform of Data that does `change` in the n-th step of `fit`, which before it checks the first batch."""
     calls = 0
 
     def transform(rows: dict[str, Tensor]) -> dict[str, Tensor]:
         nonlocal calls
         calls += 1
-        return change(rows) if calls == n else rows
+        return change(rows) if calls == n + 1 else rows
 
     return transform

@@ -13,17 +13,20 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from celeba.datasets import CONTROLS
 from celeba.model import build_model
 from mvae import MVAE, checkpoint, metrics
 from mvae.datasets import celeba
 from mvae.datasets.celeba import ATTRIBUTES
 from mvae.errors import UserError
 from mvae.estimators import mean_and_error
-from mvae.scripts import faces
+from mvae.scripts import faces, kinds, sampling
+from mvae.scripts.kinds import Attributes, HeldOut
 from mvae.synthetic.faces import DRAWN
 
 from helpers import RunHere, assert_ended, assert_refused, assert_same_run, environment, run_warm, stats
 
+ATTRS = Attributes(ATTRIBUTES)
 SHORT = ["--n-latents", "8", "--limit", "80", "--batch-size", "40", "--annealing-epochs", "2", "--lr", "1e-3"]
 
 
@@ -81,7 +84,7 @@ def test_made_faces_show_the_attributes_that_are_used() -> None:
     ],
 )
 def test_attributes_are_named_and_negated(text: str, given: dict[str, bool]) -> None:
-    assert faces.attributes(text) == given
+    assert ATTRS.values(text) == [given]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,7 @@ def test_attributes_are_named_and_negated(text: str, given: dict[str, bool]) -> 
 )
 def test_unknown_attribute_is_refused_with_the_list_and_the_nearest(text: str, nearest: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError) as caught:
-        faces.attributes(text)
+        ATTRS.values(text)
     assert f"nearest is {nearest}," in str(caught.value)
     assert ", ".join(ATTRIBUTES) in str(caught.value)
 
@@ -98,12 +101,12 @@ def test_unknown_attribute_is_refused_with_the_list_and_the_nearest(text: str, n
 @pytest.mark.parametrize("text", ["", ",", "Male,", "--Male", "-", "Male Smiling"])
 def test_what_is_no_list_of_attributes_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is no attribute"):
-        faces.attributes(text)
+        ATTRS.values(text)
 
 
 def test_attribute_that_is_to_be_there_and_absent_is_refused() -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="Male to be there and to be absent"):
-        faces.attributes("Male,-Male")
+        ATTRS.values("Male,-Male")
 
 
 @pytest.mark.parametrize(
@@ -129,15 +132,15 @@ def test_picture_is_a_file_that_is_there_before_it_is_an_attribute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert faces.picture_or_attributes("-Male") == {"Male": False}
+    assert kinds.values(CONTROLS, "image", "-Male") == [HeldOut("attrs", {"Male": False})]
     Path("Male").touch()
-    assert faces.picture_or_attributes("Male") == Path("Male")
+    assert kinds.values(CONTROLS, "image", "Male") == [Path("Male")]
 
 
 @pytest.mark.parametrize("text", ["portrait.jpg", "", "x" * 300])
 def test_neither_file_nor_attribute_is_refused_as_both(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=r"there is no file .*, and .* is no attribute"):
-        faces.picture_or_attributes(text)
+        kinds.values(CONTROLS, "image", text)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
@@ -146,7 +149,7 @@ def test_picture_of_any_mode_and_size_is_a_condition(mode: str, size: tuple[int,
     path = tmp_path / "picture.tif"
     noise = torch.randint(256, (*size[::-1], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     Image.fromarray(noise.numpy()).convert(mode).save(path)
-    image = faces.condition(argparse.Namespace(condition_on_image=path))
+    image = CONTROLS["image"].tensor(path)
     assert image.shape == (1, 3, 64, 64)
     assert 0 <= image.min() <= image.max() <= 1
     assert (image[:, 0] == image[:, 1]).all() == (mode in ("L", "1"))
@@ -154,10 +157,9 @@ def test_picture_of_any_mode_and_size_is_a_condition(mode: str, size: tuple[int,
 
 def test_random_picture_is_a_validation_example_with_the_attributes(faces_dir: Path) -> None:
     _, held_out = celeba.training_data(faces_dir, faces_dir / "cache", allow_missing=False, workers=1)
-    args = argparse.Namespace(data_dir=faces_dir, cache_dir=faces_dir / "cache", allow_missing=False, workers=1)
-    args.condition_on_image = {"Male": True, "Smiling": False}
     torch.manual_seed(0)
-    drawn = [faces.condition(args) for _ in range(8)]
+    given = {"image": [HeldOut("attrs", {"Male": True, "Smiling": False})] * 8}
+    drawn = [row.batch["image"] for row in sampling.conditions(given, None, CONTROLS, lambda: held_out)]
     images = held_out.tensors["image"].float() / 255
     rows = [int((images == image).flatten(1).all(dim=1).nonzero()) for image in drawn]
     assert len(set(rows)) > 1
@@ -173,7 +175,7 @@ def test_line_names_the_attributes_that_are_there() -> None:
     there = torch.zeros(3, 18, dtype=torch.bool)
     there[0, [17, 9]] = True
     there[2] = True
-    assert faces.lines(there) == f"Male Wearing_Hat\n\n{' '.join(ATTRIBUTES)}\n"
+    assert ATTRS.lines(there) == ["Male Wearing_Hat", "", " ".join(ATTRIBUTES)]
 
 
 def predictions(n: int = 200) -> tuple[Tensor, Tensor]:
@@ -294,7 +296,8 @@ def sample(draw: RunHere, tmp_path: Path) -> Sample:
 def test_sample_writes_a_grid_and_its_lines_of_attributes(draw: RunHere, tmp_path: Path) -> None:
     assert_ended(draw("--condition-on-attrs", "-Male", "--n-samples", 10))
     with Image.open(tmp_path / "sample_image.png") as grid:
-        assert grid.size == (8 * 66 + 2, 2 * 66 + 2)
+        assert grid.height == 2 * 66 + 2
+        assert json.loads(grid.info["mvae"])["given"] == ["attrs -Male"]
     lines = (tmp_path / "sample_attrs.txt").read_text().split("\n")[:-1]
     assert len(lines) == 10
     assert {name for line in lines for name in line.split()} <= set(ATTRIBUTES)
@@ -344,7 +347,7 @@ def test_what_is_no_picture_is_refused_by_its_name(tmp_path: Path, content: byte
     path = tmp_path / "own.png"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"^can't read .*own.png as a picture: it is none, or damaged$"):
-        faces.condition(argparse.Namespace(condition_on_image=path))
+        CONTROLS["image"].tensor(path)
 
 
 def test_condition_that_cannot_be_had_ends_sample_in_one_line(draw: RunHere, tmp_path: Path) -> None:
@@ -352,7 +355,7 @@ def test_condition_that_cannot_be_had_ends_sample_in_one_line(draw: RunHere, tmp
     own.touch()
     assert_refused(draw("--condition-on-image", own), 1, own, "as a picture")
     nobody = draw("--condition-on-image", "Bald,Wearing_Hat,-Male")
-    assert_refused(nobody, 1, "none of the 60 held-out examples shows Bald and Wearing_Hat and no Male")
+    assert_refused(nobody, 1, "none of the 60 held-out examples shows attrs 'Bald,Wearing_Hat,-Male'")
     assert list(tmp_path.iterdir()) == [own]
 
 

@@ -137,7 +137,8 @@ def test_estimates_agree_with_the_exact_log_p(n_modalities: int, quantity: Quant
     mean, error = mean_and_error((found - exact).mean(dim=1))
     assert 0 < error < 0.01
     assert abs(mean) < 4 * error
-    assert ((found.mean(dim=0) - exact).abs() < 0.05).all()  # example by example
+    errors = found.std(dim=0) / math.sqrt(N_SEEDS)
+    assert ((found.mean(dim=0) - exact).abs() < (4 * errors).clamp(min=0.05)).all()  # example by example
 
 
 @pytest.mark.parametrize("n_modalities", [2, 3])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mnist.model import build_model
 from mvae import experts
+from mvae.errors import UsageError
 from mvae.likelihoods import Categorical
 from mvae.model import MVAE
 
@@ -122,7 +123,7 @@ def test_label_zero_is_a_label(model: MVAE) -> None:
 
 
 def test_encoders_and_likelihoods_are_for_the_same_modalities(model: MVAE) -> None:
-    with pytest.raises(ValueError, match=r"\['image'\].*\['image', 'text'\]"):
+    with pytest.raises(UsageError, match=r"\['image'\].*\['image', 'text'\]"):
         MVAE(
             encoders={"image": model.encoders["image"]},
             likelihoods={name: model.likelihood(name) for name in model.modalities},

@@ -1,24 +1,30 @@
 """The MNIST scripts as a user runs them: train, sample, estimate; what they write, print and refuse."""
 
+import argparse
+import csv
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mnist.datasets import examples
 from mnist.datasets import test_data as mnist_test_data
 from mnist.model import build_model
 from mvae import checkpoint
 from mvae.errors import UsageError
-from mvae.estimators import Quantity, evaluate
+from mvae.estimators import Estimate, Evaluation, Quantity, evaluate
 from mvae.scripts import flags
 from mvae.scripts.flags import reconstruct, training_parser
+from mvae.scripts.report import write_per_example
 
 from helpers import (
     ROOT,
@@ -261,7 +267,8 @@ def test_label_0_is_a_condition(
     picture, labels = sample(trained, digits_dir, tmp_path / "new", "--condition-on-text", 0, "--n-samples", 10)
     assert labels.count("0") >= 9  # each is decoded from a draw of z
     assert picture != sampled[1]
-    assert Image.open(tmp_path / "new" / "sample_image.png").size == (8 * 30 + 2, 2 * 30 + 2)
+    with Image.open(tmp_path / "new" / "sample_image.png") as grid:
+        assert grid.height == 2 * 30 + 2
 
 
 def test_picture_is_a_condition_alone_and_beside_a_label(
@@ -334,6 +341,46 @@ def test_loglike_prints_what_it_writes(estimated: tuple[dict[str, Any], subproce
         assert f"{row['mean']:.3f} ± {row['standard_error']:.3f}" in line
     assert "60 examples, 20 importance samples" in done.stdout
     assert "nats" in done.stdout
+
+
+@pytest.mark.parametrize("ending", ["csv", "npz"])
+def test_per_example_has_each_ones_estimates(ending: str, tmp_path: Path) -> None:
+    """The second example lacks the label, and the fourth has nothing."""
+    log_p = torch.tensor([-1.5, -2.25, -4], dtype=torch.float64)
+    keys = (Quantity(("image",)), ("image",)), (Quantity(("text",), given=("image",)), ())
+    estimates = dict(zip(keys, (Estimate(log_p, -log_p), Estimate(log_p[:2] - 1, log_p[:2] + 9)), strict=True))
+    examples = dict(zip(keys, (torch.tensor([0, 1, 2]), torch.tensor([0, 2])), strict=True))
+    path = tmp_path / f"each.{ending}"
+    write_per_example(Evaluation(estimates, {}, {}, examples), path)
+    names = ["log p(image)", "log p(text | image)"], ["q(z | image)", "p(z)"]
+    if ending == "csv":
+        with open(path, newline="") as file:
+            header, *rows = csv.reader(file)
+        assert header == ["example", *(f"{quantity}, {under}" for quantity, under in zip(*names, strict=True))]
+        assert rows == [["0", "-1.5", "-2.5"], ["1", "-2.25", ""], ["2", "-4.0", "-3.25"]]
+    else:
+        found = np.load(path)
+        np.testing.assert_array_equal(found["log_p"], [[-1.5, -2.5], [-2.25, math.nan], [-4, -3.25]])
+        np.testing.assert_array_equal(found["log_weight_variance"], [[1.5, 7.5], [2.25, math.nan], [4, 6.75]])
+        assert found["example"].tolist() == [0, 1, 2]
+        assert (found["quantity"].tolist(), found["proposal"].tolist()) == names
+
+
+def test_per_example_of_the_validation_split_has_the_printed_mean(
+    trained: Trained, digits_dir: Path, tmp_path: Path
+) -> None:
+    words = [trained.out_dir / checkpoint.BEST, "--data-dir", digits_dir, "--split", "validation", *FEW]
+    done = run_warm("mnist/loglike.py", *words, "--per-example", "each.npz", cwd=tmp_path)
+    assert_ended(done)
+    assert done.stdout.startswith("Validation log-likelihood")
+    found = np.load(tmp_path / "each.npz")
+    assert found["log_p"].shape == (60, len(found["quantity"]))
+    assert f"{found['log_p'][:, 0].mean():.3f} ±" in done.stdout
+    held_out = examples("validation", argparse.Namespace(data_dir=digits_dir), {"n_val": 200, "binarize": False})[:60]
+    model, _ = checkpoint.load_model(trained.out_dir / checkpoint.BEST, "mnist", build_model, torch.device("cpu"))
+    quantity, proposal = Quantity(("image",)), ("image",)
+    expected = evaluate(model, held_out, quantities={quantity: [proposal]}, n_samples=20).estimates[quantity, proposal]
+    np.testing.assert_allclose(found["log_p"][:, 0], expected.log_p, rtol=1e-5)
 
 
 def test_loglike_ends_quietly_where_the_reader_of_its_output_has_left(

@@ -228,7 +228,7 @@ def test_a_folder_that_cannot_be_written_is_one_error(digits_dir: Path, tmp_path
 
 @pytest.mark.parametrize("text", ["", "0", "007", "1773"])
 def test_texts_keep_their_leading_zeros(text: str) -> None:
-    assert datasets.decode(datasets.encode(datasets.text_argument(text)).unsqueeze(0)) == [text]
+    assert datasets.decode(datasets.encode(text).unsqueeze(0)) == [text]
 
 
 @pytest.mark.parametrize("text", ["12345", "1a", " 1", "-1", "1\n", "４"])
@@ -288,6 +288,23 @@ def test_all_texts_together_have_probability_one(probability: dict[str, float]) 
     assert len(probability) == 11_111
     assert sum(probability.values()) == pytest.approx(1, abs=1e-12)
     assert max(probability.values()) > 100 / 11_111
+
+
+@torch.no_grad()
+def test_in_bfloat16_probabilities_still_sum_to_one() -> None:
+    torch.manual_seed(0)
+    likelihood, z = networks.Text(networks.TextDecoder(5)), 3 * torch.randn(20, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = likelihood.mean(z).double().sum(dim=2)
+        assert likelihood.log_prob(z, datasets.encode("1773").expand(20, -1)).dtype == torch.float32
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", [[1, 10, 2, 10], [-1, 10, 10, 10], [11, 10, 10, 10]])
+def test_symbols_that_are_no_text_are_refused(text: list[int]) -> None:
+    with pytest.raises(UsageError, match="digits 0 to 9, and after them 10 alone"):
+        networks.build_model(5).check({"text": torch.tensor([text])}, names=["text"])
 
 
 @torch.no_grad()
@@ -389,15 +406,15 @@ def test_the_empty_text_is_a_condition_as_any_other(trained: Path) -> None:
 
 
 def test_texts_are_drawn_at_a_temperature_beside_a_held_out_canvas(trained: Path) -> None:
-    _, texts = sample(trained, "--condition-on-image", "", "--condition-on-text", "", "--temperature", 2)
-    assert [datasets.text_argument(text) for text in texts] == texts
+    _, texts = sample(trained, "--condition-on-image", "", "--condition-on-text", "", "--draw", "--temperature", 2)
+    assert [datasets.decode(datasets.encode(text).unsqueeze(0))[0] for text in texts] == texts
     assert len(set(texts)) > 1
 
 
 def test_a_text_that_no_held_out_canvas_has_is_an_error(trained: Path, tmp_path: Path) -> None:
     arguments = ["--canvas-dir", trained / "data" / "MultiMNIST", "--condition-on-image", "9876"]
     done = run_warm("multimnist/sample.py", trained / "trained_models" / checkpoint.BEST, *arguments, cwd=tmp_path)
-    assert_refused(done, 1, "none of the 30 held-out examples", "'9876'")
+    assert_refused(done, 1, "none of the 30 held-out examples shows text '9876'")
 
 
 def test_sample_says_what_texts_are_allowed(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def fit_as(rank: int, world: int, port: int, folder: Path, lr: float, stop: int 
     def transform(rows: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.append(rows["number"])
         drawn.append(torch.rand(()).item())
-        if len(seen) == stop and rank == 0:
+        if len(seen) - 1 == stop and rank == 0:  # the first call is for the check of the data
             signal.raise_signal(signal.SIGTERM)
         return {name: tensor for name, tensor in rows.items() if name != "number"}
 
@@ -221,7 +221,7 @@ def fit_as(rank: int, world: int, port: int, folder: Path, lr: float, stop: int 
             log_interval=1,
             resume=resume,
         )
-    found = {"seen": seen, "drawn": drawn, "records": without_times(records), "model": model.state_dict()}
+    found = {"seen": seen[1:], "drawn": drawn[1:], "records": without_times(records), "model": model.state_dict()}
     torch.save(found, folder / f"{rank}.pt")
 
 

@@ -315,7 +315,7 @@ def test_folder_that_cannot_be_written_is_one_error_before_the_first_step(tmp_pa
 
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match=r"can't write .*file/run"):
-        fit_small(tmp_path / "file" / "run", train=small_data(24, seed=0, transform=step))
+        fit_small(tmp_path / "file" / "run", train=small_data(24, seed=0, transform=at_call(1, step)))
 
 
 def test_tensorboard_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
@@ -368,10 +368,9 @@ def test_culprit_among_many_modalities_is_named(tmp_path: Path) -> None:
         n_latents=2,
     )
     examples = Data(tensors={name: torch.ones(6, 2) for name in names})
+    train = dataclasses.replace(examples, transform=at_call(1, spoiled("m7")))
     with pytest.raises(UserError, match="log p of m7 in term m7"):
-        fit_small(
-            tmp_path, model=model, train=dataclasses.replace(examples, transform=spoiled("m7")), validation=examples
-        )
+        fit_small(tmp_path, model=model, train=train, validation=examples)
 
 
 class NanGradient(torch.autograd.Function):
@@ -429,7 +428,7 @@ def test_signal_does_not_save_weights_that_are_not_finite(tmp_path: Path) -> Non
 def test_validation_that_is_not_finite_is_named_and_the_checkpoint_kept(tmp_path: Path) -> None:
     fit_small(tmp_path, epochs=1)
     before = contents(tmp_path)
-    validation = small_data(10, seed=1, transform=spoiled("attrs"))
+    validation = small_data(10, seed=1, transform=at_call(1, spoiled("attrs")))
     with pytest.raises(UserError, match=r"not finite.*validation"):
         fit_small(tmp_path, validation=validation, resume=True)
     assert contents(tmp_path) == before

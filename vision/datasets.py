@@ -13,7 +13,7 @@ import logging
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -23,6 +23,7 @@ from mvae.datasets.celeba import SPLITS
 from mvae.datasets.picture_cache import Entry, decoded, listing
 from mvae.errors import UserError
 from mvae.scripts import flags
+from mvae.scripts.kinds import Picture
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,8 @@ MODES: dict[str, Literal["RGB", "L"]] = {
 }
 MODALITIES = tuple(MODES)
 SIZE = 64  # pixels
+PENS = {"edge": 1, "mask": 3}  # pixels
+CONTROLS = {name: Picture(mode, SIZE, dark=name in PENS, pen=PENS.get(name, 0)) for name, mode in MODES.items()}
 
 COMMANDS = {"gray": "grayscale", "edge": "edge", "mask": "mask"}  # of setup.py, by what each makes
 FOLDERS = {"image": "images", **COMMANDS}
@@ -124,6 +127,11 @@ def training_data(
 def test_data(folders: Mapping[str, Path], data_dir: Path, cache_dir: Path, *, workers: int) -> "Data":
     """The test split, as `training_data` gives the others."""
     return _splits(folders, data_dir, cache_dir, workers)[2]
+
+
+def examples(split: str, args: argparse.Namespace, settings: Mapping[str, Any]) -> "Data":
+    """The split "train", "validation" or "test" of the pictures that the flags name."""
+    return _splits(folders(args), args.data_dir, args.cache_dir, args.workers)[SPLITS.index(split)]
 
 
 def find(folders: Mapping[str, Path], data_dir: Path) -> Pictures:

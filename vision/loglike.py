@@ -30,10 +30,9 @@ def main() -> None:
     }
     device = flags.device(args)
     model, trained = checkpoint.load_model(args.model_path, "vision", build_model, device)
-    test = datasets.test_data(datasets.folders(args), args.data_dir, args.cache_dir, workers=args.workers)
     found = evaluate(
         model,
-        test[: args.limit].to(device),
+        datasets.examples(args.split, args, trained["settings"])[: args.limit].to(device),
         quantities=quantities,
         n_samples=args.n_samples,
         seed=args.seed,

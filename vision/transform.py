@@ -35,8 +35,9 @@ def transformed(model: "MVAE", batch: "Batch", given: str, *drawn: str) -> "Tens
 
 
 def main() -> None:
-    parser = flags.sampling_parser(__doc__)
-    parser.set_defaults(out_dir=Path("./samples"), n_samples=8)
+    parser = flags.model_parser(__doc__)
+    parser.add_argument("--n-samples", type=flags.positive_int, default=8, help="faces, side by side")
+    parser.add_argument("--out-dir", type=Path, default=Path("./samples"), help="folder to write into")
     datasets.add_flags(parser)
     args = parser.parse_args()
 

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from ..errors import UserError
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MOST_PIXELS = 50_000_000  # of a user's picture
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of users' pictures; PIL's others run more code
 FORMAT = "mvae pictures 1"
 BLOCK = 128  # pictures: what a kill loses of each process's work, and what a checksum is of
 
@@ -88,16 +90,29 @@ def decoded(
 def load_picture(path: Path, mode: Literal["RGB", "L"], size: int) -> "Tensor":
     """A picture file of any size and mode as (1, channels, size, size) in [0, 1], made as the training data's are.
 
-    Raises UserError if it can't be read or is no picture.
+    First it is turned upright, as a camera says, and what is transparent becomes white. Raises UserError if it can't be
+    read or is no picture.
     """
-    import torch
-
     try:
-        content = pixels(path.read_bytes(), mode, size)
+        return picture(path.read_bytes(), mode, size)
     except OSError as error:  # PIL's error for what is no picture is one, too
         raise UserError(f"can't read {path} as a picture: {error.strerror or 'it is none, or damaged'}") from None
     except Exception:  # PIL fails in many ways on a damaged file; each means the same to the user
         raise UserError(f"can't read {path} as a picture: it is none, or damaged") from None
+
+
+def picture(content: bytes, mode: Literal["RGB", "L"], size: int) -> "Tensor":
+    """What `load_picture` makes of a file's content. Raises what PIL raises if it is no picture, or ValueError."""
+    import torch
+
+    with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+        if opened.width * opened.height > MOST_PIXELS:  # before a pixel of it is decoded
+            raise ValueError(f"{opened.width}x{opened.height} pixels are more than {MOST_PIXELS}")
+        image = ImageOps.exif_transpose(opened)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        content = fitted(image.convert(mode), size)
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(1, len(mode), size, size).float() / 255
 
 
@@ -330,7 +345,11 @@ def _report(what: int | str) -> None:
 def pixels(content: bytes, mode: str, size: int) -> bytes:
     """A picture file's pixels by channel, row, column, after torchvision's Resize(size) and CenterCrop(size)."""
     with Image.open(io.BytesIO(content)) as opened:
-        image = opened.convert(mode)
+        return fitted(opened.convert(mode), size)
+
+
+def fitted(image: Image.Image, size: int) -> bytes:
+    """An image's pixels by channel, row, column, after torchvision's Resize(size) and CenterCrop(size)."""
     width, height = (int(size * side / min(image.size)) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))

@@ -1,18 +1,10 @@
-"""CelebA in the scripts: its flags, its preparation, and attributes as a condition and as text."""
+"""CelebA in the scripts: its flags and its preparation."""
 
 import argparse
-import difflib
-import os
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..datasets.celeba import ATTRIBUTES, find, pictures, summary, training_data
-from ..datasets.picture_cache import load_picture
+from ..datasets.celeba import find, pictures, summary
 from . import flags
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 CONDITIONS = ("--condition-on-attrs", "--condition-on-image")
 
@@ -35,23 +27,6 @@ def prepare(description: str | None) -> None:
     print(f"its pictures are decoded in {args.cache_dir}")
 
 
-def add_conditions(parser: argparse.ArgumentParser) -> None:
-    """The flags --condition-on-attrs and --condition-on-image of a sample.py; see `attributes` and `condition`."""
-    names = ", ".join(ATTRIBUTES)
-    parser.add_argument(
-        CONDITIONS[0],
-        type=attributes,
-        metavar="NAME,-NAME",
-        help=f"these attributes, and with a - those that are to be absent, with commas between them; there are {names}",
-    )
-    parser.add_argument(
-        CONDITIONS[1],
-        type=picture_or_attributes,
-        metavar="FILE|NAME",
-        help="a picture of your own, of any size; or a random held-out one with these attributes, chosen by --seed",
-    )
-
-
 def arguments() -> list[str]:
     """The command line, with `--condition-on-attrs -Name` as one word: argparse would take -Name for a flag."""
     words: list[str] = []
@@ -61,56 +36,3 @@ def arguments() -> list[str]:
         else:
             words.append(word)
     return words
-
-
-def attributes(text: str) -> dict[str, bool]:
-    """An argparse type, of `Male,Eyeglasses,-Smiling`: attributes by name, in any case, and whether each is there."""
-    known = {name.casefold(): name for name in ATTRIBUTES}
-    given: dict[str, bool] = {}
-    for word in text.split(","):
-        name = word.strip().removeprefix("-")
-        if name.casefold() not in known:
-            nearest = known[difflib.get_close_matches(name.casefold(), known, n=1, cutoff=0)[0]]
-            raise argparse.ArgumentTypeError(
-                f"{name!r} is no attribute; the nearest is {nearest}, of {', '.join(ATTRIBUTES)}"
-            )
-        there = not word.strip().startswith("-")
-        if given.setdefault(known[name.casefold()], there) != there:
-            raise argparse.ArgumentTypeError(f"{text!r} wants {name} to be there and to be absent")
-    return given
-
-
-def picture_or_attributes(text: str) -> Path | dict[str, bool]:
-    """An argparse type: the path of a file that is there, or else `attributes`."""
-    if os.path.isfile(text):  # unlike Path's, it says no to any words
-        return Path(text)
-    try:
-        return attributes(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"there is no file {text!r}, and {error}") from None
-
-
-def condition(args: argparse.Namespace) -> "Tensor":
-    """The picture (1, 3, 64, 64) in [0, 1] that --condition-on-image asks for: a file, or a validation example.
-
-    Raises UserError if the file is no picture, or CelebA can't be had, or no example has the attributes.
-    """
-    import torch
-
-    from ..data import random_example
-
-    wanted = args.condition_on_image
-    if isinstance(wanted, Path):
-        return load_picture(wanted, "RGB", 64)
-    _, held_out = training_data(args.data_dir, args.cache_dir, allow_missing=args.allow_missing, workers=args.workers)
-    fits = torch.ones(len(held_out), dtype=torch.bool)
-    for name, there in wanted.items():
-        fits &= held_out.tensors["attrs"][:, ATTRIBUTES.index(name)] == there
-    what = " and ".join(name if there else f"no {name}" for name, there in wanted.items())
-    return random_example(held_out, fits, what)["image"]
-
-
-def lines(there: "Tensor") -> str:
-    """A line for each row of (n, 18) bool: the names of the attributes that are there."""
-    rows = ([name for name, here in zip(ATTRIBUTES, row, strict=True) if here] for row in there.tolist())
-    return "".join(" ".join(row) + "\n" for row in rows)

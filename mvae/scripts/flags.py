@@ -1,6 +1,7 @@
 """What the scripts share: flags, the device, and errors of one line."""
 
 import argparse
+import functools
 import logging
 import os
 import re
@@ -9,11 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
 from ..errors import UsageError, UserError
+from .kinds import Controls, Picture, described_by, endpoint, values
 
 if TYPE_CHECKING:  # torch is imported where it's needed, so that -h doesn't wait for it
     import torch
@@ -23,6 +25,9 @@ if TYPE_CHECKING:  # torch is imported where it's needed, so that -h doesn't wai
     from ..training import Options
 
 T = TypeVar("T")
+
+STEPS = 8
+"""The rows of an interpolation, its two ends included."""
 
 
 def run(main: Callable[[], None]) -> None:
@@ -190,22 +195,110 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def sampling_parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags of a sample.py; the experiment adds its conditions."""
+def model_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the flags of every script that takes a trained model."""
     result = parser(description)
     result.add_argument("model_path", type=Path, help="the checkpoint, such as ./trained_models/model_best.pth.tar")
-    result.add_argument("--n-samples", type=positive_int, default=64, help="samples to draw")
+    return result
+
+
+def sampling_parser(description: str | None, controls: Controls) -> argparse.ArgumentParser:
+    """The flags of a sample.py, but for its conditions; see `add_conditions`."""
+    result = model_parser(description)
+    result.add_argument("--n-samples", type=positive_int, help="samples to draw of each condition; 64, of several 8")
     result.add_argument("--out-dir", type=Path, default=Path("."), help="folder to write into")
+    result.add_argument(
+        "--save",
+        action="append",
+        choices=["grid", "images", "npy"],
+        help="a grid (the default), a folder of single pictures, or float arrays; may be repeated",
+    )
+    result.add_argument("--draw", action="store_true", help="draw from p(x | z), in place of its means")
+    result.add_argument(
+        "--temperature",
+        type=positive_float,
+        default=1.0,
+        help="multiplies the variance of z, and with --draw divides the logits of x; below 1 it is more typical",
+    )
+    result.add_argument(
+        "--interpolate",
+        nargs=2,
+        type=functools.partial(endpoint, controls),
+        metavar=("A", "B"),
+        help=f"{STEPS} conditions on the way from A to B, each [NAME=]VALUE, with NAME of {', '.join(controls)}",
+    )
+    return result
+
+
+def add_conditions(parser: argparse.ArgumentParser, controls: Controls) -> None:
+    """The flag --condition-on-NAME for each control; see `given`."""
+    other = described_by(controls)
+    for name, kind in controls.items():
+        of_picture = isinstance(kind, Picture)
+        metavar = f"{kind.metavar}|{controls[other].metavar}" if of_picture and other else kind.metavar
+        what = f"a picture of your own, of any size; or a random held-out one of this {other}, chosen by --seed"
+        parser.add_argument(
+            f"--condition-on-{name}",
+            action="extend",
+            type=functools.partial(values, controls, name),
+            metavar=metavar,
+            help=(what if of_picture else kind.help) + "; may be repeated, and each is a row",
+        )
+
+
+def given(args: argparse.Namespace, controls: Controls) -> dict[str, list[Any]]:
+    """The values that the flags --condition-on-NAME give, by control; a control without is left out."""
+    found = {name: getattr(args, f"condition_on_{name}") for name in controls}
+    return {name: values for name, values in found.items() if values is not None}
+
+
+def embedding_parser(description: str | None, controls: Controls) -> argparse.ArgumentParser:
+    """The flags of an embed.py."""
+    result = model_parser(description)
+    result.add_argument(
+        "--given",
+        nargs="+",
+        action="extend",
+        choices=list(controls),
+        help=f"what the posterior is given; without this flag {next(iter(controls))}",
+    )
+    result.add_argument("--split", choices=["train", "validation", "test"], default="test", help="whose examples")
+    result.add_argument("--limit", type=positive_int, help="the first N examples only")
+    result.add_argument(
+        "--files", nargs="+", action="extend", type=Path, metavar="FILE", help="pictures, or folders of them, instead"
+    )
+    result.add_argument("--out", type=Path, default=Path("latents.npz"), help="file to write")
+    result.add_argument("--plot", type=Path, metavar="FILE", help="draw a map in two dimensions to this PNG file, too")
+    result.add_argument(
+        "--map",
+        choices=["pca", "tsne", "umap"],
+        default="pca",
+        help="how it is made: principal components, t-SNE (by scikit-learn), or UMAP (by umap-learn)",
+    )
+    result.add_argument("--colour-by", metavar="NAME", help="what the map's colours show: a label or an attribute")
+    return result
+
+
+def exploring_parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags of an explore.py."""
+    result = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
+    result.add_argument("model_path", type=Path, help="the checkpoint, such as ./trained_models/model_best.pth.tar")
+    result.add_argument("--cuda", action="store_true", help="use the first visible CUDA device")
+    result.add_argument("--port", type=non_negative_int, default=8050, help="where the page is served; 0: a free one")
+    result.add_argument("--host", default="127.0.0.1", help="the address; another one lets other machines in")
     return result
 
 
 def loglike_parser(description: str | None) -> argparse.ArgumentParser:
     """The flags of a loglike.py."""
-    result = parser(description)
-    result.add_argument("model_path", type=Path, help="the checkpoint, such as ./trained_models/model_best.pth.tar")
+    result = model_parser(description)
     result.add_argument("--n-samples", type=two_or_more, default=1000, help="importance samples per example")
-    result.add_argument("--limit", type=two_or_more, help="the first N test examples only")
+    result.add_argument("--split", choices=["test", "validation"], default="test", help="whose examples")
+    result.add_argument("--limit", type=two_or_more, help="the first N examples only")
     result.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file, too")
+    result.add_argument(
+        "--per-example", type=csv_or_npz, metavar="FILE", help="write each example's log p to this .csv or .npz file"
+    )
     return result
 
 
@@ -314,9 +407,15 @@ def device(args: argparse.Namespace) -> "torch.device":
     return torch.device("cpu")
 
 
-def progress(items: Sequence[T]) -> Iterable[T]:
-    """The items, with a progress bar where stderr is a terminal."""
-    return tqdm(items, leave=False, disable=not sys.stderr.isatty())
+def progress(items: Iterable[T], total: int | None = None) -> Iterable[T]:
+    """The items, with a progress bar where stderr is a terminal; `total` is their number if they have no length."""
+    return tqdm(items, total=total, leave=False, disable=not sys.stderr.isatty())
+
+
+def csv_or_npz(text: str) -> Path:
+    if not text.endswith((".csv", ".npz")):
+        raise argparse.ArgumentTypeError(f"{text!r} ends neither in .csv nor in .npz")
+    return Path(text)
 
 
 def positive_int(text: str) -> int:

@@ -1,16 +1,20 @@
-"""What a loglike.py prints, and writes to --json."""
+"""What a loglike.py prints, and writes to --json and --per-example."""
 
 import argparse
+import csv
+import io
 import json
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..estimators import Evaluation, listed, mean_and_error
-from ..files import write_atomically
+from ..files import whole, write_atomically
 from .flags import origin
 
 STARTED = time.perf_counter()
@@ -19,7 +23,7 @@ STARTED = time.perf_counter()
 def report(
     found: Evaluation, measures: Mapping[str, Tensor], args: argparse.Namespace, trained: Mapping[str, Any]
 ) -> None:
-    """Prints what a loglike.py found, and writes it to --json.
+    """Prints what a loglike.py found, and writes it to --json and --per-example.
 
     Args:
         measures: further values (n,), by their names.
@@ -29,8 +33,7 @@ def report(
     for (quantity, proposal), estimate in found.estimates.items():
         mean, error = mean_and_error(estimate.log_p)
         variance = estimate.log_weight_variance.mean().item()
-        under = f"q(z | {listed(proposal)})" if proposal else "p(z)"
-        row = {"quantity": quantity.name, "proposal": under, "mean": mean, "standard_error": error}
+        row = {"quantity": quantity.name, "proposal": _under(proposal), "mean": mean, "standard_error": error}
         rows.append({**row, "log_weight_variance": variance})
     n = len(next(iter(found.estimates.values())).log_p)
     others = {name: mean_and_error(values) for name, values in measures.items()}
@@ -39,6 +42,7 @@ def report(
         content = {
             **origin(),
             "checkpoint": str(args.model_path),
+            "split": args.split,
             "n_examples": n,
             "n_samples": args.n_samples,
             "seed": args.seed,
@@ -51,7 +55,10 @@ def report(
             "measures": {name: {"mean": mean, "standard_error": error} for name, (mean, error) in others.items()},
         }
         write_atomically(args.json, (json.dumps(content, indent=2) + "\n").encode())
-    print(f"Test log-likelihood in nats: mean ± standard error over {n} examples, {args.n_samples} importance samples,")
+    if args.per_example:
+        write_per_example(found, args.per_example)
+    of_what = f"over {n} examples, {args.n_samples} importance samples"
+    print(f"{args.split.capitalize()} log-likelihood in nats: mean ± standard error {of_what},")
     print("and the variance of the log importance weights (mean over examples).")
     widths = [max(24, *(len(row[name]) + 2 for row in rows)) for name in ("quantity", "proposal")]
     print(f"{'quantity':{widths[0]}}{'proposal':{widths[1]}}{'log-likelihood':>20}{'variance':>12}")
@@ -61,3 +68,36 @@ def report(
         print(f"{names}{value:>20}{row['log_weight_variance']:>12.2f}")
     for name, (mean, error) in others.items():
         print(f"{name}: {mean:.4f} ± {error:.4f}")
+
+
+def write_per_example(found: Evaluation, path: Path) -> None:
+    """Writes each example's estimates, in nats, to a .csv or an .npz file. Raises UserError if it can't be written.
+
+    The CSV has a line for each example, which begins with its number in the split, and a column for each quantity and
+    proposal. The .npz has `log_p` and `log_weight_variance` (examples, columns), the columns' `quantity` and
+    `proposal`, and the examples' numbers as `example`. What an example lacks a modality for is empty, in the .npz not a
+    number.
+    """
+    quantities = [quantity.name for quantity, _ in found.estimates]
+    proposals = [_under(proposal) for _, proposal in found.estimates]
+    example = torch.cat([*found.examples.values()]).unique()
+    log_p, variance = np.full((2, len(example), len(found.estimates)), np.nan)
+    for column, (which, estimate) in enumerate(found.estimates.items()):
+        rows = torch.searchsorted(example, found.examples[which])
+        log_p[rows, column], variance[rows, column] = estimate.log_p, estimate.log_weight_variance
+    with whole(path) as file:
+        if path.suffix == ".npz":
+            columns = np.array(quantities), np.array(proposals)
+            values = {"log_p": log_p, "log_weight_variance": variance, "example": example.numpy()}
+            np.savez(file, quantity=columns[0], proposal=columns[1], **values)  # type: ignore[arg-type]
+            return
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+        lines = csv.writer(text, lineterminator="\n")
+        lines.writerow(["example", *(f"{name}, {under}" for name, under in zip(quantities, proposals, strict=True))])
+        for number, row in zip(example.tolist(), log_p.tolist(), strict=True):
+            lines.writerow([number, *("" if np.isnan(value) else value for value in row)])
+        text.detach()
+
+
+def _under(proposal: tuple[str, ...]) -> str:
+    return f"q(z | {listed(proposal)})" if proposal else "p(z)"

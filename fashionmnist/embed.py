@@ -1,0 +1,24 @@
+"""Write the posterior's mean and log-variance of clothes of a split, or in files of your own, as one .npz file.
+
+The file has the examples' class, too; --plot draws a map, and colours it by them.
+"""
+
+from mvae.scripts import flags
+
+import datasets
+
+
+def main() -> None:
+    parser = flags.embedding_parser(__doc__, datasets.CONTROLS)
+    args = parser.parse_args()
+
+    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
+    from mvae.scripts import embedding
+
+    from model import build_model
+
+    embedding.embed(args, "fashionmnist", build_model, datasets.CONTROLS, datasets.examples)
+
+
+if __name__ == "__main__":
+    flags.run(main)
