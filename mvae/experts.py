@@ -10,28 +10,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Fusion = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Fusion = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """How experts become a posterior: (mu, logvar, present) -> (mu, logvar), of the shapes that `product` has."""
 
 
-def product(mu: Tensor, logvar: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+def product(mu: Tensor, logvar: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """q(z | X) for many subsets X at once: the product of the prior and the present experts.
 
     With T_i = 1 / var_i: var = 1 / (1 + sum T_i) and mu = var * sum T_i mu_i, computed in log space, so that
     log-variances from -80 to 80 are right in float32. An absent expert's numbers may be anything.
 
     Args:
-        mu, logvar: (modalities, batch, latents).
-        present: bool, broadcastable to (terms, modalities, batch): which experts each term's product takes.
+        mu, logvar: (experts, batch, latents).
+        present: bool, broadcastable to (terms, experts, batch): which experts each term's product takes. None: there is
+            one term, which takes all of them.
 
     Returns:
         mu, logvar: (terms, batch, latents). With no expert present, the prior: zeros.
     """
-    present = present.unsqueeze(-1)
-    log_precision = torch.where(present, -logvar, -math.inf)
+    mu, log_precision = mu.unsqueeze(0), -logvar.unsqueeze(0)
+    if present is not None:
+        present = present.unsqueeze(-1)
+        mu, log_precision = torch.where(present, mu, 0.0), torch.where(present, log_precision, -math.inf)
     log_precision = torch.cat([torch.zeros_like(log_precision[:, :1]), log_precision], dim=1)
     log_weight = log_precision.log_softmax(dim=1)  # the prior's, 0 - log T, is the product's log-variance
-    return (log_weight[:, 1:].exp() * torch.where(present, mu, 0.0)).sum(dim=1), log_weight[:, 0]
+    return (log_weight[:, 1:].exp() * mu).sum(dim=1), log_weight[:, 0]
 
 
 def kl_to_prior(mu: Tensor, logvar: Tensor) -> Tensor:

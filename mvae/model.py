@@ -1,6 +1,7 @@
 """The Multimodal Variational Autoencoder: an expert and a likelihood for each modality, over one latent z ~ N(0, I)."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
@@ -127,8 +128,7 @@ class MVAE(nn.Module):
             return mu, logvar
         here = self.which(batch, present)
         mu, logvar = self.encode(batch, here)
-        given = torch.ones(len(mu), 1, dtype=torch.bool, device=mu.device) if here is None else here
-        mu, logvar = self.fuse(mu, logvar, given.unsqueeze(0))
+        mu, logvar = self.fuse(mu, logvar, None if here is None else here.unsqueeze(0))
         return mu[0], logvar[0]
 
     @torch.no_grad()
@@ -194,14 +194,14 @@ class MVAE(nn.Module):
         Returns:
             (terms, modalities, batch) in nats, zero where nothing was scored.
         """
-        nothing = z.new_zeros(z.shape[1])
+        nothing, each = z.new_zeros(z.shape[1]), z.unbind()
         columns = []
         for m, name in enumerate(self.modalities):
             terms = [t for t, names in enumerate(scored) if name in names]
             if not terms:
                 columns.append(nothing.expand(len(z), -1))
                 continue
-            wanted = z if len(terms) == len(z) else torch.stack([z[t] for t in terms])
+            wanted = z if len(terms) == len(z) else torch.stack([each[t] for t in terms])
             if mask is None:  # one call of the decoder for all its terms
                 scores = self.likelihood(name).log_prob(wanted, batch[name])
             else:  # one call for all its terms' examples that count
@@ -211,8 +211,11 @@ class MVAE(nn.Module):
                     with lone_example(self.likelihood(name), len(rows)):
                         some = self.likelihood(name).log_prob(wanted[which, rows], batch[name][rows])
                     scores = scores.index_put((which, rows), some)
-            by_term = dict(zip(terms, scores, strict=True)) if len(terms) < len(z) else {}
-            columns.append(torch.stack([by_term.get(t, nothing) for t in range(len(z))]) if by_term else scores)
+            if len(terms) < len(z):  # back to their terms' places, with zeros between them
+                gaps = [after - t - 1 for t, after in itertools.pairwise([-1, *terms, len(z)])]
+                zeros = [nothing.expand(gap, -1) for gap in gaps]
+                scores = torch.cat([zeros[0], *itertools.chain(*zip(scores.split(1), zeros[1:], strict=True))])
+            columns.append(scores)
         return torch.stack(columns, dim=1)
 
 

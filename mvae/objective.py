@@ -107,6 +107,34 @@ class Objective(nn.Module):
     def _mask(self, subsets: Iterable[Sequence[str]]) -> Tensor:
         return torch.tensor([[name in subset for name in self.model.modalities] for subset in subsets])
 
+    def _posteriors(
+        self, terms: Sequence[Term], mu: Tensor, logvar: Tensor, given: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """q(z | given) of each term: mu, logvar, each (terms, batch, latents).
+
+        A term costs what it is given: terms with as many experts as each other are fused together, as a batch of the
+        examples of all of them.
+
+        Args:
+            mu, logvar: all experts, (modalities, batch, latents).
+            given: None, or bool (terms, modalities, batch): which examples have the expert, and count for the term.
+        """
+        alike: dict[int, list[int]] = {}
+        for t, term in enumerate(terms):
+            alike.setdefault(len(term.given), []).append(t)
+        order = {name: m for m, name in enumerate(self.model.modalities)}
+        found = []
+        for n_experts, members in alike.items():
+            pairs = [(t, order[terms[t].given[i]]) for i in range(n_experts) for t in members]
+            size = (n_experts, len(members) * mu.shape[1])
+            some_mu, some_logvar = (_taken(part, [m for _, m in pairs]).reshape(*size, -1) for part in (mu, logvar))
+            present = given if given is None else torch.stack([given[pair] for pair in pairs]).view(1, *size)
+            fused = self.model.fuse(some_mu, some_logvar, present)
+            found.append([part.view(len(members), *mu.shape[1:]) for part in fused])
+        back = np.argsort([t for members in alike.values() for t in members]).tolist()
+        mu, logvar = (_taken(torch.cat(parts), back) for parts in zip(*found, strict=True))
+        return mu, logvar
+
     def forward(
         self,
         batch: Batch,
@@ -150,8 +178,8 @@ class Objective(nn.Module):
             given, scored = given & fresh, scored & fresh
             mask = scored
 
-        # Each modality is encoded once for all terms; all posteriors come from one masked fusion.
-        mu, logvar = self.model.fuse(*self.model.encode(batch, here), given)
+        # Each modality is encoded once for all terms.
+        mu, logvar = self._posteriors(terms, *self.model.encode(batch, here), None if here is None else given)
         k = self.iw_samples
         if noise is None:
             noise = torch.randn((k, *mu.shape) if k > 1 else mu.shape, dtype=mu.dtype, device=mu.device)
@@ -211,3 +239,11 @@ def _again(given: Tensor, scored: Tensor, lost: Tensor, keys: Tensor) -> Tensor:
     later = torch.ones(len(key), len(key), dtype=torch.bool, device=key.device).triu(1).unsqueeze(-1)
     rather = later | ~lost  # [t, u]: u is the one to count; a term that has lost something isn't itself among these
     return (lost & ((key.unsqueeze(1) == key) & rather).any(dim=1)).unsqueeze(1)
+
+
+def _taken(parts: Tensor, which: Sequence[int]) -> Tensor:
+    """The parts `which` along the first dimension. All of them in order aren't copied; no index goes to a device."""
+    if [*which] == [*range(len(parts))]:
+        return parts
+    each = parts.unbind()
+    return torch.stack([each[i] for i in which]) if which else parts[:0]

@@ -166,11 +166,11 @@ def assert_same_run(a: Path, b: Path, experiment: str = "mnist") -> None:
 
 
 class SmallEncoder(nn.Module):
-    """(batch, *event) of any type -> mu, logvar, each (batch, 2), by one linear layer."""
+    """(batch, *event) of any type -> mu, logvar, each (batch, latents), by one linear layer."""
 
-    def __init__(self, n_inputs: int):
+    def __init__(self, n_inputs: int, n_latents: int = 2):
         super().__init__()
-        self.linear = nn.Linear(n_inputs, 4)
+        self.linear = nn.Linear(n_inputs, 2 * n_latents)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mu, logvar = self.linear(x.float().reshape(len(x), -1)).chunk(2, dim=1)

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, distributions, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvae.errors import UsageError
+from mvae.likelihoods import Gaussian
 from mvae.model import MVAE
 from mvae.objective import Objective, Term, random_subsets
 from mvae.stats import Totals
 
+from helpers import SmallEncoder
 from reference import LATENTS, distribution, plain_objective, plain_product, small_batch, small_model
 
 N_EXAMPLES = 6
@@ -506,3 +509,38 @@ def test_terms_score_what_every_term_is_to_score_too() -> None:
 def test_terms_that_are_given_the_same_are_refused(given: list[tuple[str, ...]]) -> None:
     with pytest.raises(UsageError, match="each needs a name unlike the others'"):
         Objective(small_model(2), terms=[Term(names, names) for names in given])
+
+
+# What a step costs.
+
+
+class NumbersMade(TorchDispatchMode):
+    """Counts the numbers that operations write; a view writes none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            parts = result if isinstance(result, list | tuple) else [result]
+            self.total += sum(part.numel() for part in parts if isinstance(part, Tensor))
+        return result
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("approx_m", [0, 1])
+def test_a_step_of_twice_the_modalities_costs_twice_as_much(approx_m: int, missing: bool) -> None:
+    def cost(n: int) -> int:
+        names = [f"modality{m}" for m in range(n)]
+        encoders = {name: SmallEncoder(3, 64) for name in names}
+        model = MVAE(encoders=encoders, likelihoods={name: Gaussian(nn.Linear(64, 3)) for name in names}, n_latents=64)
+        batch = {name: torch.zeros(10, 3) for name in names}
+        present = {name: torch.arange(10) % n != m for m, name in enumerate(names)} if missing else None
+        subsets = random_subsets(names, approx_m, np.random.default_rng(0))
+        with NumbersMade() as made:
+            Objective(model)(batch, 1.0, subsets, present)[0].backward()
+        return made.total
+
+    assert cost(32) < 2.4 * cost(16)
