@@ -145,9 +145,9 @@ def _width(text: str) -> int:
 
 
 def _broken(text: str, height: int) -> str:
-    """The text in lines as short as `height` pixels allow; at least 12 letters."""
+    """The text in lines as short as `height` pixels allow; at least 16 letters."""
     most = max(1, height // LINE)
-    for width in range(12, len(text) + 12):
+    for width in range(16, len(text) + 16):
         lines = textwrap.wrap(text, width)
         if len(lines) <= most:
             return "\n".join(lines)

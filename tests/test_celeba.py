@@ -355,7 +355,7 @@ def test_condition_that_cannot_be_had_ends_sample_in_one_line(draw: RunHere, tmp
     own.touch()
     assert_refused(draw("--condition-on-image", own), 1, own, "as a picture")
     nobody = draw("--condition-on-image", "Bald,Wearing_Hat,-Male")
-    assert_refused(nobody, 1, "none of the 60 held-out examples shows attrs 'Bald,Wearing_Hat,-Male'")
+    assert_refused(nobody, 1, "none of the 60 held-out examples shows attrs 'Bald, Wearing_Hat, -Male'")
     assert list(tmp_path.iterdir()) == [own]
 
 

@@ -164,7 +164,9 @@ def test_the_flags_in_the_text_of_a_page_exist(page: str) -> None:
     """A script of the page's folder has them; on the pages of all, some script has."""
     folders = EXPERIMENTS if page in PAGES_OF_ALL else [str(Path(page).parent)]
     scripts = [
-        f"{folder}/{name}.py" for folder in folders for name in ("datasets", "train", "sample", "embed", "loglike")
+        f"{folder}/{name}.py"
+        for folder in folders
+        for name in ("datasets", "train", "sample", "embed", "explore", "loglike")
     ]
     text = " ".join(help_of(script) for script in scripts)
     if "vision" in folders:

@@ -191,7 +191,7 @@ def test_unknown_name_is_an_attribute_error() -> None:
 # The experiments' folders, as a user meets them.
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "embed.py", "loglike.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "embed.py", "explore.py", "loglike.py"])
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_script_explains_itself(experiment: str, script: str, tmp_path: Path) -> None:
     done = run_warm(f"{experiment}/{script}", "-h", cwd=tmp_path)

@@ -52,7 +52,7 @@ def test_nothing_given_is_one_row() -> None:
 def test_each_value_is_a_row_and_those_of_two_controls_are_combined() -> None:
     rows = rows_of({"attrs": [{"Old": True, "Wet": False}, {}], "label": [2, 0]})
     assert [row.said for row in rows] == [
-        f"attrs {attrs}, label {label}" for attrs in ("Old,-Wet", "none of them") for label in ("cat", "ant")
+        f"attrs {attrs}, label {label}" for attrs in ("Old, -Wet", "none of them") for label in ("cat", "ant")
     ]
     assert rows[1].batch["attrs"].tolist() == [[0, 1, 0, 0]]
     assert rows[1].batch["label"].tolist() == [0]

@@ -69,11 +69,16 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--data-dir", type=Path, default=default, help="folder of the data sets; $MVAE_DATA_DIR, else ./data"
     )
     result.add_argument("--seed", type=seed_number, default=0, help="of everything random")
+    _add_machine_flags(result)
+    return result
+
+
+def _add_machine_flags(result: argparse.ArgumentParser) -> None:
+    """--threads and --cuda, which `device` takes."""
     result.add_argument(
         "--threads", type=positive_int, help="of a CPU that compute together; $OMP_NUM_THREADS, else its cores up to 4"
     )
     result.add_argument("--cuda", action="store_true", help="use the first visible CUDA device")
-    return result
 
 
 def training_parser(
@@ -283,7 +288,7 @@ def exploring_parser(description: str | None) -> argparse.ArgumentParser:
     """The flags of an explore.py."""
     result = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
     result.add_argument("model_path", type=Path, help="the checkpoint, such as ./trained_models/model_best.pth.tar")
-    result.add_argument("--cuda", action="store_true", help="use the first visible CUDA device")
+    _add_machine_flags(result)
     result.add_argument("--port", type=non_negative_int, default=8050, help="where the page is served; 0: a free one")
     result.add_argument("--host", default="127.0.0.1", help="the address; another one lets other machines in")
     return result

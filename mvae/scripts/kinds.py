@@ -215,11 +215,11 @@ class Attributes(Kind):
         return [given]
 
     def say(self, value: Mapping[str, bool]) -> str:
-        """As `values` takes it; of a vector that is given whole, those that are there."""
+        """The names, those that are absent with a -; of a vector that is given whole, those that are there."""
         there = [name for name in self.names if value.get(name)]
         absent = [f"-{name}" for name in self.names if value.get(name) is False]
         whole = not self.apart and len(value) == len(self.names)
-        return ",".join(there if whole else there + absent) or "none of them"
+        return ", ".join(there if whole else there + absent) or "none of them"
 
     def tensor(self, value: Mapping[str, bool]) -> "Tensor":
         import torch
