@@ -1,6 +1,7 @@
 """The training objective: a sum of evidence lower bounds, each given some modalities and scoring some."""
 
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -86,6 +87,10 @@ class Objective(nn.Module):
             if not 0 <= weight < math.inf:
                 raise UsageError(f"the weight of {name} in `weights` is {weight:g}, and a number, 0 or more, is wanted")
         self.register_buffer("weights", λ, persistent=False)
+
+    def checksum(self) -> str:
+        """A CRC-32 of the terms and of λ: two objectives with the same one ask for the same."""
+        return f"{zlib.crc32(repr((self.terms, self.weights.tolist())).encode()):08x}"
 
     def _in_order(self, term: Term) -> Term:
         """The term with its names in the model's order, scoring `reconstruct`, too."""
