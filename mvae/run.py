@@ -159,14 +159,18 @@ class Run:
         if self.step == 0 and (changes := self._changes()):
             record = {"epoch": self.epoch, **{name: list(pair) for name, pair in changes.items()}}
             self.settings = {**self.asked, "changes": [*self.settings.get("changes", []), record]}
+        return self._rates(), self.settings["batch_size"]
+
+    def _rates(self) -> list[float]:
+        """The optimiser's rates in this epoch, before their schedule."""
         rates = self.settings["lr"]
-        return rates if isinstance(rates, list) else [rates], self.settings["batch_size"]
+        return rates if isinstance(rates, list) else [rates]
 
     def check_course(self, beta: Schedule, lr: Schedule) -> None:
         """Raises UsageError if the schedules aren't those that the epochs so far had."""
         courses = {"beta": beta}
         if "changes" not in self.settings:
-            courses["lr"] = lambda t: self.begin_epoch()[0][0] * lr(t)
+            courses["lr"] = lambda t: self._rates()[0] * lr(t)
         for record in self.history:
             for name, course in courses.items():
                 if (now := course(float(record["epoch"]))) != record[name]:

@@ -64,6 +64,8 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, Integral) or value < least:
                 raise UsageError(f"`{name}` is {value!r}, and a whole number, {least} or more, is wanted")
+        if not self.save_every > 0:
+            raise UsageError(f"`save_every` is {self.save_every!r}, and a number of minutes above 0 is wanted")
         _check_precision(self.precision)
         for name, kind, wanted in (("out_dir", Path, "a folder"), ("device", torch.device, "one such as cpu or cuda")):
             try:
@@ -217,6 +219,7 @@ def fit(
 
         while run.epoch <= options.epochs:
             rates, batch_size = run.begin_epoch()
+            options = dataclasses.replace(options, batch_size=batch_size)
             batches = permuted_rows(train, batch_size, seed_of(options.seed, run.epoch))
             started = time.perf_counter() - run.seconds
             for rows in _bar(batches[run.step :], run, len(batches), options, processes.rank):
