@@ -363,9 +363,8 @@ def test_gradient_of_shares_of_a_batch_averages_to_that_of_the_batch() -> None:
     gradients = []
     for rows, share in [(slice(0, 6), 1), (slice(0, 4), 4 / 3), (slice(4, 6), 2 / 3)]:
         objective = Objective(small_model())
-        for encoder in objective.model.encoders.values():
-            torch.nn.init.constant_(encoder.linear.bias[2:], -100)
-            torch.nn.init.zeros_(encoder.linear.weight[2:])
+        for name, weight in objective.model.encoders.named_parameters():
+            weight.data[2:] = -100 if name.endswith("bias") else 0  # the log-variances
         before = [weight.detach().clone() for weight in objective.parameters()]
         optimizer = torch.optim.SGD(objective.parameters(), lr=1.0)
         train_step(objective, optimizer, {name: x[rows] for name, x in batch.items()}, beta=0.0, share=share)
