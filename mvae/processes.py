@@ -21,10 +21,14 @@ CPU = torch.device("cpu")
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """This process's `rank` among `world` processes that share every batch. One process needs no group."""
+    """This process's `rank` among `world` processes that share every batch. One process needs no group.
+
+    launcher: the process id of the torchrun that started this one; None if another program did.
+    """
 
     rank: int
     world: int
+    launcher: int | None = None
 
     @classmethod
     def join(cls, device: torch.device) -> "Processes":
@@ -40,7 +44,12 @@ class Processes:
             torch.cuda.set_device(device)
         with _named_if_lost():
             distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        return cls(distributed.get_rank(), distributed.get_world_size())
+        launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        return cls(distributed.get_rank(), distributed.get_world_size(), launcher)
+
+    def abandoned(self) -> int:
+        """SIGTERM if the torchrun that started this process was killed, and so can't send it; else 0."""
+        return signal.SIGTERM if self.launcher and os.getppid() != self.launcher else 0
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -205,7 +205,7 @@ def fit(
 
             All processes call this at the same places, after the same steps.
             """
-            number, due = processes.agree(caught.number, run.is_due(options.save_every))
+            number, due = processes.agree(caught.number or processes.abandoned(), run.is_due(options.save_every))
             if number or due:
                 watch.check()
                 run.sums = processes.sum_in_first(run.sums)
