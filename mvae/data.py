@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import zlib
 from collections.abc import Callable, Mapping
 
 import torch
@@ -91,6 +92,15 @@ class Data:
         if not isinstance(rows, slice | Tensor):
             raise UsageError(f"examples are taken by a slice such as [:900] or by a tensor, not by {rows!r}")
         return self._map(lambda tensor: tensor[rows])
+
+    def checksum(self) -> str:
+        """A CRC-32 of all that is stored: names, types, shapes and every value of `tensors` and `present`."""
+        found = 0
+        for name, tensor in [*self.tensors.items(), *(self.present or {}).items()]:
+            found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), found)
+            for part in tensor.split(4096):  # mapped files are read part by part
+                found = zlib.crc32(part.contiguous().cpu().flatten().view(torch.uint8).numpy(), found)
+        return f"{found:08x}"
 
 
 def split(data: Data, n_val: int, limit: int | None) -> tuple[Data, Data]:

@@ -1,6 +1,7 @@
-"""Files that are written whole or not at all, and arrays that are written row by row."""
+"""Files that are written whole or not at all, arrays that are written row by row, and locks."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,11 +35,12 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if hasattr(os, "O_DIRECTORY"):  # not on Windows, where a folder can't be synced
+            folder = os.open(path.parent, os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -63,3 +65,30 @@ def npy(path: Path, n: int) -> Iterator[Callable[[np.ndarray], None]]:
             file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
 
         yield append
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: Callable[[], object] | None = None) -> Iterator[None]:
+    """Holds the lock of the file `path`, which is made if it is absent, and stays. A lock ends with its process.
+
+    If another process holds the lock: calls `wait` and waits, or without it raises BlockingIOError. Systems and disks
+    that have no such locks go without.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if wait is None:
+                raise
+            wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        yield

@@ -1,6 +1,7 @@
 """The training objective: a sum of evidence lower bounds, each given some modalities and scoring some."""
 
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -96,6 +97,10 @@ class Objective(nn.Module):
         self.register_buffer("weights", λ, persistent=False)
         keys = torch.randint(2**63 - 1, (2, len(modalities), 1), generator=torch.Generator().manual_seed(0))
         self.register_buffer("keys", keys, persistent=False)
+
+    def checksum(self) -> str:
+        """A CRC-32 of the terms and of λ: two objectives with the same one ask for the same."""
+        return f"{zlib.crc32(repr((self.terms, self.weights.tolist())).encode()):08x}"
 
     def _in_order(self, term: Term) -> Term:
         """The term with its names in the model's order, scoring `reconstruct`, too."""

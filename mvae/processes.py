@@ -7,38 +7,59 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
-from .errors import UsageError
+from .errors import UsageError, UserError
+
+T = TypeVar("T")
+
+CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """This process's `rank` among `world` processes that share every batch. One process needs no group."""
+    """This process's `rank` among `world` processes that share every batch. One process needs no group.
+
+    launcher: the process id of the torchrun that started this one; None if another program did.
+    """
 
     rank: int
     world: int
-    device: torch.device
+    launcher: int | None = None
 
     @classmethod
-    def join(cls, batch_size: int, device: torch.device) -> "Processes":
-        """Joins the group that torchrun's variables name. Raises UsageError if they can't share a batch evenly."""
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        if world == 1:
-            return cls(0, 1, device)
-        if batch_size % world:
-            raise UsageError(f"`batch_size` {batch_size} can't be shared evenly by {world} processes")
+    def join(cls, device: torch.device) -> "Processes":
+        """Joins the group that torchrun's variables name. Raises UsageError if they don't name one."""
+        world = os.environ.get("WORLD_SIZE", "1")
+        if world == "1":
+            return cls(0, 1)
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing or not (world.isdecimal() and int(world) and os.environ["RANK"].isdecimal()):
+            what = f"{' and '.join(missing)} not" if missing else f"RANK is {os.environ['RANK']}"
+            raise UsageError(f"WORLD_SIZE is {world}, and {what}: torchrun sets them; for one process unset WORLD_SIZE")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return cls(distributed.get_rank(), world, device)
+        with _named_if_lost():
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        return cls(distributed.get_rank(), distributed.get_world_size(), launcher)
 
-    def leave(self) -> None:
-        if self.world > 1:
-            distributed.destroy_process_group()
+    def abandoned(self) -> int:
+        """SIGTERM if the torchrun that started this process was killed, and so can't send it; else 0."""
+        return signal.SIGTERM if self.launcher and os.getppid() != self.launcher else 0
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Leaves the group at the end. Raises UserError in place of what torch raises where another process is gone."""
+        if self.world == 1:
+            yield
+            return
+        with _named_if_lost():
+            yield
+        distributed.destroy_process_group()
 
     def sum(self, sums: Tensor) -> Tensor:
         """The sums of all processes."""
@@ -47,43 +68,91 @@ class Processes:
             distributed.all_reduce(sums)
         return sums
 
-    def agree_to_stop(self, caught: list[int], *, ask: bool) -> bool:
-        """True if the run is to stop here: a signal was caught, by this process or, when they `ask`, by another.
+    def sum_in_first(self, sums: Tensor) -> Tensor:
+        """The sums of all processes in the first one, and zeros in the others."""
+        total = self.sum(sums)
+        return total if self.rank == 0 else torch.zeros_like(total)
 
-        Several processes stop only when they ask each other, so that all of them stop at the same step.
+    def agree(self, *numbers: float) -> list[float]:
+        """The largest that any process gives of each number; no process goes on before all have asked.
+
+        It is exchanged between the CPUs, so that no step waits for a device.
         """
+        if self.world == 1:
+            return list(numbers)
+        found = torch.tensor(numbers, dtype=torch.float64)
+        distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+        return found.tolist()
+
+    def from_first(self, value: T) -> T:
+        """What the first process gives."""
+        values = [value]
         if self.world > 1:
-            if not ask:
-                return False
-            flag = torch.tensor(float(caught[0] if caught else 0), device=self.device)
-            distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
-            if flag and not caught:
-                caught.append(int(flag))
-        return bool(caught)
+            distributed.broadcast_object_list(values, src=0, device=CPU)
+        return values[0]
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Gives all processes the first one's buffers, such as batch norm's running statistics."""
+        if self.world > 1:
+            for buffer in module.buffers():
+                distributed.broadcast(buffer, src=0)
 
 
 @contextmanager
-def signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in a list. The same signal again, more than a second later, ends the process.
+def _named_if_lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        is_of_group = isinstance(error, distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+        if not is_of_group:
+            raise
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"another process of this run is gone or can't be reached ({reason}); the last saved state is kept"
+        ) from None
 
-    Within that second it is the same request: `timeout` sends its signal to the process, and then to its group. In a
-    thread other than the main one there are no signals to collect.
+
+@dataclasses.dataclass
+class Caught:
+    """The signal that asks the run to stop, 0 before there is one. While `held`, no signal ends the process."""
+
+    number: int = 0
+    held: bool = False
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Within it no signal ends the process."""
+        before, self.held = self.held, True
+        try:
+            yield
+        finally:
+            self.held = before
+
+
+@contextmanager
+def signals(*, held: bool = False) -> Iterator[Caught]:
+    """Catches SIGINT, SIGTERM and a terminal's SIGHUP. A second SIGINT, more than a second later, ends the process.
+
+    Within that second it is the same request: `timeout` sends its signal to the process, and then to its group.
+    Nothing is caught outside of the main thread, where Python handles no signals.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield []
-        return
-    caught: list[int] = []
-    first: dict[int, float] = {}
+    caught = Caught(held=held)
+    asked_at = 0.0
 
     def catch(number: int, frame: Any) -> None:
-        if time.monotonic() - first.setdefault(number, time.monotonic()) > 1:
+        nonlocal asked_at
+        if not caught.number:
+            caught.number, asked_at = number, time.monotonic()
+        elif number == signal.SIGINT and not caught.held and time.monotonic() - asked_at > 1:
             signal.signal(number, previous[number])
             signal.raise_signal(number)
-        caught.append(number)
 
-    previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in previous:
-        signal.signal(number, catch)
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # as nohup sets it
+                previous[number] = signal.signal(number, catch)
     try:
         yield caught
     finally:

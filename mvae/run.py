@@ -2,7 +2,9 @@
 
 import json
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +13,25 @@ import torch
 from . import checkpoint, pictures
 from .data import Data
 from .errors import UsageError, UserError
-from .files import write_atomically
+from .files import locked, write_atomically
 from .objective import Objective
+from .processes import Processes
+from .schedules import Schedule
 from .stats import SUBSET, Totals
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-MAY_CHANGE = {"epochs", "cuda", "compile", "threads", "workers", "log_interval", "resume", "command", "commit"}
-"""Settings that may differ when a run is resumed, as may folders (..._dir). Any other change makes another run."""
+MAY_CHANGE = {
+    *("epochs", "cuda", "threads", "workers", "log_interval", "save_every", "resume", "command", "commit", "changes")
+}
+"""Settings that may differ when a run is resumed, as may folders (..._dir)."""
+
+FROM_AN_EPOCH_ON = ("lr", "batch_size")
+"""Settings that may differ from the start of an epoch on. Any other change makes another run."""
+
+NO_CHANGE = {"lr", "initial_lr", "params", "fused", "foreach", "capturable", "differentiable"}
+"""What the optimiser's groups have, and is compared elsewhere or doesn't matter."""
 
 STATE = ("epoch", "step", "seconds", "beta", "lr", "best", "history", "sums")
 """The fields of a Run that its checkpoint holds, beside the model's and the optimiser's state."""
@@ -36,37 +48,65 @@ class Run:
         out_dir: Path,
         experiment: str,
         settings: Mapping[str, Any],
+        facts: Mapping[str, Any],
     ):
+        """`settings` are the caller's to record; `facts` are what `fit` itself knows; their `lr` is a list."""
         self.objective, self.optimizer = objective, optimizer
-        self.out_dir, self.experiment, self.settings = out_dir, experiment, dict(settings)
+        self.out_dir, self.experiment = out_dir, experiment
+        rates = facts["lr"]
+        self.asked = {**settings, **facts, "lr": rates[0] if len(rates) == 1 else rates}
+        self.settings, self.facts = dict(self.asked), frozenset(facts)
         self.epoch, self.step, self.seconds = 1, 0, 0.0
         self.beta = self.lr = math.nan  # of the latest step
         self.best = math.inf
         self.history: list[dict[str, Any]] = []
         self.sums = torch.zeros(0)  # of this epoch's steps, as Totals.vector; empty before the first
+        self.saved_at = time.monotonic()
         self.writer: SummaryWriter | None = None
 
-    def start(self, resume: bool) -> None:
+    @contextmanager
+    def locked(self, rank: int) -> Iterator[None]:
+        """Keeps other processes from writing a run into `out_dir`, and closes this one at the end.
+
+        Of several processes the first holds the lock. Raises UsageError if another run does.
+        """
+        with ExitStack() as stack:
+            try:
+                if rank == 0:
+                    stack.enter_context(locked(self.out_dir / ".lock"))
+            except BlockingIOError:
+                raise UsageError(f"another process is writing into {self.out_dir}: name another `out_dir`") from None
+            except OSError as error:
+                raise UserError(f"can't write {self.out_dir}: {error.strerror or error}") from None
+            try:
+                yield
+            finally:
+                self.close()
+
+    def start(self, resume: bool, processes: Processes) -> None:
         """Takes up the state of the checkpoint in `out_dir` if `resume` is set and there is one.
 
-        Raises UsageError if there is one and `resume` isn't set, or if it was made with other settings; UserError
-        if it can't be gone on from.
+        Of several processes the first reads it, and all take up what it has read. Raises UsageError if there is one and
+        `resume` isn't set, or if it was made with other settings; UserError if it can't be gone on from.
         """
         path = self.out_dir / checkpoint.LATEST
-        if not path.exists():
-            if resume:
-                print(f"there is no {path} yet: starting from the beginning", flush=True)
+        saved, asked = processes.from_first((self._read(resume) if processes.rank == 0 else None, self.asked))
+        self._check_settings("the processes of a run need the same settings, and the first's differ", asked)
+        self.asked, self.settings = asked, dict(asked)
+        if saved is None:
             return
-        if not resume:
-            raise UsageError(f"{self.out_dir} holds a run: go on with `resume`, or name another `out_dir`")
-        saved = checkpoint.load(path, self.experiment)
-        names = sorted((saved["settings"].keys() | self.settings.keys()) - MAY_CHANGE)
-        names = [name for name in names if not name.endswith("_dir")]
-        pairs = [(name, saved["settings"].get(name), self.settings.get(name)) for name in names]
-        differ = [f"{name} was {old}, now {new}" for name, old, new in pairs if old != new]
-        if differ:
-            raise UsageError(f"`resume`: {path} was made with other settings: {'; '.join(differ)}")
+        self._check_settings(f"`resume`: {path} was made with other settings", saved["settings"])
         try:
+            differ = [
+                f"the optimiser's {name} was {old[name]}, now {new[name]}"
+                for old, new in zip(
+                    saved["optimizer"]["param_groups"], self.optimizer.state_dict()["param_groups"], strict=True
+                )
+                for name in sorted((old.keys() & new.keys()) - NO_CHANGE)
+                if old[name] != new[name]
+            ]
+            if differ:
+                raise UsageError(f"`resume`: {path} was made with other settings: {'; '.join(differ)}")
             self.objective.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             for name in STATE:
@@ -74,6 +114,72 @@ class Run:
             self.sums = self.sums.to(next(self.objective.parameters()).device)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
             raise UserError(f"{path} doesn't hold a run of this network to go on from") from None
+        kept = [name for name in (*FROM_AN_EPOCH_ON, "changes") if name in saved["settings"]]
+        self.settings.update({name: saved["settings"][name] for name in kept})
+        if processes.rank == 0 and (changes := self._changes()):
+            what = ", ".join(f"{name} {new} in place of {old}" for name, (old, new) in changes.items())
+            print(f"from the start of epoch {self.epoch + (self.step > 0)} on: {what}", flush=True)
+        if processes.rank > 0:
+            self.sums = torch.zeros_like(self.sums)  # a checkpoint's sums are those of all processes
+
+    def _read(self, resume: bool) -> dict[str, Any] | None:
+        """The content of the checkpoint to go on from; None for a new run."""
+        latest, best = self.out_dir / checkpoint.LATEST, self.out_dir / checkpoint.BEST
+        if latest.exists():
+            if not resume:
+                raise UsageError(f"{self.out_dir} holds a run: go on with `resume`, or name another `out_dir`")
+            return checkpoint.load(latest, self.experiment)
+        # A kill may have come between the first epoch's two files: to start again makes the same model.
+        if best.exists() and not (resume and checkpoint.load(best, self.experiment).get("epoch") == 1):
+            raise UsageError(f"{best} would be written over: name another `out_dir`")
+        if resume:
+            print(f"there is no {latest} yet: starting from the beginning", flush=True)
+        return None
+
+    def _check_settings(self, what: str, others: Mapping[str, Any]) -> None:
+        """Raises UsageError if `others` differ. An older version may not have known all the facts."""
+        names = sorted(
+            name
+            for name in (others.keys() | self.asked.keys()) - MAY_CHANGE - {*FROM_AN_EPOCH_ON}
+            if not name.endswith("_dir") and (name in others or name not in self.facts)
+        )
+        pairs = [(name, others.get(name), self.asked.get(name)) for name in names]
+        differ = {name: f"{name} was {old}, now {new}" for name, old, new in pairs if old != new}
+        if differ:  # a checksum says little where something else says it in plain words
+            plain = [words for name, words in differ.items() if not name.endswith("_crc32")]
+            raise UsageError(f"{what}: {'; '.join(plain or differ.values())}")
+
+    def _changes(self) -> dict[str, tuple[Any, Any]]:
+        """The settings that differ from the next start of an epoch on: what they were, and what they are then."""
+        pairs = {name: (self.settings[name], self.asked[name]) for name in FROM_AN_EPOCH_ON}
+        return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+
+    def begin_epoch(self) -> tuple[list[float], int]:
+        """The rates and the batch size of this epoch. At its start, settings that were asked for are taken up."""
+        if self.step == 0 and (changes := self._changes()):
+            record = {"epoch": self.epoch, **{name: list(pair) for name, pair in changes.items()}}
+            self.settings = {**self.asked, "changes": [*self.settings.get("changes", []), record]}
+        return self._rates(), self.settings["batch_size"]
+
+    def _rates(self) -> list[float]:
+        """The optimiser's rates in this epoch, before their schedule."""
+        rates = self.settings["lr"]
+        return rates if isinstance(rates, list) else [rates]
+
+    def check_course(self, beta: Schedule, lr: Schedule) -> None:
+        """Raises UsageError if the schedules aren't those that the epochs so far had."""
+        courses = {"beta": beta}
+        if "changes" not in self.settings:
+            courses["lr"] = lambda t: self._rates()[0] * lr(t)
+        for record in self.history:
+            for name, course in courses.items():
+                if (now := course(float(record["epoch"]))) != record[name]:
+                    before = f"`{name}` at the end of epoch {record['epoch']} was {record[name]}, now {now}"
+                    raise UsageError(f"`resume`: {self.out_dir} holds a run of other schedules: {before}")
+
+    def is_due(self, minutes: float) -> bool:
+        """Whether the state was saved that long ago."""
+        return time.monotonic() - self.saved_at > 60 * minutes
 
     def add(self, sums: torch.Tensor) -> None:
         """Adds a step's sums to the epoch's."""
@@ -106,6 +212,9 @@ class Run:
             **{f"train/{name}": value for name, value in totals.means().items()},
             **{f"validation/{name}": value for name, value in validation.items()},
         }
+        for changes in self.settings.get("changes", []):
+            if changes["epoch"] == self.epoch:
+                record["changed"] = {name: pair for name, pair in changes.items() if name != "epoch"}
         improved = validation["loss"] < self.best
         self.best = min(self.best, validation["loss"])
         self.history.append(record)
@@ -123,6 +232,7 @@ class Run:
         content |= {name: getattr(self, name) for name in STATE}
         content["optimizer"] = self.optimizer.state_dict()
         checkpoint.save(self.out_dir / checkpoint.LATEST, self.experiment, content)
+        self.saved_at = time.monotonic()
 
     def report(self, validation: Data, *, best: bool) -> None:
         """Reports the last finished epoch: a line on the terminal, stats.jsonl, TensorBoard."""
@@ -142,10 +252,19 @@ class Run:
         start = [f"epoch {record['epoch']}", f"beta {record['beta']:.3f}", losses + " (best)" * best]
         print("  ".join([*start, *elbos, *metrics, speed]), flush=True)
         self.write_stats()
-        try:
-            self._write_tensorboard(record, validation)
-        except OSError as error:
-            raise UserError(f"can't write {self.out_dir / 'tensorboard'}: {error.strerror or error}") from None
+        self._write_tensorboard(record, validation)
+
+    def report_again(self, validation: Data) -> None:
+        """Makes good what a kill or a copy of the folder left out of stats.jsonl and TensorBoard.
+
+        TensorBoard may lack the last epoch, which is reported after it is saved; or all, if its folder isn't there.
+        """
+        self.write_stats()
+        if not (self.out_dir / "tensorboard").exists():
+            for record in self.history[: -1 if self.step == 0 else None]:
+                self._write_tensorboard(record, None)
+        if self.history and self.step == 0:
+            self._write_tensorboard(self.history[-1], validation)
 
     def close(self) -> None:
         if self.writer:
@@ -156,17 +275,25 @@ class Run:
         lines = "".join(json.dumps(record) + "\n" for record in self.history)
         write_atomically(self.out_dir / "stats.jsonl", lines.encode())
 
-    def _write_tensorboard(self, record: Mapping[str, Any], validation: Data) -> None:
+    def _write_tensorboard(self, record: Mapping[str, Any], validation: Data | None) -> None:
+        """Writes an epoch's numbers, and reconstructions of `validation` by the model as it is. Replaces later epochs.
+
+        Raises UserError if that fails.
+        """
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a run has need of it
 
         epoch = record["epoch"]
-        self.writer = self.writer or SummaryWriter(str(self.out_dir / "tensorboard"), purge_step=epoch)
-        for name, value in record.items():
-            if name != "epoch":
-                self.writer.add_scalar(name, value, epoch)
-        torch.manual_seed(0)
-        some, present = validation.batch(torch.arange(min(8, len(validation)), device=validation.device))
-        if present is None:
-            for name, grid in pictures.reconstructions(self.objective.model, some).items():
-                self.writer.add_image(f"reconstruction/{name}", grid, epoch)
-        self.writer.flush()
+        try:
+            self.writer = self.writer or SummaryWriter(str(self.out_dir / "tensorboard"), purge_step=epoch)
+            for name, value in record.items():
+                if name not in ("epoch", "changed"):
+                    self.writer.add_scalar(name, value, epoch)
+            if validation is not None:
+                torch.manual_seed(0)
+                some, present = validation.batch(torch.arange(min(8, len(validation)), device=validation.device))
+                if present is None:
+                    for name, grid in pictures.reconstructions(self.objective.model, some).items():
+                        self.writer.add_image(f"reconstruction/{name}", grid, epoch)
+            self.writer.flush()
+        except OSError as error:
+            raise UserError(f"can't write {self.out_dir / 'tensorboard'}: {error.strerror or error}") from None

@@ -42,7 +42,9 @@ class Options:
     """How a run goes. `batch_size` is the whole step's, over all processes; `approx_m` is the number of random subsets.
 
     pairs_per_batch: see `mvae.supervision.composed_rows`; 0 for batches of no fixed composition.
-    `out_dir` and `device` may be given as strings.
+
+    `out_dir` and `device` may be given as strings. The latest state is saved at the end of each epoch, when a signal
+    asks the run to stop, and every `save_every` minutes.
 
     Raises UsageError for a value that can't be, and if `compile` meets random subsets: it needs the same terms at every
     step.
@@ -57,6 +59,7 @@ class Options:
     compile: bool = False
     resume: bool = False
     log_interval: int = 100
+    save_every: float = 10.0
     out_dir: Path = Path("trained_models")
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
@@ -65,6 +68,8 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, Integral) or value < least:
                 raise UsageError(f"`{name}` is {value!r}, and a whole number, {least} or more, is wanted")
+        if not self.save_every > 0:
+            raise UsageError(f"`save_every` is {self.save_every!r}, and a number of minutes above 0 is wanted")
         _check_precision(self.precision)
         for name, kind, wanted in (("out_dir", Path, "a folder"), ("device", torch.device, "one such as cpu or cuda")):
             try:
@@ -94,6 +99,7 @@ def train_step(
     beta: Tensor | float = 1.0,
     subsets: Sequence[Sequence[str]] = (),
     precision: Precision = "fp32",
+    share: float = 1.0,
 ) -> Totals:
     """One step of gradient descent on the negative sum of the ELBO terms; returns the sums of its parts.
 
@@ -104,13 +110,14 @@ def train_step(
         optimizer: of its parameters, with zero gradients (as this function leaves them).
         batch, present, beta, subsets: as `Objective.forward` takes them.
         precision: "bf16" runs the networks in bfloat16, and all log-probabilities and sums in float32.
+        share: of several processes, this one's examples divided by the mean number of all processes'.
     """
     _check_precision(precision)
     # Encode each modality once, fuse the experts of every term, draw one z for each, decode what each term scores.
     with torch.autocast(_device_of(batch).type, torch.bfloat16, enabled=precision == "bf16"):
         loss, totals = objective(batch, beta, subsets, present)
     # The gradient of the batch's mean. DistributedDataParallel averages it over the processes meanwhile.
-    loss.backward()
+    (loss * share).backward()
     # A loss that isn't finite must not reach the weights. On a GPU nobody looks: the look would make every step wait.
     if loss.device.type != "cpu" or loss.isfinite():
         optimizer.step()
@@ -152,16 +159,25 @@ def fit(
             whose first batch the model doesn't take.
         UserError: a loss or gradient that isn't finite, or a loss that says that the run diverges (no file is
             overwritten), or a file that can't be written.
-        Stopped: SIGINT or SIGTERM, after saving; resuming goes on from that very step.
+        Stopped: SIGINT, SIGTERM or SIGHUP, after saving; resuming goes on from that very step.
     """
     owned = {id(weight) for weight in objective.parameters()}
     if not owned.issuperset(id(weight) for group in optimizer.param_groups for weight in group["params"]):
         raise UsageError("`optimizer` holds weights that aren't `objective`'s: it is to be made of its parameters()")
-    processes = Processes.join(options.batch_size, options.device)
+    processes = Processes.join(options.device)
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in objective.modules())
-    if has_batch_norm and min(options.batch_size, len(train)) < 2 * processes.world:
-        raise UsageError("these networks have batch norm: `batch_size` is to give each process 2 examples or more")
-    settings = {**(settings or {}), "n_train": len(train)}
+    least = 2 if has_batch_norm else 1
+    if min(options.batch_size, len(train)) < least * processes.world:
+        why = "these networks have batch norm: " if has_batch_norm else ""
+        raise UsageError(f"{why}`batch_size` is to give each process {least} examples or more, and so is the data set")
+    facts = {
+        "n_train": len(train),
+        "data_crc32": train.checksum(),
+        "objective_crc32": objective.checksum(),
+        "optimizer": type(optimizer).__name__,
+        "lr": [float(group["lr"]) for group in optimizer.param_groups],
+        **{name: getattr(options, name) for name in ("batch_size", "approx_m", "seed", "precision", "compile")},
+    }
     train, validation = train.to(options.device), validation.to(options.device)
     objective.to(options.device).train()
     for data, what in ((train, "training"), (validation, "validation")):
@@ -169,31 +185,53 @@ def fit(
             objective.model.check(*data.batch(consecutive_rows(data, options.batch_size)[0]))
         except UsageError as error:
             raise UsageError(f"the first batch of {what}: {error}") from error.__cause__
-    rates = [group["lr"] for group in optimizer.param_groups]
-    run = Run(objective, optimizer, out_dir=options.out_dir, experiment=experiment, settings=settings)
-    run.start(options.resume)
-    if processes.rank == 0:
-        run.write_stats()  # a folder that can't be written is better known before the first step
-    else:
-        run.sums = torch.zeros_like(run.sums)  # a checkpoint's sums are those of all processes
-    step_module: Callable[..., tuple[Tensor, Totals]] = objective
-    if processes.world > 1:
-        step_module = DistributedDataParallel(objective, find_unused_parameters=train.present is not None)
-    if options.compile:
-        step_module = torch.compile(step_module, mode="reduce-overhead" if options.device.type == "cuda" else None)
+    run = Run(
+        objective, optimizer, out_dir=options.out_dir, experiment=experiment, settings=settings or {}, facts=facts
+    )
     watch = _Watch(run)
-    beta_now = torch.zeros((), device=options.device)
-    with signals() as caught:
+    # Under torchrun a second signal comes from torchrun itself.
+    with processes.together(), run.locked(processes.rank), signals(held=processes.world > 1) as caught:
+        run.start(options.resume, processes)
+        if processes.rank == 0:
+            run.check_course(beta, lr)
+            run.report_again(validation)  # a folder that can't be written is better known before the first step
+            if run.epoch > options.epochs:
+                print(f"nothing is left to do: {options.out_dir} holds a run of {run.epoch - 1} epochs", flush=True)
+        step_module: Callable[..., tuple[Tensor, Totals]] = objective
+        if processes.world > 1:
+            step_module = DistributedDataParallel(objective, find_unused_parameters=train.present is not None)
+        if options.compile:
+            step_module = torch.compile(step_module, mode="reduce-overhead" if options.device.type == "cuda" else None)
+        beta_now = torch.zeros((), device=options.device)
+
+        def save_or_stop() -> None:
+            """Saves the state if it is time to, or if a signal asks any of the processes to stop; that raises Stopped.
+
+            All processes call this at the same places, after the same steps.
+            """
+            number, due = processes.agree(caught.number or processes.abandoned(), run.is_due(options.save_every))
+            if number or due:
+                watch.check()
+                run.sums = processes.sum_in_first(run.sums)
+                with caught.hold():
+                    if processes.rank == 0:
+                        run.save()
+                    processes.agree()  # nobody ends before the state is saved
+            if number:
+                where = f"epoch {run.epoch}, step {run.step} of {len(batches)}"
+                raise Stopped(f"stopped at {where}; the state is saved: `resume` goes on from it", int(number))
+
         while run.epoch <= options.epochs:
-            batches = composed_rows(
-                train, options.batch_size, options.pairs_per_batch, seed_of(options.seed, run.epoch)
-            )
+            rates, batch_size = run.begin_epoch()
+            options = dataclasses.replace(options, batch_size=batch_size)
+            batches = composed_rows(train, batch_size, options.pairs_per_batch, seed_of(options.seed, run.epoch))
             started = time.perf_counter() - run.seconds
             for rows in _bar(batches[run.step :], run, len(batches), options, processes.rank):
                 torch.manual_seed(seed_of(options.seed, run.epoch, run.step, processes.rank))
                 subset_rng = np.random.default_rng(seed_of(options.seed, run.epoch, run.step))
                 subsets = random_subsets(objective.model.modalities, options.approx_m, subset_rng)
-                batch, present = train.batch(rows[processes.rank :: processes.world])
+                mine = rows[processes.rank :: processes.world]
+                batch, present = train.batch(mine)
                 run.step += 1
                 t = run.epoch - 1 + run.step / len(batches)
                 run.beta, run.lr = beta(t), rates[0] * lr(t)
@@ -204,44 +242,49 @@ def fit(
                     totals = train_step(
                         step_module, optimizer, batch, present,
                         beta=beta_now, subsets=subsets, precision=options.precision,
+                        share=len(mine) * processes.world / len(rows),
                     )  # fmt: skip
-                asked = run.step % options.log_interval == 0 or run.step == len(batches)
-                stop = processes.agree_to_stop(caught, ask=asked)
                 sums = totals.vector()
-                watch.look(sums, raise_now=asked or stop or options.device.type == "cpu")
+                asked = run.step % options.log_interval == 0 or run.step == len(batches)
+                watch.look(sums, raise_now=asked or options.device.type == "cpu")
                 run.add(sums)
                 run.seconds = time.perf_counter() - started
-                if stop:
-                    watch.check_weights()
-                    run.sums = processes.sum(run.sums)
-                    if processes.rank == 0:
-                        run.save()
-                    where = f"epoch {run.epoch}, step {run.step} of {len(batches)}"
-                    raise Stopped(f"stopped at {where}; the state is saved: `resume` goes on from it", caught[0])
-            watch.check_weights()
-            train_sums = processes.sum(run.sums)
-            found = validate(objective, validation, options, metrics or {}, processes)
+                save_or_stop()
+            watch.check()
+            run.sums = processes.sum_in_first(run.sums)
+            processes.share_buffers(objective)  # else each process would validate its own running statistics
+            try:
+                found = validate(objective, validation, options, metrics or {}, processes, save_or_stop)
+            except KeyboardInterrupt:  # a signal came a second time: what the epoch's steps made is not lost
+                with caught.hold():
+                    run.save()
+                raise
             if not all(map(math.isfinite, found.values())):
                 bad = [name for name, value in found.items() if not math.isfinite(value)]
                 watch.stop([f"validation's {name}" for name in sorted(bad, key=lambda name: "/" not in name)])
             watch.check_course(found["loss"])
-            best = run.end_epoch(train_sums, found)
-            if processes.rank == 0:
-                run.save(best=best)
-                run.report(validation, best=best)
-    run.close()
-    processes.leave()
+            best = run.end_epoch(processes.sum(run.sums), found)
+            with caught.hold():
+                if processes.rank == 0:
+                    run.save(best=best)
+                    run.report(validation, best=best)
     objective.eval()
     return run.history
 
 
 @torch.no_grad()
 def validate(
-    objective: Objective, data: Data, options: Options, metrics: Mapping[str, Metric], processes: Processes
+    objective: Objective,
+    data: Data,
+    options: Options,
+    metrics: Mapping[str, Metric],
+    processes: Processes,
+    between: Callable[[], None],
 ) -> dict[str, float]:
     """The means of `Totals.means` and of the metrics over `data`, at β = 1, with z drawn by the same seed each time.
 
-    A metric is a mean over the examples that have all modalities. Each process takes its share of the batches.
+    A metric is a mean over the examples that have all modalities. Each process takes its share of the batches, and all
+    call `between` after each round of them.
     """
     objective.eval()
     size = len(Totals.zeros(objective.names, objective.model.modalities).vector())
@@ -261,6 +304,8 @@ def validate(
                 values = metric(objective.model, batch)
                 sums[size + 2 * j] += torch.where(whole, values, 0).sum()
                 sums[size + 2 * j + 1] += whole.sum()
+        if i % processes.world == processes.world - 1:
+            between()
     objective.train()
     sums = processes.sum(sums)
     found = Totals.of(sums[:size], objective.names, objective.model.modalities).means()
@@ -284,6 +329,12 @@ class _Watch:
         if raise_now and not self.first.isfinite().all():
             self.check_weights()
             self.stop(self.run.totals(self.first).not_finite())
+
+    def check(self) -> None:
+        """Raises UserError if a step so far, or a weight, isn't finite: such a state isn't worth saving."""
+        if self.first is not None:
+            self.look(self.first, raise_now=True)
+        self.check_weights()
 
     def check_weights(self) -> None:
         """Raises UserError if a weight isn't finite, as after a finite loss whose gradient was not."""

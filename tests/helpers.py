@@ -211,16 +211,18 @@ def fit_small(
     schedule: Schedule = constant(),  # noqa: B008
     metrics: Mapping[str, Metric] | None = None,
     settings: Mapping[str, Any] | None = None,
+    weights: Mapping[str, float] | None = None,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Fits the small model to 24 examples, in 4 steps an epoch, 2 epochs long unless `options` say otherwise.
 
-    `lr` is Adam's, and `schedule` its course.
+    `lr` is the optimiser's, and `schedule` its course.
     """
-    objective = Objective(model or small_model())
+    objective = Objective(model or small_model(), weights=weights)
     return fit(
         objective,
-        torch.optim.Adam(objective.parameters(), lr, fused=True),
+        optimizer(objective.parameters(), lr, fused=True),
         train or small_data(24, seed=0),
         validation or small_data(10, seed=1),
         Options(**{"epochs": 2, "batch_size": 6, **options}, out_dir=out_dir),

@@ -73,6 +73,7 @@ ELSEWHERE = {
     "--out-dir": "test_training_files",
     "--resume": "test_training_files",
     "--log-interval": "test_mnist_scripts",
+    "--save-every": "test_training_files",
     "--cuda": "test_mnist_scripts",
     "--threads": "test_mnist_scripts",
     "--compile": "test_training_files",

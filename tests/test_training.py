@@ -6,20 +6,31 @@ import os
 import signal
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mvae import checkpoint
 from mvae.data import Data, permuted_rows, seed_of
 from mvae.model import MVAE, Batch
 from mvae.objective import Objective
+from mvae.processes import Processes
 from mvae.schedules import Schedule, constant, cosine, late, linear
-from mvae.training import Options, Stopped, fit, train_step
+from mvae.training import Options, Stopped, fit, train_step, validate
 
-from helpers import FORKED, assert_same_run, fit_small, same, small_data, small_model, stats, without_times
+from helpers import (
+    FORKED,
+    SmallEncoder,
+    assert_same_run,
+    fit_small,
+    same,
+    small_data,
+    small_model,
+    stats,
+    without_times,
+)
 
 N_STEPS = 4
 """Of an epoch of `fit_small`."""
@@ -189,10 +200,38 @@ def test_metrics_leave_the_training_as_it_is(tmp_path: Path) -> None:
 # Several processes.
 
 
-def fit_as(rank: int, world: int, port: int, folder: Path, lr: float, stop: int | None, resume: bool) -> None:
-    """Fits the small model as one of `world` processes; saves what this one has seen, drawn and made.
+class NormedEncoder(SmallEncoder):
+    """An encoder with batch norm, whose running statistics the weights don't tell."""
 
-    `stop`: the step at which the first process gets a signal.
+    def __init__(self, n_inputs: int):
+        super().__init__(n_inputs)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = self.norm(self.linear(x.float().reshape(len(x), -1))).chunk(2, dim=1)
+        return mu, logvar
+
+
+def normed_model() -> MVAE:
+    """The small model, with batch norm."""
+    model = small_model()
+    model.encoders["attrs"] = NormedEncoder(4)
+    return model
+
+
+def fit_as(
+    rank: int,
+    world: int,
+    port: int,
+    folder: Path,
+    stop: tuple[int, int] | None,
+    n: int,
+    normed: bool,
+    options: dict[str, Any],
+) -> None:
+    """Fits the small model to n examples as one of `world` processes; saves what this one has seen, drawn and made.
+
+    `stop`: the rank of a process that gets a signal, and the step. Each process has a disk, and the first one writes.
     """
     if world > 1:
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -204,54 +243,73 @@ def fit_as(rank: int, world: int, port: int, folder: Path, lr: float, stop: int 
     def transform(rows: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.append(rows["number"])
         drawn.append(torch.rand(()).item())
-        if len(seen) - 1 == stop and rank == 0:  # the first call is for the check of the data
+        if stop == (rank, len(seen) - 1):  # the first call is for the check of the data
             signal.raise_signal(signal.SIGTERM)
         return {name: tensor for name, tensor in rows.items() if name != "number"}
 
-    numbered = {**small_data(24, seed=0).tensors, "number": torch.arange(24)}
-    model, records = small_model(), []
+    numbered = {**small_data(n, seed=0).tensors, "number": torch.arange(n)}
+    model, records = normed_model() if normed else small_model(), []
     with contextlib.suppress(Stopped):
         records = fit_small(
-            folder / "run",
+            folder / ("run" if rank == 0 else f"disk {rank}"),
             train=Data(tensors=numbered, transform=transform),
             model=model,
-            lr=lr,
             metrics={"label_value": label_value},
-            batch_size=4,
-            log_interval=1,
-            resume=resume,
+            **{"batch_size": 4, **options},
         )
     found = {"seen": seen[1:], "drawn": drawn[1:], "records": without_times(records), "model": model.state_dict()}
     torch.save(found, folder / f"{rank}.pt")
 
 
 def fit_in(
-    n: int, folder: Path, *, lr: float = 1e-2, stop: int | None = None, resume: bool = False
+    n_processes: int,
+    folder: Path,
+    *,
+    stop: tuple[int, int] | None = None,
+    n: int = 24,
+    normed: bool = False,
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    """What n processes that fit the small model together have seen, drawn and made."""
+    """What processes that fit the small model together have seen, drawn and made."""
     folder.mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [FORKED.Process(target=fit_as, args=(rank, n, port, folder, lr, stop, resume)) for rank in range(n)]
+    ranks = range(n_processes)
+    arguments = (n_processes, port, folder, stop, n, normed, options)
+    processes = [FORKED.Process(target=fit_as, args=(rank, *arguments)) for rank in ranks]
     for process in processes:
         process.start()
     for process in processes:
         process.join(timeout=300)
         process.kill()  # one that hasn't ended
-    assert [process.exitcode for process in processes] == [0] * n
-    return [torch.load(folder / f"{rank}.pt") for rank in range(n)]
+    assert [process.exitcode for process in processes] == [0] * n_processes
+    assert not list(folder.glob("disk*"))
+    return [torch.load(folder / f"{rank}.pt") for rank in ranks]
 
 
-def test_each_of_two_processes_takes_its_half_of_every_batch(tmp_path: Path) -> None:
-    first, second = fit_in(2, tmp_path / "two")
+class Two(NamedTuple):
+    """A run of two processes: where it wrote, and what each has seen, drawn and made."""
+
+    folder: Path
+    first: dict[str, Any]
+    second: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
+    folder = tmp_path_factory.mktemp("two")
+    return Two(folder, *fit_in(2, folder))
+
+
+def test_each_of_two_processes_takes_its_half_of_every_batch(two: Two) -> None:
     numbers = Data(tensors={"number": torch.arange(24)})
     batches = [rows for epoch in (1, 2) for rows in permuted_rows(numbers, 4, seed_of(0, epoch))]
-    assert len(batches) == len(first["seen"]) == len(second["seen"])
-    for rows, one, other in zip(batches, first["seen"], second["seen"], strict=True):
+    assert len(batches) == len(two.first["seen"]) == len(two.second["seen"])
+    for rows, one, other in zip(batches, two.first["seen"], two.second["seen"], strict=True):
         assert len(one) == len(other) == 2
         assert sorted([*one.tolist(), *other.tolist()]) == sorted(rows.tolist())
-    assert same(first["model"], second["model"])
+    assert same(two.first["model"], two.second["model"])
 
 
 def test_two_processes_validate_as_one(tmp_path: Path) -> None:
@@ -264,20 +322,52 @@ def test_two_processes_validate_as_one(tmp_path: Path) -> None:
             assert "validation/label_value" in validation
 
 
-def test_two_processes_report_the_steps_of_both(tmp_path: Path) -> None:
-    first, second = fit_in(2, tmp_path / "two")
-    assert first["records"] == second["records"]
-    assert without_times(stats(tmp_path / "two" / "run")) == first["records"]
+def test_two_processes_report_the_steps_of_both(two: Two) -> None:
+    assert two.first["records"] == two.second["records"]
+    assert without_times(stats(two.folder / "run")) == two.first["records"]
 
 
-def test_two_processes_draw_noise_unlike_each_others_and_unlike_any_steps(tmp_path: Path) -> None:
-    first, second = fit_in(2, tmp_path / "two")
-    assert len({*first["drawn"], *second["drawn"]}) == 2 * 12
+def test_two_processes_draw_noise_unlike_each_others_and_unlike_any_steps(two: Two) -> None:
+    assert len({*two.first["drawn"], *two.second["drawn"]}) == 2 * 12
 
 
-def test_two_processes_that_a_signal_stopped_go_on_to_be_the_straight_run(tmp_path: Path) -> None:
-    fit_in(2, tmp_path / "straight")
-    for process in fit_in(2, tmp_path / "stopped", stop=8):
+def test_two_processes_that_a_signal_stopped_go_on_to_be_the_straight_run(two: Two, tmp_path: Path) -> None:
+    """The second process alone gets the signal, and reports are rare. Only the first one's disk has the checkpoint."""
+    for process in fit_in(2, tmp_path, stop=(1, 8)):
         assert len(process["seen"]) == 8  # both stop at the same step
-    fit_in(2, tmp_path / "stopped", resume=True)
-    assert_same_run(tmp_path / "stopped" / "run", tmp_path / "straight" / "run", "small")
+    first, second = fit_in(2, tmp_path, resume=True)
+    assert len(first["seen"]) == len(second["seen"]) == 4
+    assert same(first["model"], second["model"])
+    assert_same_run(tmp_path / "run", two.folder / "run", "small")
+
+
+def test_two_processes_split_a_set_that_is_smaller_than_a_batch(tmp_path: Path) -> None:
+    first, second = fit_in(2, tmp_path, n=5, batch_size=8, normed=True)
+    assert [len(rows) for rows in first["seen"]] == [3, 3]
+    for one, other in zip(first["seen"], second["seen"], strict=True):
+        assert sorted([*one.tolist(), *other.tolist()]) == [0, 1, 2, 3, 4]
+    # What is validated is the model that is saved, and not each process's running statistics.
+    objective, validation = Objective(normed_model()), small_data(10, seed=1)
+    objective.model.load_state_dict(checkpoint.load(tmp_path / "run" / checkpoint.LATEST, "small")["model"])
+    options = Options(epochs=2, batch_size=8)
+    found = validate(objective, validation, options, {"label_value": label_value}, Processes(0, 1), lambda: None)
+    for record in (first["records"][-1], second["records"][-1]):
+        assert {f"validation/{name}": value for name, value in found.items()} == pytest.approx(
+            {name: value for name, value in record.items() if name.startswith("validation/")}
+        )
+
+
+def test_gradient_of_shares_of_a_batch_averages_to_that_of_the_batch() -> None:
+    """Of 6 examples, one process has 4 and another 2; without noise, as a variance of 0 has none."""
+    batch = small_batch()
+    gradients = []
+    for rows, share in [(slice(0, 6), 1), (slice(0, 4), 4 / 3), (slice(4, 6), 2 / 3)]:
+        objective = Objective(small_model())
+        for name, weight in objective.model.encoders.named_parameters():
+            weight.data[2:] = -100 if name.endswith("bias") else 0  # the log-variances
+        before = [weight.detach().clone() for weight in objective.parameters()]
+        optimizer = torch.optim.SGD(objective.parameters(), lr=1.0)
+        train_step(objective, optimizer, {name: x[rows] for name, x in batch.items()}, beta=0.0, share=share)
+        gradients.append([old - new.detach() for old, new in zip(before, objective.parameters(), strict=True)])
+    for whole, one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close((one + other) / 2, whole)

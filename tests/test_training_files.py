@@ -1,6 +1,7 @@
 """What a run leaves and survives: resuming, signals, kills, full disks, settings, numbers that aren't finite."""
 
 import dataclasses
+import functools
 import os
 import resource
 import shutil
@@ -16,14 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from mvae import checkpoint
 from mvae.data import Data
 from mvae.errors import UsageError, UserError
+from mvae.files import locked
 from mvae.likelihoods import Bernoulli
-from mvae.model import MVAE
-from mvae.schedules import constant
+from mvae.model import MVAE, Batch
+from mvae.schedules import constant, late
 from mvae.training import Stopped
 
 from helpers import (
@@ -56,8 +59,8 @@ def part(record: dict[str, Any], which: str) -> dict[str, Any]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The files of a folder, less TensorBoard's."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    """The files of a folder, less TensorBoard's and the lock."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
 
 
 @pytest.fixture
@@ -195,17 +198,96 @@ def test_signal_that_comes_again_later_ends_a_step_that_hangs(tmp_path: Path) ->
         fit_small(tmp_path, train=small_data(24, seed=0, transform=at_call(2, hang)))
 
 
+def test_signal_in_validation_stops_at_its_next_batch_and_keeps_the_epochs_steps(tmp_path: Path) -> None:
+    def stop(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        signal.raise_signal(signal.SIGTERM)
+        return rows
+
+    batches: list[int] = []
+
+    def count(model: MVAE, batch: Batch) -> Tensor:
+        batches.append(len(batch["label"]))
+        return torch.zeros(batches[-1])
+
+    validation = small_data(18, seed=1)
+    fit_small(tmp_path / "straight", validation=validation, metrics={"zero": count})
+    batches.clear()
+    stopping = dataclasses.replace(validation, transform=at_call(2, stop))
+    with pytest.raises(Stopped, match="epoch 1, step 4 of 4"):
+        fit_small(tmp_path / "run", validation=stopping, metrics={"zero": count})
+    assert batches == [6, 6]
+    assert checkpoint.load(tmp_path / "run" / checkpoint.LATEST, "small")["step"] == 4
+    fit_small(tmp_path / "run", validation=validation, metrics={"zero": count}, resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "straight", "small")
+
+
+def test_second_signal_in_validation_keeps_the_epochs_steps(tmp_path: Path) -> None:
+    def hang(model: MVAE, batch: Batch) -> Tensor:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(1.1)
+        signal.raise_signal(signal.SIGINT)
+        return torch.zeros(len(batch["label"]))
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_small(tmp_path / "run", metrics={"zero": hang})
+    assert checkpoint.load(tmp_path / "run" / checkpoint.LATEST, "small")["step"] == 4
+    fit_small(tmp_path / "straight")
+    fit_small(tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "straight", "small")
+
+
+def die(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    raise InterruptedError("as a kill")
+
+
+@pytest.mark.parametrize(("minutes", "step"), [(1e-9, 2), (10, 0)])
+def test_state_is_saved_within_an_epoch_by_time(minutes: float, step: int, tmp_path: Path) -> None:
+    fit_small(tmp_path / "straight")
+    fit_small(tmp_path / "run", epochs=1)
+    train = small_data(24, seed=0, transform=at_call(3, die))
+    with pytest.raises(InterruptedError):
+        fit_small(tmp_path / "run", train=train, save_every=minutes, resume=True)
+    saved = checkpoint.load(tmp_path / "run" / checkpoint.LATEST, "small")
+    assert (saved["epoch"], saved["step"]) == (2, step)
+    fit_small(tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "straight", "small")
+
+
 def test_signals_are_as_before_after_a_run(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     fit_small(tmp_path)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     records = fit_small(tmp_path)
     before = contents(tmp_path)
+    capsys.readouterr()
     assert fit_small(tmp_path, resume=True, epochs=1) == records
     assert contents(tmp_path) == before
+    assert capsys.readouterr().out == f"nothing is left to do: {tmp_path} holds a run of 2 epochs\n"
+
+
+def test_tensorboard_has_every_epoch_once_after_a_kill(tmp_path: Path) -> None:
+    """A kill may come after an epoch is saved and before it is reported; or TensorBoard's folder was not copied."""
+
+    def steps() -> dict[str, list[int]]:
+        found = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0}).Reload()
+        scalars = {name: [event.step for event in found.Scalars(name)] for name in found.Tags()["scalars"]}
+        return {**scalars, **{name: [event.step for event in found.Images(name)] for name in found.Tags()["images"]}}
+
+    fit_small(tmp_path, epochs=1)
+    shutil.copytree(tmp_path / "tensorboard", tmp_path / "kept")
+    fit_small(tmp_path, epochs=2, resume=True)
+    shutil.rmtree(tmp_path / "tensorboard")
+    (tmp_path / "kept").rename(tmp_path / "tensorboard")
+    (record, *_) = fit_small(tmp_path, epochs=3, resume=True)
+    assert steps() == {**{name: [1, 2, 3] for name in record if name != "epoch"}, "reconstruction/image": [1, 2, 3]}
+    shutil.rmtree(tmp_path / "tensorboard")
+    fit_small(tmp_path, epochs=4, resume=True)
+    assert steps()["validation/loss"] == [1, 2, 3, 4]
 
 
 def test_stats_that_a_kill_left_behind_are_made_good(tmp_path: Path) -> None:
@@ -235,13 +317,109 @@ def test_folder_that_holds_a_run_is_refused_without_resume(tmp_path: Path) -> No
     assert contents(tmp_path) == before
 
 
+def test_folder_that_another_run_writes_into_is_refused(tmp_path: Path) -> None:
+    fit_small(tmp_path, epochs=1)
+    before = contents(tmp_path)
+    for resume in (False, True):
+        with locked(tmp_path / ".lock"), pytest.raises(UsageError, match=f"another process.*{tmp_path}.*`out_dir`"):
+            fit_small(tmp_path, epochs=2, resume=resume)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_best_model_alone_is_not_written_over(resume: bool, tmp_path: Path) -> None:
+    fit_small(tmp_path / "run")
+    (tmp_path / "run" / checkpoint.LATEST).unlink()
+    content = checkpoint.load(tmp_path / "run" / checkpoint.BEST, "small")
+    checkpoint.save(tmp_path / "run" / checkpoint.BEST, "small", {**content, "epoch": 2})
+    before = contents(tmp_path / "run")
+    with pytest.raises(UsageError, match=f"{checkpoint.BEST} would be written over.*`out_dir`"):
+        fit_small(tmp_path / "run", resume=resume)
+    assert contents(tmp_path / "run") == before
+
+
+def test_kill_between_the_first_epochs_two_files_is_gone_on_from(tmp_path: Path) -> None:
+    fit_small(tmp_path / "straight")
+    fit_small(tmp_path / "run", epochs=1)
+    (tmp_path / "run" / checkpoint.LATEST).unlink()
+    fit_small(tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "straight", "small")
+
+
+# What may change from an epoch on.
+
+
+def test_rate_and_batch_size_may_change_from_the_start_of_an_epoch_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit_small(tmp_path, epochs=1)
+    capsys.readouterr()
+    records = fit_small(tmp_path, resume=True, lr=1e-3, batch_size=12)
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "from the start of epoch 2 on: lr 0.001 in place of 0.01, batch_size 12 in place of 6"
+    )
+    assert [record["lr"] for record in records] == [1e-2, 1e-3]
+    assert "changed" not in records[0]
+    assert records[1]["changed"] == {"lr": [1e-2, 1e-3], "batch_size": [6, 12]}
+    assert stats(tmp_path) == records
+    saved = checkpoint.load(tmp_path / checkpoint.LATEST, "small")
+    assert saved["optimizer"]["state"][0]["step"] == 4 + 2
+    assert saved["settings"]["batch_size"] == 12
+    capsys.readouterr()
+    records = fit_small(tmp_path, resume=True, lr=1e-3, batch_size=12, epochs=3)
+    assert "in place of" not in capsys.readouterr().out
+    assert "changed" not in records[2]
+
+
+def test_rate_that_changes_within_an_epoch_changes_at_the_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        signal.raise_signal(signal.SIGTERM)
+        return rows
+
+    fit_small(tmp_path / "straight", epochs=1)
+    fit_small(tmp_path / "straight", resume=True, lr=1e-3, batch_size=12)
+    with pytest.raises(Stopped):
+        fit_small(tmp_path / "run", train=small_data(24, seed=0, transform=at_call(2, stop)))
+    capsys.readouterr()
+    fit_small(tmp_path / "run", resume=True, lr=1e-3, batch_size=12)
+    assert capsys.readouterr().out.startswith("from the start of epoch 2 on: ")
+    assert_same_run(tmp_path / "run", tmp_path / "straight", "small")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"precision": "bf16"}, "precision was fp32, now bf16"),
+        ({"approx_m": 1}, "approx_m was 0, now 1"),
+        ({"compile": True}, "compile was False, now True"),
+        ({"train": small_data(24, seed=3)}, "data_crc32"),
+        ({"beta": constant()}, "`beta` at the end of epoch 1 was 0.5, now 1.0"),
+        ({"schedule": late(1)}, "`lr` at the end of epoch 1 was 0.01, now 0"),
+        ({"weights": {"label": 2.0}}, "objective_crc32"),
+        ({"optimizer": torch.optim.SGD}, "optimizer was Adam, now SGD"),
+        ({"optimizer": functools.partial(torch.optim.Adam, betas=(0.5, 0.9))}, "the optimiser's betas was"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_change_is_refused(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
+    fit_small(tmp_path, epochs=1)
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match="`resume`") as refused:
+        fit_small(tmp_path, resume=True, **changed)
+    assert said in str(refused.value)
+    assert contents(tmp_path) == before
+
+
 def test_resume_with_other_settings_names_each_with_both_values(
     trained: Trained, digits_dir: Path, tmp_path: Path
 ) -> None:
     before = contents(trained.out_dir)
     flags = ["--data-dir", digits_dir, "--out-dir", trained.out_dir, "--epochs", "4", *SHORT, "--resume"]
-    done = run_warm("mnist/train.py", *flags, "--lr", "0.002", "--lambda-text", "50", "--limit", "900", cwd=tmp_path)
-    differ = ["lr was 0.001, now 0.002", "lambda_text was 10.0, now 50.0", "limit was None, now 900"]
+    done = run_warm("mnist/train.py", *flags, "--compile", "--lambda-text", "50", "--limit", "900", cwd=tmp_path)
+    differ = ["compile was False, now True", "lambda_text was 10.0, now 50.0", "limit was None, now 900"]
     assert_refused(done, 2, trained.out_dir / checkpoint.LATEST, *differ)
     for same_as_before in ("epochs", "out_dir", "seed", "batch_size"):
         assert f"{same_as_before} was" not in done.stderr
@@ -428,7 +606,7 @@ def test_signal_does_not_save_weights_that_are_not_finite(tmp_path: Path) -> Non
 def test_validation_that_is_not_finite_is_named_and_the_checkpoint_kept(tmp_path: Path) -> None:
     fit_small(tmp_path, epochs=1)
     before = contents(tmp_path)
-    validation = small_data(10, seed=1, transform=at_call(1, spoiled("attrs")))
+    validation = small_data(10, seed=1, transform=at_call(2, spoiled("attrs")))  # the first is for TensorBoard
     with pytest.raises(UserError, match=r"not finite.*validation"):
         fit_small(tmp_path, validation=validation, resume=True)
     assert contents(tmp_path) == before
@@ -551,7 +729,8 @@ def test_two_processes_share_every_batch_and_one_writes(digits_dir: Path, tmp_pa
         assert record["validation/loss"] == pytest.approx(alone["validation/loss"], rel=0.2)
 
 
-def test_batch_that_processes_cannot_share_evenly_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_world_size_alone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UsageError, match="`batch_size` 6 can't be shared evenly by 4 processes"):
+    with pytest.raises(UsageError, match="WORLD_SIZE is 4, and RANK and MASTER_ADDR and MASTER_PORT not: torchrun"):
         fit_small(tmp_path)
+    assert not os.listdir(tmp_path)

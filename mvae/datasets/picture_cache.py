@@ -9,6 +9,7 @@ it is needed.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -29,6 +30,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..files import locked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,7 +141,8 @@ def make(
     file = _File.of(entries, mode, size)
     try:
         if file.broken(path) != []:
-            with _lock(path):
+            waiting = functools.partial(log.info, "waiting for another process, which is decoding into %s", path)
+            with locked(path.with_name(path.name + ".lock"), waiting):
                 _build(source, entries, path, file, workers)
     except OSError as error:
         reason = error.strerror or error
@@ -212,21 +215,6 @@ class _File(NamedTuple):
 
 def _checksum(pixels: bytes) -> bytes:
     return zlib.crc32(pixels).to_bytes(4, "little")  # what was never written reads as zeros, whose sum isn't zero
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Keeps other processes from building the same file; waits for one that does. It ends with the process."""
-    import fcntl  # not on every system, and nothing but this needs it
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(path.name + ".lock"), "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("waiting for another process, which is decoding into %s", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _build(source: Path, entries: Sequence[Entry], path: Path, file: _File, workers: int) -> None:

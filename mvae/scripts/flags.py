@@ -178,6 +178,9 @@ def training_parser(
     data.add_argument("--out-dir", type=Path, default=Path("./trained_models"), help="folder of checkpoints and logs")
     data.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out-dir, if there is one")
     data.add_argument("--log-interval", type=positive_int, default=100, help="steps between reports")
+    data.add_argument(
+        "--save-every", type=positive_float, default=10.0, metavar="MINUTES", help="save within an epoch, too"
+    )
     chooser = argparse.ArgumentParser(add_help=False, exit_on_error=False)  # what -h shows depends on --preset, too
     chooser.add_argument("--preset")
     result.set_defaults(**(presets or {}).get(chooser.parse_known_args()[0].preset, {}))
@@ -321,6 +324,7 @@ def options(args: argparse.Namespace) -> "Options":
         compile=args.compile,
         resume=args.resume,
         log_interval=args.log_interval,
+        save_every=args.save_every,
         out_dir=args.out_dir,
         device=device(args),
     )
