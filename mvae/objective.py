@@ -99,8 +99,8 @@ class Objective(nn.Module):
         self.register_buffer("keys", keys, persistent=False)
 
     def checksum(self) -> str:
-        """A CRC-32 of the terms and of λ: two objectives with the same one ask for the same."""
-        return f"{zlib.crc32(repr((self.terms, self.weights.tolist())).encode()):08x}"
+        """A CRC-32 of the terms, λ and the importance samples: two objectives with the same one ask for the same."""
+        return f"{zlib.crc32(repr((self.terms, self.weights.tolist(), self.iw_samples)).encode()):08x}"
 
     def _in_order(self, term: Term) -> Term:
         """The term with its names in the model's order, scoring `reconstruct`, too."""

@@ -176,7 +176,10 @@ def fit(
         "objective_crc32": objective.checksum(),
         "optimizer": type(optimizer).__name__,
         "lr": [float(group["lr"]) for group in optimizer.param_groups],
-        **{name: getattr(options, name) for name in ("batch_size", "approx_m", "seed", "precision", "compile")},
+        **{
+            name: getattr(options, name)
+            for name in ("batch_size", "approx_m", "pairs_per_batch", "seed", "precision", "compile")
+        },
     }
     train, validation = train.to(options.device), validation.to(options.device)
     objective.to(options.device).train()
