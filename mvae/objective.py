@@ -218,16 +218,18 @@ def _importance_weighted(scores: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, 
         scores: (k * terms, batch), the log-probabilities with λ.
         z: (k * terms, batch, latents), draws from N(mu, exp(logvar)), each (terms, batch, latents).
     """
-    # The posterior's parameters get their gradient through z alone (their score has mean 0), ...
+    # The posterior's parameters get their gradient through z alone, ...
     fixed_mu, fixed_logvar = mu.detach(), logvar.detach()
     draws = z.unflatten(0, (k, -1))
     log_q = experts.log_standard_normal((draws - fixed_mu) * (-0.5 * fixed_logvar).exp()) - 0.5 * fixed_logvar.sum(-1)
     log_w = scores.unflatten(0, (k, -1)) + beta * (experts.log_standard_normal(draws) - log_q)
     share = log_w.detach().softmax(dim=0)
     surrogate = (share * log_w).sum(dim=0)
-    # ... by the squares of the normalised weights, where the decoders get theirs by the weights (Tucker et al. 2019).
+    # ... where the score that this leaves out, -β share d log q, comes through z too: -β share (1 - share) d log w / dz
+    # (Tucker et al. 2019, equation 8, where β = 1). So z gets share (1 - β + β share) in place of the decoders' share.
+    factor = (1 - beta + beta * share).flatten(0, 1).unsqueeze(-1)
     if z.requires_grad:
-        z.register_hook(lambda gradient: gradient * share.flatten(0, 1).unsqueeze(-1))
+        z.register_hook(lambda gradient: gradient * factor)
     return surrogate + (log_w.logsumexp(dim=0) - math.log(k) - surrogate).detach()
 
 

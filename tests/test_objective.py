@@ -320,21 +320,21 @@ def test_decoders_get_the_gradient_of_the_importance_weighted_bound() -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
 
 
-def test_encoders_get_that_gradient_in_expectation_with_less_noise() -> None:
-    model, objective, (batch, beta, *_), _ = weighted(4)
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+def test_encoders_get_that_gradient_in_expectation(beta: float) -> None:
+    model, objective, (batch, *_), _ = weighted(4)
     weights = [*model.encoders["m0"].parameters()][-1:]
     torch.manual_seed(0)
     draws: list[list[Tensor]] = [[], []]
     for _ in range(400):
         noise = torch.randn(4, 7, N_EXAMPLES, LATENTS).double()
-        for some, loss in zip(
-            draws, (objective(batch, beta, (), None, noise)[0], plain_bound(objective, batch, beta, noise)), strict=True
-        ):
+        losses = objective(batch, beta, (), None, noise)[0], plain_bound(objective, batch, beta, noise)
+        for some, loss in zip(draws, losses, strict=True):
             some.append(torch.autograd.grad(loss, weights)[0])
     found, expected = (torch.stack(some) for some in draws)
     error = (found - expected).std(dim=0) / 20
-    assert ((found.mean(dim=0) - expected.mean(dim=0)).abs() < 4 * error + 1e-9).all()
-    assert found.var(dim=0).sum() < expected.var(dim=0).sum()
+    assert error.max() < 0.05 * expected.mean(dim=0).abs().max()
+    assert ((found.mean(dim=0) - expected.mean(dim=0)).abs() < 4 * error).all()
 
 
 def test_examples_that_lack_modalities_have_a_bound_of_what_they_have() -> None:
