@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import UsageError
+from .experts import draw
 from .files import write_atomically
 from .model import MVAE, Batch
 
@@ -64,6 +65,27 @@ def reconstructions(model: MVAE, batch: Batch) -> dict[str, Tensor]:
         if batch[name].dim() == 4:
             rows = torch.cat([batch[name].unsqueeze(0), model.likelihood(name).mean(torch.stack(draws))])
             grids[name] = grid(rows.flatten(0, 1), len(batch[name])).cpu()
+    model.train(was_training)
+    return grids
+
+
+@torch.no_grad()
+def given_labels(model: MVAE, batch: Batch, most: int = 10) -> dict[tuple[str, str], Tensor]:
+    """Grids (3, height, width) by label and picture modality: a row for each value that the label has in the batch.
+
+    A label is a modality that is no picture; of its values there are the first `most`, in order. A row has the means of
+    the picture for eight draws of z given the label, by the same noise in every row.
+    """
+    was_training = model.training
+    model.eval()
+    noise = torch.randn(COLUMNS, model.n_latents, device=next(model.parameters()).device)
+    shown = [name for name in model.modalities if batch[name].dim() == 4]
+    grids = {}
+    for label in (name for name in model.modalities if name not in shown):
+        mu, logvar = model.posterior({label: batch[label].unique(dim=0)[:most]})
+        z = draw(mu.unsqueeze(1), logvar.unsqueeze(1), noise)  # (values, draws, latents)
+        for name, mean in model.mean(z, shown).items():
+            grids[label, name] = grid(mean.flatten(0, 1), COLUMNS).cpu()
     model.train(was_training)
     return grids
 

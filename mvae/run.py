@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import checkpoint, pictures
+from . import checkpoint, maps, pictures
 from .data import Data
 from .errors import UsageError, UserError
 from .files import locked, write_atomically
@@ -294,6 +294,24 @@ class Run:
                 if present is None:
                     for name, grid in pictures.reconstructions(self.objective.model, some).items():
                         self.writer.add_image(f"reconstruction/{name}", grid, epoch)
+                    self._write_latents(validation, epoch)
             self.writer.flush()
         except OSError as error:
             raise UserError(f"can't write {self.out_dir / 'tensorboard'}: {error.strerror or error}") from None
+
+    def _write_latents(self, validation: Data, epoch: int) -> None:
+        """Writes pictures drawn given each label, and a map of the latents given the first modality."""
+        assert self.writer
+        model = self.objective.model
+        some, _ = validation.batch(torch.arange(min(500, len(validation)), device=validation.device))
+        for (label, name), grid in pictures.given_labels(model, some).items():
+            self.writer.add_image(f"given_{label}/{name}", grid, epoch)
+        first = model.modalities[0]
+        with torch.no_grad():
+            mu, _ = model.eval().posterior({first: some[first]})
+        classes = [name for name, x in some.items() if x.dim() == 1 and not x.is_floating_point()]
+        of = some[classes[0]].cpu() if classes else torch.zeros(len(mu), dtype=torch.long)
+        names = [str(value) for value in range(int(of.max()) + 1)] if classes else []
+        picture = maps.draw(maps.pca(mu.cpu().double().numpy()), of.tolist(), names, f"q(z | {first}), epoch {epoch}")
+        self.writer.add_image(f"latents/{first}", picture, epoch, dataformats="HWC")
+        model.train()

@@ -135,6 +135,11 @@ def test_tensorboard_has_scalars_and_pictures_of_every_epoch(trained: Trained) -
     assert [(picture.step, picture.width, picture.height) for picture in pictures] == [
         (epoch, 8 * 30 + 2, 4 * 30 + 2) for epoch in (1, 2, 3)
     ]
+    given = events.Images("given_text/image")
+    assert [(picture.step, picture.width, picture.height) for picture in given] == [
+        (epoch, 8 * 30 + 2, 10 * 30 + 2) for epoch in (1, 2, 3)
+    ]
+    assert [picture.step for picture in events.Images("latents/image")] == [1, 2, 3]
 
 
 def test_checkpoint_records_the_flags(trained: Trained) -> None:
