@@ -87,7 +87,7 @@ def explore(args: argparse.Namespace, experiment: str, build: Callable[[int], MV
 
 def page(model: MVAE, controls: Controls, title: str) -> Dash:
     """The page as an application: `page(...).server` is a WSGI one."""
-    app = Dash("mvae", title=f"MVAE: {title}", update_title=None, include_assets_files=False)
+    app = Dash("mvae", title=f"MVAE: {title}", update_title="", include_assets_files=False)
     app.index_string = app.index_string.replace("{%css%}", "{%css%}<style>" + STYLE + "</style>")
     app.server.config["MAX_CONTENT_LENGTH"] = UPLOAD * 3 // 2
     sliders = strongest(model, controls, N_SLIDERS)
@@ -255,7 +255,8 @@ def _take_pictures(app: Dash, name: str, kind: Picture) -> None:
 
     @app.callback(outputs, inputs, prevent_initial_call=True)
     def _take(_: int | None, contents: str | None, drawn: Any = None) -> Any:
-        source, seen, said = ctx.triggered_id, None, []
+        source, seen = ctx.triggered_id, None
+        said: list[Any] = []
         if source == f"{name}-board" and "shapes" not in (drawn or {}):
             return [no_update] * len(outputs)
         try:
@@ -328,7 +329,7 @@ def _url(png: bytes) -> str:
 
 def _samples(found: Beliefs, controls: Controls) -> Any:
     """A row of samples of each picture, and each sample's other values."""
-    parts = []
+    parts: list[Any] = []
     for name, kind in controls.items():
         values = found.samples[name]
         if isinstance(kind, Picture):
