@@ -337,7 +337,8 @@ def test_sample_shows_what_is_given_beside_the_six(sample: RunHere, drawn: Path,
     arguments += ["--condition-file", data / "edge" / NAMES[0], "--condition-type", "edge", "--n-samples", 2]
     assert_ended(sample(*arguments))
     given, (columns, rows) = shown(tmp_path, 2)
-    assert (columns, rows) == (8, 2)
+    assert columns >= 8  # and a text beside them
+    assert rows == 2
     assert (given[0][..., 0] == read(data / "edge" / NAMES[0])).all()  # in the modalities' order
     assert (given[1] == read(data / "images" / NAMES[0])).all()
     header = read(tmp_path / "samples" / "contact_sheet.png")[:HEADER, -8 * CELL :].max(axis=(0, 2))
