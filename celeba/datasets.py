@@ -21,11 +21,7 @@ training_data, test_data = celeba.training_data, celeba.test_data
 
 def examples(split: str, args: argparse.Namespace, settings: Mapping[str, Any]) -> "Data":
     """The official split "train", "validation" or "test"."""
-    how: dict[str, Any] = {"allow_missing": args.allow_missing, "workers": args.workers}
-    if split == "test":
-        return test_data(args.data_dir, args.cache_dir, **how)
-    train, validation = training_data(args.data_dir, args.cache_dir, **how)
-    return train if split == "train" else validation
+    return faces.examples(split, args, training_data, test_data)
 
 
 def main() -> None:

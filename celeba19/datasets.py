@@ -46,11 +46,7 @@ def test_data(data_dir: Path, cache_dir: Path, *, allow_missing: bool, workers: 
 
 def examples(split: str, args: argparse.Namespace, settings: Mapping[str, Any]) -> "Data":
     """The official split "train", "validation" or "test"."""
-    how: dict[str, Any] = {"allow_missing": args.allow_missing, "workers": args.workers}
-    if split == "test":
-        return test_data(args.data_dir, args.cache_dir, **how)
-    train, validation = training_data(args.data_dir, args.cache_dir, **how)
-    return train if split == "train" else validation
+    return faces.examples(split, args, training_data, test_data)
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ def main() -> None:
     # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
     import torch
 
-    from mvae import Objective, fit, metrics, schedules
+    from mvae import Objective, fit, metrics
     from mvae.supervision import drop
 
     from model import build_model
@@ -66,7 +66,7 @@ def main() -> None:
         train,
         validation,
         options,
-        beta=schedules.linear(args.annealing_epochs),
+        beta=flags.beta_schedule(args),
         lr=flags.lr_schedule(args),
         metrics={"attribute_accuracy": metrics.attribute_accuracy(ATTRIBUTES)},
         experiment="celeba19",

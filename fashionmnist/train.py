@@ -40,7 +40,7 @@ def main() -> None:
     # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
     import torch
 
-    from mvae import Objective, fit, metrics, schedules
+    from mvae import Objective, fit, metrics
 
     from model import build_model
 
@@ -62,7 +62,7 @@ def main() -> None:
         train,
         validation,
         options,
-        beta=schedules.linear(args.annealing_epochs),
+        beta=flags.beta_schedule(args),
         lr=flags.lr_schedule(args),
         metrics={"label_accuracy": metrics.label_accuracy("text")},
         experiment="fashionmnist",

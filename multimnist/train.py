@@ -39,7 +39,7 @@ def main() -> None:
     # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
     import torch
 
-    from mvae import Objective, fit, metrics, schedules
+    from mvae import Objective, fit, metrics
 
     from model import build_model
 
@@ -60,7 +60,7 @@ def main() -> None:
         train,
         validation,
         options,
-        beta=schedules.linear(args.annealing_epochs),
+        beta=flags.beta_schedule(args),
         lr=flags.lr_schedule(args),
         metrics={"text_accuracy": metrics.label_accuracy("text")},
         experiment="multimnist",

@@ -144,13 +144,11 @@ class MVAE(nn.Module):
         if lacking:
             raise UsageError(f"there is no {lacking[0]} in it: it has {', '.join(batch)}")
         here = self.which({name: batch[name] for name in names}, present)
-        was_training = self.training
-        self.eval()
-        for m, name in enumerate(name for name in self.modalities if name in names):
-            x = batch[name] if here is None else batch[name][here[m]]
-            if len(x):
-                self._check_one(name, x)
-        self.train(was_training)
+        with evaluating(self):
+            for m, name in enumerate(name for name in self.modalities if name in names):
+                x = batch[name] if here is None else batch[name][here[m]]
+                if len(x):
+                    self._check_one(name, x)
 
     def _check_one(self, name: str, x: Tensor) -> None:
         network, weight = "likelihood", next(self.parameters())
@@ -230,3 +228,14 @@ def lone_example(network: nn.Module, n: int) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.train()
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Has the network in evaluation mode within, and afterwards in the mode that it was in."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .errors import UsageError
 from .experts import draw
 from .files import write_atomically
-from .model import MVAE, Batch
+from .model import MVAE, Batch, evaluating
 
 COLUMNS = 8
 PADDING = 2  # pixels between pictures
@@ -26,9 +26,7 @@ LINE = 12  # pixels, of text
 
 def save_grid(path: Path, images: Tensor, columns: int = COLUMNS) -> None:
     """Writes (n, channels, height, width) pictures in [0, 1] as one PNG. Raises UserError if it can't be written."""
-    buffer = io.BytesIO()
-    to_image(grid(images, columns)).save(buffer, format="PNG", optimize=True)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, png(as_bytes(grid(images, columns))))
 
 
 def grid(images: Tensor, columns: int) -> Tensor:
@@ -39,33 +37,24 @@ def grid(images: Tensor, columns: int) -> Tensor:
     return F.pad(cells.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2), (0, 2, 0, 2))
 
 
-def to_image(picture: Tensor) -> Image.Image:
-    """A picture (3 or 1, height, width) in [0, 1] as PIL has them."""
-    pixels = (picture * 255).byte().cpu().movedim(0, 2).squeeze(2).numpy()
-    return Image.fromarray(pixels)
-
-
 @torch.no_grad()
 def reconstructions(model: MVAE, batch: Batch) -> dict[str, Tensor]:
     """For each picture modality, a grid (3, height, width) with the true pictures in the first row.
 
     Below them their means given all modalities, then given each one alone, in the model's order; z is drawn.
     """
-    was_training = model.training
-    model.eval()
     givens = [
         {name: batch[name] for name in names} for names in (model.modalities, *zip(model.modalities, strict=True))
     ]
-    draws = []
-    for given in givens:
-        mu, logvar = model.posterior(given)
-        draws.append(mu + (0.5 * logvar).exp() * torch.randn_like(mu))
-    grids = {}
-    for name in model.modalities:
-        if batch[name].dim() == 4:
-            rows = torch.cat([batch[name].unsqueeze(0), model.likelihood(name).mean(torch.stack(draws))])
-            grids[name] = grid(rows.flatten(0, 1), len(batch[name])).cpu()
-    model.train(was_training)
+    draws, grids = [], {}
+    with evaluating(model):
+        for given in givens:
+            mu, logvar = model.posterior(given)
+            draws.append(draw(mu, logvar, torch.randn_like(mu)))
+        for name in model.modalities:
+            if batch[name].dim() == 4:
+                rows = torch.cat([batch[name].unsqueeze(0), model.likelihood(name).mean(torch.stack(draws))])
+                grids[name] = grid(rows.flatten(0, 1), len(batch[name])).cpu()
     return grids
 
 
@@ -76,17 +65,15 @@ def given_labels(model: MVAE, batch: Batch, most: int = 10) -> dict[tuple[str, s
     A label is a modality that is no picture; of its values there are the first `most`, in order. A row has the means of
     the picture for eight draws of z given the label, by the same noise in every row.
     """
-    was_training = model.training
-    model.eval()
     noise = torch.randn(COLUMNS, model.n_latents, device=next(model.parameters()).device)
     shown = [name for name in model.modalities if batch[name].dim() == 4]
     grids = {}
-    for label in (name for name in model.modalities if name not in shown):
-        mu, logvar = model.posterior({label: batch[label].unique(dim=0)[:most]})
-        z = draw(mu.unsqueeze(1), logvar.unsqueeze(1), noise)  # (values, draws, latents)
-        for name, mean in model.mean(z, shown).items():
-            grids[label, name] = grid(mean.flatten(0, 1), COLUMNS).cpu()
-    model.train(was_training)
+    with evaluating(model):
+        for label in (name for name in model.modalities if name not in shown):
+            mu, logvar = model.posterior({label: batch[label].unique(dim=0)[:most]})
+            z = draw(mu.unsqueeze(1), logvar.unsqueeze(1), noise)  # (values, draws, latents)
+            for name, mean in model.mean(z, shown).items():
+                grids[label, name] = grid(mean.flatten(0, 1), COLUMNS).cpu()
     return grids
 
 

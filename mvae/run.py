@@ -14,6 +14,7 @@ from . import checkpoint, maps, pictures
 from .data import Data
 from .errors import UsageError, UserError
 from .files import locked, write_atomically
+from .model import evaluating
 from .objective import Objective
 from .processes import Processes
 from .schedules import Schedule
@@ -307,11 +308,10 @@ class Run:
         for (label, name), grid in pictures.given_labels(model, some).items():
             self.writer.add_image(f"given_{label}/{name}", grid, epoch)
         first = model.modalities[0]
-        with torch.no_grad():
-            mu, _ = model.eval().posterior({first: some[first]})
+        with torch.no_grad(), evaluating(model):
+            mu, _ = model.posterior({first: some[first]})
         classes = [name for name, x in some.items() if x.dim() == 1 and not x.is_floating_point()]
         of = some[classes[0]].cpu() if classes else torch.zeros(len(mu), dtype=torch.long)
         names = [str(value) for value in range(int(of.max()) + 1)] if classes else []
         picture = maps.draw(maps.pca(mu.cpu().double().numpy()), of.tolist(), names, f"q(z | {first}), epoch {epoch}")
         self.writer.add_image(f"latents/{first}", picture, epoch, dataformats="HWC")
-        model.train()

@@ -27,6 +27,15 @@ def linear(epochs: float) -> Schedule:
     return lambda t: min(1.0, t / epochs) if epochs else 1.0
 
 
+def held(epochs: float, schedule: Schedule) -> Schedule:
+    """0 over the first `epochs`, then `schedule` as if it began there.
+
+    For β: a network that first learns to reconstruct keeps more of its latents in use.
+    """
+    _check(epochs >= 0, epochs, "0 or more")
+    return lambda t: 0.0 if t < epochs else schedule(t - epochs)
+
+
 def cosine(epochs: float) -> Schedule:
     """Falls from 1 to 0 over `epochs`, along half a period of the cosine (Loshchilov & Hutter 2017, equation 5)."""
     _check(epochs > 0, epochs, "above 0")

@@ -23,6 +23,7 @@ EVERY: dict[str, list[Any]] = {
     "--n-latents": [3],
     "--reconstruct": ["all"],
     "--annealing-epochs": [1],
+    "--beta-hold": [1],
     "--lr": [2e-3],
     "--lr-schedule": ["late"],
     "--weight-decay": [0.5],

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mvae.schedules import Schedule, constant, cosine, late, linear, warmed_up
+from mvae.schedules import Schedule, constant, cosine, held, late, linear, warmed_up
 
 TIMES = [0.0, 0.25, 1.0, 2.0, 3.0, 4.0, 5.0]
 
@@ -43,3 +43,11 @@ def test_warmed_up_over_no_epochs_is_the_schedule() -> None:
 @pytest.mark.parametrize("schedule", [linear(4), cosine(4), late(4), warmed_up(2, late(4))])
 def test_schedules_are_functions_of_the_time_alone(schedule: Schedule) -> None:
     assert [schedule(t) for t in reversed(TIMES)] == values(schedule)[::-1]
+
+
+def test_held_is_0_and_then_the_schedule_from_its_beginning() -> None:
+    assert values(held(2, linear(2))) == [0, 0, 0, 0, 0.5, 1, 1]
+
+
+def test_held_for_no_epochs_is_the_schedule() -> None:
+    assert values(held(0, linear(4))) == values(linear(4))

@@ -44,7 +44,7 @@ def main() -> None:
     # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
     import torch
 
-    from mvae import Objective, fit, schedules
+    from mvae import Objective, fit
     from mvae.supervision import drop
 
     from model import build_model
@@ -68,7 +68,7 @@ def main() -> None:
         train,
         validation,
         options,
-        beta=schedules.linear(args.annealing_epochs),
+        beta=flags.beta_schedule(args),
         lr=flags.lr_schedule(args),
         experiment="vision",
         settings=flags.settings(args),

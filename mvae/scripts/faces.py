@@ -2,9 +2,14 @@
 
 import argparse
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from ..datasets.celeba import find, pictures, summary
 from . import flags
+
+if TYPE_CHECKING:
+    from ..data import Data
 
 CONDITIONS = ("--condition-on-attrs", "--condition-on-image")
 
@@ -25,6 +30,20 @@ def prepare(description: str | None) -> None:
     print(summary(faces), flush=True)
     pictures(faces, args.cache_dir, args.workers)
     print(f"its pictures are decoded in {args.cache_dir}")
+
+
+def examples(
+    split: str,
+    args: argparse.Namespace,
+    training_data: Callable[..., tuple["Data", "Data"]],
+    test_data: Callable[..., "Data"],
+) -> "Data":
+    """The official split "train", "validation" or "test", by an experiment's two functions."""
+    how: dict[str, Any] = {"allow_missing": args.allow_missing, "workers": args.workers}
+    if split == "test":
+        return test_data(args.data_dir, args.cache_dir, **how)
+    train, validation = training_data(args.data_dir, args.cache_dir, **how)
+    return train if split == "train" else validation
 
 
 def arguments() -> list[str]:

@@ -122,6 +122,7 @@ def training_parser(
     model.add_argument(
         "--annealing-epochs", type=non_negative_int, default=annealing_epochs, help="epochs over which β rises to 1"
     )
+    model.add_argument("--beta-hold", type=non_negative_float, default=0.0, help="epochs of β = 0 before it rises")
     model.add_argument(
         "--iw-samples", type=positive_int, default=1, help="importance samples of each term: its bound is the IWAE's"
     )
@@ -206,8 +207,12 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 def model_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the flags of every script that takes a trained model."""
     result = parser(description)
-    result.add_argument("model_path", type=Path, help="the checkpoint, such as ./trained_models/model_best.pth.tar")
+    _add_model_path(result)
     return result
+
+
+def _add_model_path(result: argparse.ArgumentParser) -> None:
+    result.add_argument("model_path", type=Path, help="the checkpoint, such as ./trained_models/model_best.pth.tar")
 
 
 def sampling_parser(description: str | None, controls: Controls) -> argparse.ArgumentParser:
@@ -290,7 +295,7 @@ def embedding_parser(description: str | None, controls: Controls) -> argparse.Ar
 def exploring_parser(description: str | None) -> argparse.ArgumentParser:
     """The flags of an explore.py."""
     result = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
-    result.add_argument("model_path", type=Path, help="the checkpoint, such as ./trained_models/model_best.pth.tar")
+    _add_model_path(result)
     _add_machine_flags(result)
     result.add_argument("--port", type=non_negative_int, default=8050, help="where the page is served; 0: a free one")
     result.add_argument("--host", default="127.0.0.1", help="the address; another one lets other machines in")
@@ -358,6 +363,13 @@ def supervised(args: argparse.Namespace, train: "Data", validation: "Data", name
         classes = labels if labels is not None and labels.dim() == 1 else None
         parts.append(keep_pairs(data, pairs, names, unpaired=args.unpaired, seed=seed, classes=classes))
     return parts
+
+
+def beta_schedule(args: argparse.Namespace) -> "Schedule":
+    """β as --beta-hold and --annealing-epochs ask for."""
+    from .. import schedules
+
+    return schedules.held(args.beta_hold, schedules.linear(args.annealing_epochs))
 
 
 def lr_schedule(args: argparse.Namespace) -> "Schedule":
