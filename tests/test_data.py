@@ -331,6 +331,26 @@ def test_data_keeps_its_transform_when_sliced() -> None:
     assert stored[2:].to(torch.device("cpu")).batch(torch.tensor([0]))[0]["x"].tolist() == [20]
 
 
+def test_checksum_tells_all_that_is_stored() -> None:
+    """Of more examples than it reads at once; a change of one value, or of how the same bytes are read."""
+    x, here = torch.zeros(5000, 4, dtype=torch.uint8), torch.ones(5000, dtype=torch.bool)
+    last = x.clone()
+    last[-1, -1] = 1
+    present = {"x": here}
+    stored: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]] = [
+        ({"x": x}, None),
+        ({"x": last}, None),
+        ({"y": x}, None),
+        ({"x": x.view(5000, 2, 2)}, None),
+        ({"x": x.view(torch.int8)}, None),
+        ({"x": x}, present),
+        ({"x": x}, {"x": here.logical_not()}),
+    ]
+    found = [Data(tensors=tensors, present=masks).checksum() for tensors, masks in stored]
+    assert len(set(found)) == len(stored)
+    assert Data(tensors={"x": x.clone()}).checksum() == found[0]
+
+
 def test_random_example_is_one_of_those_allowed() -> None:
     allowed = torch.tensor([False, True, False, True, True])
     found = {random_example(numbers(5), allowed, "it")["x"].item() for _ in range(100)}
@@ -378,7 +398,8 @@ def test_seed_is_a_function_of_the_numbers() -> None:
 
 
 def test_seeds_of_different_numbers_differ() -> None:
-    grid = [(a, b, c, d) for a in range(5) for b in range(5) for c in range(5) for d in range(5)]
+    grid: list[tuple[int, ...]] = [(a, b, c, d) for a in range(5) for b in range(5) for c in range(5) for d in range(5)]
+    grid += [(1, 23), (12, 3), (123,), (1, 2, 3), (1, 23, 0)]
     assert len({seed_of(*some) for some in grid}) == len(grid)
 
 

@@ -395,6 +395,40 @@ def test_noise_is_drawn_anew_and_by_torchs_seed() -> None:
     assert first != second
 
 
+@pytest.mark.parametrize("iw_samples", [1, 3])
+def test_every_term_example_and_sample_has_noise_of_its_own(iw_samples: int) -> None:
+    """Where all posteriors are the prior, the latents are the noise."""
+
+    class Ignorant(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.zeros(len(x), LATENTS), torch.full((len(x), LATENTS), 80.0)
+
+    model = MVAE(
+        encoders={name: Ignorant() for name in "ab"},
+        likelihoods={name: Gaussian(nn.Linear(LATENTS, 1)) for name in "ab"},
+        n_latents=LATENTS,
+    )
+    drawn: list[Tensor] = []
+    model.likelihood("a").decoder.register_forward_hook(lambda module, inputs, output: drawn.append(inputs[0]))
+    batch = {name: torch.zeros(N_EXAMPLES, 1) for name in "ab"}
+    Objective(model, reconstruct="all", iw_samples=iw_samples)(batch)
+    assert len(torch.cat(drawn).unique(dim=0)) == iw_samples * 3 * N_EXAMPLES
+
+
+def test_checksum_tells_what_an_objective_asks_for() -> None:
+    asked: list[dict[str, Any]] = [
+        {},
+        {"weights": {"m1": 2.0}},
+        {"reconstruct": "all"},
+        {"iw_samples": 2},
+        {"terms": [Term(("m0",), ("m0",))]},
+        {"terms": [Term(("m0",), ("m0", "m1"))]},
+    ]
+    found = [Objective(small_model(3), **some).checksum() for some in asked]
+    assert len(set(found)) == len(asked)
+    assert Objective(small_model(3)).checksum() == found[0]
+
+
 @pytest.mark.parametrize("missing", [False, True])
 def test_bfloat16_changes_the_loss_by_less_than_a_hundredth(missing: bool) -> None:
     model, noise = small_model(6).float(), noise_of(6).float()

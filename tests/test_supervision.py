@@ -43,6 +43,15 @@ def test_both_sides_of_different_examples() -> None:
     assert (image & ~text).sum() == (text & ~image).sum() == 140
 
 
+def test_which_side_an_example_keeps_has_nothing_to_do_with_its_class() -> None:
+    """Of examples nine tenths of which are of one class."""
+    classes = (torch.arange(3000) % 10 == 0).long()
+    data = Data(tensors={"image": torch.rand(3000, 2), "text": classes})
+    image, text = masks(keep_pairs(data, 20, NAMES, unpaired="both", seed=0, classes=classes))
+    shares = [classes[some].double().mean().item() for some in (image & ~text, text & ~image)]
+    assert shares == pytest.approx([0.1, 0.1], abs=0.03)
+
+
 def test_the_seed_decides_which() -> None:
     first, again, other = (masks(keep_pairs(labelled(), 20, NAMES, seed=seed))[1] for seed in (0, 0, 1))
     assert torch.equal(first, again)
@@ -61,6 +70,16 @@ def test_drop_leaves_out_what_was_there_and_nothing_comes_back() -> None:
     assert image.all()
     assert 25 < text.sum() < 75
     assert not (text & ~masks(keep_pairs(labelled(), 100, NAMES, seed=0))[1]).any()
+
+
+def test_drop_takes_each_modality_apart_and_by_its_seed() -> None:
+    def here(seed: int) -> Tensor:
+        return torch.stack(masks(drop(labelled(), 0.25, NAMES, seed=seed)))
+
+    assert here(0).double().mean(dim=1).tolist() == pytest.approx([0.75, 0.75], abs=0.1)
+    assert here(0).all(dim=0).double().mean().item() == pytest.approx(0.75**2, abs=0.1)
+    assert torch.equal(here(0), here(0))
+    assert not torch.equal(here(0), here(1))
 
 
 def test_each_batch_has_its_pairs_and_an_epoch_its_length() -> None:
