@@ -1,6 +1,5 @@
 """A step and a run of steps: what is trained and what is reported is the same, in one process and in several."""
 
-import contextlib
 import copy
 import os
 import signal
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from mvae import checkpoint
 from mvae.data import Data, permuted_rows, seed_of
+from mvae.errors import UsageError
 from mvae.model import MVAE, Batch
 from mvae.objective import Objective
 from mvae.processes import Processes
@@ -150,6 +150,40 @@ def test_resumed_run_goes_on_along_its_schedules(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "run", tmp_path / "straight", "small")
 
 
+class WatchedEncoder(SmallEncoder):
+    """An encoder that remembers in which mode it ran."""
+
+    def __init__(self, n_inputs: int):
+        super().__init__(n_inputs)
+        self.modes: list[bool] = []
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.modes.append(self.training)
+        return super().forward(x)
+
+
+def test_networks_train_in_training_mode_and_are_validated_in_evaluation_mode(tmp_path: Path) -> None:
+    model = small_model()
+    model.encoders["label"] = encoder = WatchedEncoder(1)
+    fit_small(tmp_path, model=model, batch_size=12)
+    runs = [mode for mode, after in zip(encoder.modes, [*encoder.modes[1:], None], strict=True) if mode != after]
+    assert runs == [False, True, False, True, False]
+    assert sum(encoder.modes) == 2 * 2
+
+
+def test_validation_draws_other_noise_for_another_batch_and_seed(tmp_path: Path) -> None:
+    """Of two batches of the same examples."""
+    objective, six = Objective(small_model()), torch.arange(6)
+    twice = small_data(6, seed=1)[torch.cat([six, six])]
+
+    def loss(data: Data, seed: int) -> float:
+        options = Options(epochs=1, batch_size=6, seed=seed)
+        return validate(objective, data, options, {}, Processes(0, 1), lambda: None)["loss"]
+
+    assert loss(twice[:6], 0) == loss(twice[:6], 0)
+    assert len({loss(twice[:6], 0), loss(twice, 0), loss(twice[:6], 1)}) == 3
+
+
 # Metrics.
 
 
@@ -227,6 +261,7 @@ def fit_as(
     stop: tuple[int, int] | None,
     n: int,
     normed: bool,
+    present: dict[str, Tensor] | None,
     options: dict[str, Any],
 ) -> None:
     """Fits the small model to n examples as one of `world` processes; saves what this one has seen, drawn and made.
@@ -239,6 +274,8 @@ def fit_as(
     torch.set_num_threads(1)
     seen: list[Tensor] = []
     drawn: list[float] = []
+    scored: list[int] = []
+    stopped_at, refused = None, ""
 
     def transform(rows: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.append(rows["number"])
@@ -249,15 +286,31 @@ def fit_as(
 
     numbered = {**small_data(n, seed=0).tensors, "number": torch.arange(n)}
     model, records = normed_model() if normed else small_model(), []
-    with contextlib.suppress(Stopped):
+    model.likelihood("image").decoder.register_forward_hook(
+        lambda module, inputs, output: scored.append(len(output)) if module.training else None
+    )
+    try:
         records = fit_small(
             folder / ("run" if rank == 0 else f"disk {rank}"),
-            train=Data(tensors=numbered, transform=transform),
+            train=Data(tensors=numbered, transform=transform, present=present),
             model=model,
             metrics={"label_value": label_value},
             **{"batch_size": 4, **options},
         )
-    found = {"seen": seen[1:], "drawn": drawn[1:], "records": without_times(records), "model": model.state_dict()}
+    except Stopped:
+        saved = checkpoint.load(folder / "run" / checkpoint.LATEST, "small")
+        stopped_at = saved["epoch"], saved["step"]
+    except UsageError as error:
+        refused = str(error)
+    found = {
+        "seen": seen[1:],
+        "drawn": drawn[1:],
+        "scored": scored,
+        "records": without_times(records),
+        "model": model.state_dict(),
+        "stopped_at": stopped_at,
+        "refused": refused,
+    }
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -268,6 +321,7 @@ def fit_in(
     stop: tuple[int, int] | None = None,
     n: int = 24,
     normed: bool = False,
+    present: dict[str, Tensor] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """What processes that fit the small model together have seen, drawn and made."""
@@ -276,7 +330,7 @@ def fit_in(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = range(n_processes)
-    arguments = (n_processes, port, folder, stop, n, normed, options)
+    arguments = (n_processes, port, folder, stop, n, normed, present, options)
     processes = [FORKED.Process(target=fit_as, args=(rank, *arguments)) for rank in ranks]
     for process in processes:
         process.start()
@@ -299,7 +353,7 @@ class Two(NamedTuple):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
     folder = tmp_path_factory.mktemp("two")
-    return Two(folder, *fit_in(2, folder))
+    return Two(folder, *fit_in(2, folder, approx_m=1))
 
 
 def test_each_of_two_processes_takes_its_half_of_every_batch(two: Two) -> None:
@@ -331,11 +385,18 @@ def test_two_processes_draw_noise_unlike_each_others_and_unlike_any_steps(two: T
     assert len({*two.first["drawn"], *two.second["drawn"]}) == 2 * 12
 
 
+def test_two_processes_draw_the_same_subsets_and_others_at_other_steps(two: Two) -> None:
+    """Two terms score the picture, and a random subset where it has it."""
+    assert two.first["scored"] == two.second["scored"]
+    assert set(two.first["scored"]) == {2 * 2, 3 * 2}
+
+
 def test_two_processes_that_a_signal_stopped_go_on_to_be_the_straight_run(two: Two, tmp_path: Path) -> None:
     """The second process alone gets the signal, and reports are rare. Only the first one's disk has the checkpoint."""
-    for process in fit_in(2, tmp_path, stop=(1, 8)):
+    for process in fit_in(2, tmp_path, stop=(1, 8), approx_m=1):
         assert len(process["seen"]) == 8  # both stop at the same step
-    first, second = fit_in(2, tmp_path, resume=True)
+        assert process["stopped_at"] == (2, 2)  # and neither before it is saved
+    first, second = fit_in(2, tmp_path, resume=True, approx_m=1)
     assert len(first["seen"]) == len(second["seen"]) == 4
     assert same(first["model"], second["model"])
     assert_same_run(tmp_path / "run", two.folder / "run", "small")
@@ -355,6 +416,24 @@ def test_two_processes_split_a_set_that_is_smaller_than_a_batch(tmp_path: Path) 
         assert {f"validation/{name}": value for name, value in found.items()} == pytest.approx(
             {name: value for name, value in record.items() if name.startswith("validation/")}
         )
+
+
+def test_two_processes_train_on_examples_that_lack_modalities(tmp_path: Path) -> None:
+    """Half of the batches leave a process without any label."""
+    first, second = fit_in(2, tmp_path, present={"label": torch.arange(24) % 3 == 0}, epochs=1)
+    assert same(first["model"], second["model"])
+    assert first["records"][0]["train/label/elbo"] < 0
+
+
+def test_two_processes_need_an_example_each(tmp_path: Path) -> None:
+    for process in fit_in(2, tmp_path, batch_size=1):
+        assert "`batch_size` is to give each process 1 examples or more" in process["refused"]
+
+
+def test_process_whose_torchrun_is_gone_is_asked_to_stop() -> None:
+    parent = os.getppid()
+    asked = [Processes(0, 2, launcher).abandoned() for launcher in (None, parent, parent + 1)]
+    assert asked == [0, 0, signal.SIGTERM]
 
 
 def test_gradient_of_shares_of_a_batch_averages_to_that_of_the_batch() -> None:

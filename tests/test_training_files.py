@@ -1,5 +1,6 @@
 """What a run leaves and survives: resuming, signals, kills, full disks, settings, numbers that aren't finite."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -236,6 +237,43 @@ def test_second_signal_in_validation_keeps_the_epochs_steps(tmp_path: Path) -> N
     assert_same_run(tmp_path / "run", tmp_path / "straight", "small")
 
 
+def test_signal_that_comes_again_while_the_state_is_saved_waits_for_it(tmp_path: Path) -> None:
+    saves: list[int] = []
+
+    def again(*_: object) -> None:
+        saves.append(len(saves))
+        if len(saves) == 1:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(1.1)
+            signal.raise_signal(signal.SIGINT)
+
+    model = small_model()
+    model.register_state_dict_pre_hook(again)
+    with pytest.raises(Stopped):
+        fit_small(tmp_path / "run", model=model)
+    saved = checkpoint.load(tmp_path / "run" / checkpoint.LATEST, "small")
+    assert (saved["epoch"], saved["step"]) == (2, 1)
+    fit_small(tmp_path / "run", resume=True)
+    fit_small(tmp_path / "straight")
+    assert_same_run(tmp_path / "run", tmp_path / "straight", "small")
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_closed_terminal_stops_a_run_unless_it_is_to_be_ignored(ignored: bool, tmp_path: Path) -> None:
+    def hang_up(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        signal.raise_signal(signal.SIGHUP)
+        return rows
+
+    train = small_data(24, seed=0, transform=at_call(2, hang_up))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)  # nohup ignores it
+    try:
+        with contextlib.nullcontext() if ignored else pytest.raises(Stopped, match="epoch 1, step 2 of 4"):
+            fit_small(tmp_path, train=train)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert checkpoint.load(tmp_path / checkpoint.LATEST, "small")["epoch"] == (3 if ignored else 1)
+
+
 def die(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     raise InterruptedError("as a kill")
 
@@ -251,6 +289,48 @@ def test_state_is_saved_within_an_epoch_by_time(minutes: float, step: int, tmp_p
     assert (saved["epoch"], saved["step"]) == (2, step)
     fit_small(tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", tmp_path / "straight", "small")
+
+
+def test_state_is_saved_once_in_that_time(tmp_path: Path) -> None:
+    """The first step of eight takes longer than a second, and the others less."""
+    saves: list[str] = []
+
+    def slow(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        time.sleep(1.1)
+        return rows
+
+    model = small_model()
+    model.register_state_dict_pre_hook(lambda *_: saves.append("saved"))
+    fit_small(tmp_path, model=model, train=small_data(24, seed=0, transform=at_call(1, slow)), save_every=1 / 60)
+    assert 1 + 2 <= len(saves) < 8
+
+
+def test_time_of_an_epochs_steps_before_a_stop_counts(tmp_path: Path) -> None:
+    def slow_and_stop(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        time.sleep(0.3)
+        signal.raise_signal(signal.SIGTERM)
+        return rows
+
+    with pytest.raises(Stopped):
+        fit_small(tmp_path, train=small_data(24, seed=0, transform=at_call(1, slow_and_stop)))
+    record, _ = fit_small(tmp_path, resume=True)
+    assert record["seconds"] > 0.3
+    assert record["seconds"] * record["examples_per_second"] == pytest.approx(24)
+
+
+def test_latest_state_is_not_ahead_of_the_best_model(tmp_path: Path) -> None:
+    """Where the best model can't be written, a resumed run is to make its epoch again."""
+
+    def spoil(model: MVAE, batch: Batch) -> Tensor:
+        if (tmp_path / checkpoint.BEST).is_file():
+            (tmp_path / checkpoint.BEST).unlink()
+            (tmp_path / checkpoint.BEST).mkdir()
+        return torch.zeros(len(batch["label"]))
+
+    with pytest.raises(UserError, match=f"can't write .*{checkpoint.BEST}"):
+        fit_small(tmp_path, metrics={"zero": spoil})
+    saved = checkpoint.load(tmp_path / checkpoint.LATEST, "small")
+    assert (saved["epoch"], saved["step"]) == (2, 0)
 
 
 def test_signals_are_as_before_after_a_run(tmp_path: Path) -> None:
@@ -289,6 +369,12 @@ def test_tensorboard_has_every_epoch_once_after_a_kill(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "tensorboard")
     fit_small(tmp_path, epochs=4, resume=True)
     assert steps()["validation/loss"] == [1, 2, 3, 4]
+    train = small_data(24, seed=0, transform=at_call(3, die))
+    with pytest.raises(InterruptedError):
+        fit_small(tmp_path, epochs=5, resume=True, train=train, save_every=1e-9)
+    shutil.rmtree(tmp_path / "tensorboard")
+    fit_small(tmp_path, epochs=5, resume=True)
+    assert steps()["validation/loss"] == [1, 2, 3, 4, 5]
 
 
 def test_stats_that_a_kill_left_behind_are_made_good(tmp_path: Path) -> None:
@@ -395,6 +481,7 @@ def test_rate_that_changes_within_an_epoch_changes_at_the_next(
         ({"seed": 1}, "seed was 0, now 1"),
         ({"precision": "bf16"}, "precision was fp32, now bf16"),
         ({"approx_m": 1}, "approx_m was 0, now 1"),
+        ({"pairs_per_batch": 1}, "pairs_per_batch was 0, now 1"),
         ({"compile": True}, "compile was False, now True"),
         ({"train": small_data(24, seed=3)}, "data_crc32"),
         ({"beta": constant()}, "`beta` at the end of epoch 1 was 0.5, now 1.0"),
@@ -625,6 +712,11 @@ def test_best_model_is_that_of_the_epoch_with_the_lowest_validation_loss(tmp_pat
     assert (content["epoch"], content["validation_loss"]) == (best, losses[best - 1])
     fit_small(tmp_path / "shorter", epochs=best, lr=0.5, beta=constant())
     assert same(content["model"], checkpoint.load(tmp_path / "shorter" / checkpoint.LATEST, "small")["model"])
+    (*_, record) = fit_small(tmp_path / "shorter", epochs=best + 1, lr=0.5, beta=constant(), resume=True)
+    assert record["validation/loss"] > losses[best - 1]
+    again = checkpoint.load(tmp_path / "shorter" / checkpoint.BEST, "small")
+    assert again["epoch"] == best
+    assert same(content["model"], again["model"])
 
 
 def test_same_seed_gives_the_same_run_and_another_does_not(tmp_path: Path) -> None:
@@ -667,14 +759,15 @@ def test_rows_of_missing_modalities_have_no_part_in_a_run(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("present", [None, missing()], ids=["complete", "missing"])
 def test_bf16_is_near_fp32(present: dict[str, Tensor] | None, tmp_path: Path) -> None:
+    train = small_data(24, seed=0, present=present)
     found = [
-        fit_small(tmp_path / precision, train=small_data(24, seed=0, present=present), precision=precision, approx_m=1)[
-            -1
-        ]["train/loss"]
+        fit_small(tmp_path / precision, train=train, precision=precision, approx_m=1, lr=1e-30)[-1]
         for precision in ("fp32", "bf16")
     ]
-    assert found[0] != found[1]
-    assert found[1] == pytest.approx(found[0], rel=0.02)
+    for loss in ("train/loss", "validation/loss"):
+        single, half = (record[loss] for record in found)
+        assert single != half
+        assert half == pytest.approx(single, rel=0.02)
 
 
 def test_modality_that_a_whole_batch_lacks_is_no_trouble_in_bf16(tmp_path: Path) -> None:
