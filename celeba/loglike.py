@@ -24,15 +24,18 @@ def main() -> None:
 
     device = flags.device(args)
     model, trained = checkpoint.load_model(args.model_path, "celeba", build_model, device)
-    found = evaluate(
-        model,
-        datasets.examples(args.split, args, trained["settings"])[: args.limit].to(device),
-        quantities=of_a_pair(("image",), ("attrs",)),
-        predictions={"attrs": ("image",)},
-        n_samples=args.n_samples,
-        seed=args.seed,
-        progress=flags.progress,
-    )
+    with flags.processes(args, device) as processes:
+        found = evaluate(
+            model,
+            datasets.examples(args.split, args, trained["settings"])[: args.limit].to(device),
+            quantities=of_a_pair(("image",), ("attrs",)),
+            predictions={"attrs": ("image",)},
+            n_samples=args.n_samples,
+            seed=args.seed,
+            precision=args.precision,
+            processes=processes,
+            progress=flags.progress,
+        )
     report(found, metrics.accuracies(found.predictions["attrs"], found.truth["attrs"], ATTRIBUTES), args, trained)
 
 

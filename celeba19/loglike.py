@@ -26,15 +26,18 @@ def main() -> None:
 
     device = flags.device(args)
     model, trained = checkpoint.load_model(args.model_path, "celeba19", build_model, device)
-    found = evaluate(
-        model,
-        datasets.examples(args.split, args, trained["settings"])[: args.limit].to(device),
-        quantities=of_a_pair(("image",), ATTRIBUTES),
-        predictions=dict.fromkeys(ATTRIBUTES, ("image",)),
-        n_samples=args.n_samples,
-        seed=args.seed,
-        progress=flags.progress,
-    )
+    with flags.processes(args, device) as processes:
+        found = evaluate(
+            model,
+            datasets.examples(args.split, args, trained["settings"])[: args.limit].to(device),
+            quantities=of_a_pair(("image",), ATTRIBUTES),
+            predictions=dict.fromkeys(ATTRIBUTES, ("image",)),
+            n_samples=args.n_samples,
+            seed=args.seed,
+            precision=args.precision,
+            processes=processes,
+            progress=flags.progress,
+        )
     predicted, truth = (
         torch.stack([part[name] for name in ATTRIBUTES], dim=1) for part in (found.predictions, found.truth)
     )

@@ -21,15 +21,18 @@ def main() -> None:
 
     device = flags.device(args)
     model, trained = checkpoint.load_model(args.model_path, "mnist", build_model, device)
-    found = evaluate(
-        model,
-        datasets.examples(args.split, args, trained["settings"])[: args.limit].to(device),
-        quantities=of_a_pair(("image",), ("text",)),
-        predictions={"text": ("image",)},
-        n_samples=args.n_samples,
-        seed=args.seed,
-        progress=flags.progress,
-    )
+    with flags.processes(args, device) as processes:
+        found = evaluate(
+            model,
+            datasets.examples(args.split, args, trained["settings"])[: args.limit].to(device),
+            quantities=of_a_pair(("image",), ("text",)),
+            predictions={"text": ("image",)},
+            n_samples=args.n_samples,
+            seed=args.seed,
+            precision=args.precision,
+            processes=processes,
+            progress=flags.progress,
+        )
     right = (found.predictions["text"].argmax(dim=1) == found.truth["text"]).double()
     report(found, {"accuracy of the label predicted from the image": right}, args, trained)
 

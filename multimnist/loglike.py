@@ -46,14 +46,17 @@ def main() -> None:
     device = flags.device(args)
     model, trained = checkpoint.load_model(args.model_path, "multimnist", build_model, device)
     examples = datasets.examples(args.split, args, trained["settings"])[: args.limit].to(device)
-    found = evaluate(
-        model,
-        examples,
-        quantities=of_a_pair(("image",), ("text",), y_proposal=("text",)),
-        n_samples=args.n_samples,
-        seed=args.seed,
-        progress=flags.progress,
-    )
+    with flags.processes(args, device) as processes:
+        found = evaluate(
+            model,
+            examples,
+            quantities=of_a_pair(("image",), ("text",), y_proposal=("text",)),
+            n_samples=args.n_samples,
+            seed=args.seed,
+            precision=args.precision,
+            processes=processes,
+            progress=flags.progress,
+        )
     texts = examples.tensors["text"]
     right = (read_texts(model, examples) == texts).double()
     measures = {

@@ -6,9 +6,11 @@ rises to log p(X) with K. A conditional is a difference: log p(X | Y) = log p(X,
 training have no part in any of it.
 """
 
+import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +18,10 @@ from torch import Tensor
 from . import experts
 from .data import Data, seed_of
 from .errors import UsageError
-from .model import MVAE, Batch
+from .model import MVAE, Batch, Precision, running_in
+
+if TYPE_CHECKING:
+    from .processes import Processes
 
 Modalities = tuple[str, ...]
 
@@ -68,7 +73,6 @@ class Estimate(NamedTuple):
     log_weight_variance: Tensor
 
 
-@torch.no_grad()
 def log_likelihood(
     model: MVAE,
     batch: Batch,
@@ -88,7 +92,31 @@ def log_likelihood(
         noise: standard normal (draws, batch, latents), two draws or more: it alone is random.
         max_rows: bounds the latents decoded in one call, and so the memory; the result doesn't depend on it.
     """
-    model.check_names(*proposal, *(name for target in targets for name in target))
+    return _from_draws(model, batch, proposal, targets, (), noise, max_rows)[0]
+
+
+def predict(
+    model: MVAE, batch: Batch, *, given: Modalities, names: Sequence[str], noise: Tensor, max_rows: int = 4096
+) -> dict[str, Tensor]:
+    """The means of the modalities `names` given others: E_q(z|given)[mean of p(x | z)], each (batch, *event).
+
+    For a label: its probabilities. `noise` and `max_rows` as in `log_likelihood`.
+    """
+    return _from_draws(model, batch, given, (), names, noise, max_rows)[1]
+
+
+@torch.no_grad()
+def _from_draws(
+    model: MVAE,
+    batch: Batch,
+    proposal: Modalities,
+    targets: Sequence[Modalities],
+    predicted: Sequence[str],
+    noise: Tensor,
+    max_rows: int,
+) -> tuple[dict[Modalities, Estimate], dict[str, Tensor]]:
+    """What `log_likelihood` says of `targets` and `predict` of the modalities `predicted`, from the same draws."""
+    model.check_names(*proposal, *predicted, *(name for target in targets for name in target))
     if noise.dim() != 3 or len(noise) < 2 or noise.shape[2] != model.n_latents:
         wanted = f"(draws, batch, {model.n_latents}) with two draws or more"
         raise UsageError(f"`noise` is of shape {tuple(noise.shape)}, and {wanted} is wanted")
@@ -99,14 +127,19 @@ def log_likelihood(
     else:
         mu = logvar = torch.zeros_like(noise[0])
     parts: dict[Modalities, list[Estimate]] = {target: [] for target in targets}
+    means: dict[str, list[Tensor]] = {name: [] for name in predicted}
     for rows in torch.arange(n, device=noise.device).split(max(1, max_rows // n_draws)):
         some = {name: batch[name][rows] for name in scored}
         weights: dict[Modalities, list[Tensor]] = {target: [] for target in targets}
+        sums: dict[str, list[Tensor]] = {name: [] for name in predicted}
         for eps in noise[:, rows].split(max(1, max_rows // len(rows))):
             z = experts.draw(mu[rows], logvar[rows], eps)
+            with _decoding_once(model, set(scored).intersection(predicted)):
+                log_prob = model.log_prob(z, some, [scored] * len(z))
+                for name, mean in model.mean(z, predicted).items():
+                    sums[name].append(mean.sum(dim=0))
             log_q = experts.log_standard_normal(eps) - 0.5 * logvar[rows].sum(dim=-1)
             ratio = experts.log_standard_normal(z) - log_q
-            log_prob = model.log_prob(z, some, [scored] * len(z))
             log_probs = dict(zip(model.modalities, log_prob.unbind(dim=1), strict=True))
             for target in targets:
                 weights[target].append(sum((log_probs[name] for name in target), start=ratio))
@@ -114,23 +147,23 @@ def log_likelihood(
             weight = torch.cat(weights[target]).double()
             estimate = Estimate(weight.logsumexp(dim=0) - math.log(n_draws), weight.var(dim=0))
             parts[target].append(estimate)
-    return {target: Estimate(*(torch.cat(part) for part in zip(*parts[target], strict=True))) for target in targets}
+        for name in predicted:
+            means[name].append(torch.stack(sums[name]).sum(dim=0) / n_draws)
+    estimates = {target: Estimate(*map(torch.cat, zip(*found, strict=True))) for target, found in parts.items()}
+    return estimates, {name: torch.cat(found) for name, found in means.items()}
 
 
-@torch.no_grad()
-def predict(
-    model: MVAE, batch: Batch, *, given: Modalities, names: Sequence[str], noise: Tensor, max_rows: int = 4096
-) -> dict[str, Tensor]:
-    """The means of the modalities `names` given others: E_q(z|given)[mean of p(x | z)], each (batch, *event).
-
-    For a label: its probabilities. `noise` and `max_rows` as in `log_likelihood`.
-    """
-    mu, logvar = model.posterior({other: batch[other] for other in given})
-    parts: dict[str, list[Tensor]] = {name: [] for name in names}
-    for eps in noise.split(max(1, max_rows // noise.shape[1])):
-        for name, mean in model.mean(experts.draw(mu, logvar, eps), names).items():
-            parts[name].append(mean.sum(dim=0))
-    return {name: torch.stack(sums).sum(dim=0) / len(noise) for name, sums in parts.items()}
+@contextmanager
+def _decoding_once(model: MVAE, names: Iterable[str]) -> Iterator[None]:
+    """Within it the decoders of `names` give what they gave when they are asked again to decode the same tensor."""
+    likelihoods = [model.likelihood(name) for name in names]
+    for likelihood in likelihoods:
+        vars(likelihood)["decode"] = functools.lru_cache(maxsize=1)(likelihood.decode)
+    try:
+        yield
+    finally:
+        for likelihood in likelihoods:
+            del vars(likelihood)["decode"]
 
 
 class Evaluation(NamedTuple):
@@ -157,7 +190,9 @@ def evaluate(
     predictions: Mapping[str, Modalities] | None = None,
     n_samples: int,
     seed: int = 0,
+    precision: Precision = "fp32",
     max_rows: int | None = None,
+    processes: "Processes | None" = None,
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> Evaluation:
     """Estimates log-likelihoods of the examples of `data`: each quantity of those that have all its modalities.
@@ -168,8 +203,10 @@ def evaluate(
         n_samples: draws per example and proposal.
         seed: an example's noise follows from the seed and its number, so that batch and chunk size don't matter. All
             proposals have the same noise.
-        max_rows: the most latents to decode in one call, which bounds the memory. None: as many as make 2^22 values of
-            the largest modality on a CPU (5,349 pictures of 28x28), to fit its cache, and 2^26 on other devices.
+        precision: "bf16" runs the networks in bfloat16, and all log-probabilities and sums in float32 or better.
+        max_rows: the most latents to decode in one call, which bounds the memory. None: as many as make 2^20 values of
+            the largest modality on a CPU (1,337 pictures of 28x28), to fit its cache, and 2^26 on other devices.
+        processes: those that share the examples, batch by batch; all find the same as one alone would.
         progress: wraps the list of batches, to show a bar.
 
     Raises UsageError for a name that is no modality's, data that the model doesn't take, or a quantity or prediction
@@ -203,36 +240,41 @@ def evaluate(
     model.eval()
     example, _ = data.batch(torch.zeros(1, dtype=torch.long))
     if not max_rows:
-        max_rows = 2 ** (22 if data.device.type == "cpu" else 26) // max(x.numel() for x in example.values())
+        max_rows = 2 ** (20 if data.device.type == "cpu" else 26) // max(x.numel() for x in example.values())
     for has, rows in patterns:
         if has:
             model.check(data.batch(rows[:100])[0], names=[name for name in model.modalities if name in has])
     # All results are allocated here and filled in the loop. Small tensors that outlive a batch would lie between the
     # large ones of the next: freed places then no longer fit, and the memory of the process grows with every batch.
     n = len(data)
-    found = {key: Estimate(*torch.empty(2, n, dtype=torch.float64)) for key in keys}
-    truth = {name: torch.empty(n, *example[name].shape[1:], dtype=example[name].dtype) for name in predictions}
-    predicted: dict[str, Tensor] = {}
+    found = {key: Estimate(*torch.zeros(2, n, dtype=torch.float64)) for key in keys}
+    truth = {name: torch.zeros(n, *example[name].shape[1:], dtype=example[name].dtype) for name in predictions}
+    z = next(model.parameters()).new_zeros(1, model.n_latents)
+    means = model.mean(z, tuple(predictions))  # of one example, for their shapes
+    predicted = {name: torch.zeros(n, *mean.shape[1:], dtype=mean.dtype) for name, mean in means.items()}
     size = max(1, max_rows // n_samples)
-    for has, rows in progress([(has, rows) for has, rows_of_all in patterns for rows in rows_of_all.split(size)]):
+    batches = progress([(has, rows) for has, rows_of_all in patterns for rows in rows_of_all.split(size)])
+    for has, rows in processes.taken(batches) if processes else batches:
         batch, _ = data.batch(rows)
         noise = torch.stack([_noise(n_samples, model.n_latents, seed, row) for row in rows.tolist()], dim=1)
         noise = noise.to(data.device, next(model.parameters()).dtype)
-        for proposal in dict.fromkeys(proposal for proposal, _ in found):
+        for proposal in dict.fromkeys([*(proposal for proposal, _ in found), *predictions.values()]):
             targets = [target for other, target in found if other == proposal and has.issuperset(proposal + target)]
-            if targets:
-                some = log_likelihood(model, batch, proposal=proposal, targets=targets, noise=noise, max_rows=max_rows)
-                for target, estimate in some.items():
-                    for whole, part in zip(found[proposal, target], estimate, strict=True):
-                        whole[rows] = part.cpu()
-        for given in dict.fromkeys(predictions.values()):
-            names = [name for name, other in predictions.items() if other == given and has.issuperset((name, *given))]
-            means = predict(model, batch, given=given, names=names, noise=noise, max_rows=max_rows) if names else {}
+            asked = [name for name, given in predictions.items() if given == proposal]
+            names = [name for name in asked if has.issuperset((name, *proposal))]
+            if not targets and not names:
+                continue
+            with running_in(precision, data.device):
+                some, means = _from_draws(model, batch, proposal, targets, names, noise, max_rows)
+            for target, estimate in some.items():
+                for whole, part in zip(found[proposal, target], estimate, strict=True):
+                    whole[rows] = part.cpu()
             for name, mean in means.items():
-                if name not in predicted:
-                    predicted[name] = torch.empty(n, *mean.shape[1:], dtype=mean.dtype)
                 predicted[name][rows] = mean.cpu()
                 truth[name][rows] = batch[name].cpu()
+    if processes:  # each has filled its own rows of zeros
+        found = {key: Estimate(*map(processes.sum, estimate)) for key, estimate in found.items()}
+        predicted, truth = ({name: processes.sum(part) for name, part in parts.items()} for parts in (predicted, truth))
     estimates = {}
     for which, (joint, *conditions) in needed.items():
         log_p, variance = found[joint]

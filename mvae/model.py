@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from .likelihoods import Likelihood, float32_at_least
 
 Batch = Mapping[str, Tensor]
 """Tensors by modality name, each (batch, *event)."""
+
+Precision = Literal["fp32", "bf16"]
+"""What networks compute in; log-probabilities and sums are float32 or better."""
 
 
 class MVAE(nn.Module):
@@ -192,14 +195,18 @@ class MVAE(nn.Module):
         Returns:
             (terms, modalities, batch) in nats, zero where nothing was scored.
         """
-        nothing, each = z.new_zeros(z.shape[1]), z.unbind()
+        nothing = z.new_zeros(z.shape[1])
+        each: tuple[Tensor, ...] = ()  # z's terms, if some are to be taken
         columns = []
         for m, name in enumerate(self.modalities):
             terms = [t for t, names in enumerate(scored) if name in names]
             if not terms:
                 columns.append(nothing.expand(len(z), -1))
                 continue
-            wanted = z if len(terms) == len(z) else torch.stack([each[t] for t in terms])
+            wanted = z
+            if len(terms) < len(z):
+                each = each or z.unbind()
+                wanted = torch.stack([each[t] for t in terms])
             if mask is None:  # one call of the decoder for all its terms
                 scores = self.likelihood(name).log_prob(wanted, batch[name])
             else:  # one call for all its terms' examples that count
@@ -239,3 +246,14 @@ def evaluating(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         network.train(was_training)
+
+
+def running_in(precision: Precision, device: torch.device) -> torch.autocast:
+    """Has networks on `device` compute in this precision within. Raises UsageError if there is none of this name."""
+    check_precision(precision)
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def check_precision(precision: str) -> None:
+    if precision not in get_args(Precision):
+        raise UsageError(f"`precision` is {precision!r}, and {' or '.join(get_args(Precision))} is wanted")

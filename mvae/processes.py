@@ -1,11 +1,12 @@
 """The processes of one run, as torchrun starts them, and the signals that ask them to stop."""
 
 import dataclasses
+import itertools
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ from .errors import UsageError, UserError
 T = TypeVar("T")
 
 CPU = torch.device("cpu")
+
+_lists = itertools.count()  # of those that processes share by `taken`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +94,18 @@ class Processes:
         if self.world > 1:
             distributed.broadcast_object_list(values, src=0, device=CPU)
         return values[0]
+
+    def taken(self, items: Iterable[T]) -> Iterator[T]:
+        """Of items that all processes go through, those that this one takes: the next one whenever it is free."""
+        if self.world == 1:
+            yield from items
+            return
+        counter, store = f"mvae {next(_lists)}", distributed.distributed_c10d._get_default_store()
+        mine = store.add(counter, 1) - 1
+        for i, item in enumerate(items):
+            if i == mine:
+                yield item
+                mine = store.add(counter, 1) - 1
 
     def share_buffers(self, module: nn.Module) -> None:
         """Gives all processes the first one's buffers, such as batch norm's running statistics."""

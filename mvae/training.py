@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,15 +23,13 @@ from tqdm import tqdm
 from .data import Data, consecutive_rows, seed_of
 from .errors import UsageError, UserError
 from .metrics import Metric
-from .model import Batch
+from .model import Batch, Precision, check_precision, running_in
 from .objective import Objective, random_subsets
 from .processes import Processes, signals
 from .run import Run
 from .schedules import Schedule, constant
 from .stats import Totals
 from .supervision import composed_rows
-
-Precision = Literal["fp32", "bf16"]
 
 DIVERGED = 100
 """A validation loss is that of a run that diverges if it is so many times the loss with which the training began."""
@@ -70,7 +68,7 @@ class Options:
                 raise UsageError(f"`{name}` is {value!r}, and a whole number, {least} or more, is wanted")
         if not self.save_every > 0:
             raise UsageError(f"`save_every` is {self.save_every!r}, and a number of minutes above 0 is wanted")
-        _check_precision(self.precision)
+        check_precision(self.precision)
         for name, kind, wanted in (("out_dir", Path, "a folder"), ("device", torch.device, "one such as cpu or cuda")):
             try:
                 object.__setattr__(self, name, kind(getattr(self, name)))
@@ -112,9 +110,8 @@ def train_step(
         precision: "bf16" runs the networks in bfloat16, and all log-probabilities and sums in float32.
         share: of several processes, this one's examples divided by the mean number of all processes'.
     """
-    _check_precision(precision)
     # Encode each modality once, fuse the experts of every term, draw one z for each, decode what each term scores.
-    with torch.autocast(_device_of(batch).type, torch.bfloat16, enabled=precision == "bf16"):
+    with running_in(precision, _device_of(batch)):
         loss, totals = objective(batch, beta, subsets, present)
     # The gradient of the batch's mean. DistributedDataParallel averages it over the processes meanwhile.
     (loss * share).backward()
@@ -296,8 +293,7 @@ def validate(
         if i % processes.world == processes.rank:
             torch.manual_seed(seed_of(options.seed, 0, i))
             batch, present = data.batch(rows)
-            autocast = torch.autocast(options.device.type, torch.bfloat16, enabled=options.precision == "bf16")
-            with autocast, _explained(objective, batch, present):
+            with running_in(options.precision, options.device), _explained(objective, batch, present):
                 _, totals = objective(batch, 1.0, (), present)
             sums[:size] += totals.vector()
             whole = torch.ones(len(rows), dtype=torch.bool, device=options.device)
@@ -362,11 +358,6 @@ class _Watch:
         where = f"by epoch {self.run.epoch}, step {self.run.step}"
         remedy = "the last good checkpoint is kept; try a smaller `lr`, or `precision` fp32"
         raise UserError(f"{what} {where}{more}; {remedy}")
-
-
-def _check_precision(precision: str) -> None:
-    if precision not in get_args(Precision):
-        raise UsageError(f"`precision` is {precision!r}, and {' or '.join(get_args(Precision))} is wanted")
 
 
 @contextmanager

@@ -2,20 +2,26 @@
 
 import copy
 import math
+import os
+import socket
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, distributions, nn
 
 from mvae.data import Data
+from mvae.errors import UsageError
 from mvae.estimators import Evaluation, Quantity, evaluate, log_likelihood, mean_and_error, of_a_pair, predict
 from mvae.likelihoods import Categorical, Gaussian
 from mvae.model import MVAE, Batch
 from mvae.objective import Objective
+from mvae.processes import Processes
 
+from helpers import FORKED, same
 from reference import LATENTS, distribution, plain_product, small_batch, small_model
 
 STD, N_LATENTS, N_EXAMPLES, N_SEEDS, N_SAMPLES = 0.8, 2, 8, 16, 2000
@@ -250,16 +256,14 @@ def test_prediction_of_a_label_is_its_mean_probabilities() -> None:
     torch.testing.assert_close(found, torch.stack(each).mean(dim=0))
 
 
-def small_evaluation(model: MVAE, data: Data, *, max_rows: int | None = None, seed: int = 0) -> Evaluation:
+def small_evaluation(model: MVAE, data: Data, **options: Any) -> Evaluation:
     quantities: dict[Quantity, list[Modalities]] = {
         Quantity(("m0",)): [("m0",), ("m0", "m1")],
         Quantity(("m0",), given=("m1",)): [("m0",), ("m0", "m1")],
         Quantity(("m1",)): [()],
     }
     predictions = {"m1": ("m0",)}
-    return evaluate(
-        model, data, quantities=quantities, predictions=predictions, n_samples=11, seed=seed, max_rows=max_rows
-    )
+    return evaluate(model, data, quantities=quantities, predictions=predictions, n_samples=11, **options)
 
 
 def small_data(model: MVAE, n: int) -> Data:
@@ -282,6 +286,63 @@ def test_an_examples_evaluation_does_not_depend_on_those_after_it() -> None:
     for key, estimate in found.estimates.items():
         torch.testing.assert_close(estimate.log_p, whole.estimates[key].log_p[:4])
     torch.testing.assert_close(found.predictions["m1"], whole.predictions["m1"][:4])
+
+
+def evaluate_as(rank: int, port: int, folder: Path) -> None:
+    """Evaluates nine examples, each a batch, as one of two processes; saves what was found, and the calls of a decoder.
+
+    That is called for each of two proposals; and twice in each process to check the data.
+    """
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    model = small_model(2).float()
+    calls: list[Tensor] = []
+    model.likelihood("m0").decoder.register_forward_hook(lambda module, args, output: calls.append(output))
+    processes = Processes.join(torch.device("cpu"))
+    with processes.together():
+        found = small_evaluation(model, small_data(model, 9), max_rows=11, processes=processes)
+    torch.save(
+        {"log_p": [e.log_p for e in found.estimates.values()], "m1": found.predictions["m1"]}, folder / str(rank)
+    )
+    (folder / f"{rank} calls").write_text(str(len(calls)))
+
+
+def test_two_processes_share_the_examples_and_find_the_very_same(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [FORKED.Process(target=evaluate_as, args=(rank, port, tmp_path)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+        process.kill()
+    model = small_model(2).float()
+    expected = small_evaluation(model, small_data(model, 9), max_rows=11)
+    for rank in ("0", "1"):
+        found = torch.load(tmp_path / rank)
+        assert same(found["log_p"], [estimate.log_p for estimate in expected.estimates.values()])
+        assert torch.equal(found["m1"], expected.predictions["m1"])
+    assert sum(int((tmp_path / f"{rank} calls").read_text()) for rank in (0, 1)) == 2 * 9 + 2 * 2
+
+
+def test_predictions_take_the_decodings_of_log_p() -> None:
+    model = small_model(2).float()
+    rows: list[int] = []
+    model.likelihood("m1").decoder.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    small_evaluation(model, small_data(model, 9), max_rows=22)
+    assert sum(n for n in rows if n > 2) == 3 * 9 * 11  # given m0, given both, and given nothing
+
+
+def test_bfloat16_moves_log_p_a_little_and_sums_are_of_float64() -> None:
+    model = small_model(2).float()
+    data, key = small_data(model, 9), (Quantity(("m0",)), ("m0",))
+    found, expected = (small_evaluation(model, data, precision=one).estimates[key] for one in ("bf16", "fp32"))
+    assert found.log_p.dtype == torch.float64
+    assert not torch.equal(found.log_p, expected.log_p)
+    torch.testing.assert_close(found.log_p, expected.log_p, rtol=0.01, atol=0.01)
+    with pytest.raises(UsageError, match="`precision` is 'half'"):
+        small_evaluation(model, data, precision="half")
 
 
 def test_evaluation_is_decided_by_its_seed() -> None:

@@ -30,14 +30,17 @@ def main() -> None:
     }
     device = flags.device(args)
     model, trained = checkpoint.load_model(args.model_path, "vision", build_model, device)
-    found = evaluate(
-        model,
-        datasets.examples(args.split, args, trained["settings"])[: args.limit].to(device),
-        quantities=quantities,
-        n_samples=args.n_samples,
-        seed=args.seed,
-        progress=flags.progress,
-    )
+    with flags.processes(args, device) as processes:
+        found = evaluate(
+            model,
+            datasets.examples(args.split, args, trained["settings"])[: args.limit].to(device),
+            quantities=quantities,
+            n_samples=args.n_samples,
+            seed=args.seed,
+            precision=args.precision,
+            processes=processes,
+            progress=flags.progress,
+        )
     report(found, {}, args, trained)
 
 

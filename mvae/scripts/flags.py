@@ -6,9 +6,11 @@ import logging
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:  # torch is imported where it's needed, so that -h doesn't wai
     import torch
 
     from ..data import Data
+    from ..processes import Processes
     from ..schedules import Schedule
     from ..training import Options
 
@@ -36,7 +39,7 @@ def run(main: Callable[[], None]) -> None:
     Parameters that an error names in backticks are printed as flags. What the package logs is printed, too: warnings on
     stderr, the rest on stdout. Of several processes the first alone prints it.
     """
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         said, warned = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
         said.addFilter(_is_no_warning)
         warned.setLevel(logging.WARNING)
@@ -55,6 +58,11 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # who reads the output has left, as `head` does: end as other commands do, by SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks for those of a run."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _is_no_warning(record: logging.LogRecord) -> bool:
@@ -79,6 +87,16 @@ def _add_machine_flags(result: argparse.ArgumentParser) -> None:
         "--threads", type=positive_int, help="of a CPU that compute together; $OMP_NUM_THREADS, else its cores up to 4"
     )
     result.add_argument("--cuda", action="store_true", help="use the first visible CUDA device")
+
+
+def _add_precision(result: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """--precision, in which `device` puts what auto takes."""
+    result.add_argument(
+        "--precision",
+        choices=["fp32", "bf16", "auto"],
+        default="fp32",
+        help="of the networks, the rest is fp32; auto: bf16 where there are instructions for it",
+    )
 
 
 def training_parser(
@@ -148,9 +166,7 @@ def training_parser(
     optimisation.add_argument(
         "--weight-decay", type=non_negative_float, default=0.0, help="AdamW's decay of the weights, times the rate"
     )
-    optimisation.add_argument(
-        "--precision", choices=["fp32", "bf16"], default="fp32", help="of the networks; the rest is fp32"
-    )
+    _add_precision(optimisation)
     optimisation.add_argument("--compile", action="store_true", help="compile the step; on CUDA, capture it as a graph")
     supervision = result.add_argument_group("weak supervision")
     pairs = supervision.add_mutually_exclusive_group()
@@ -308,6 +324,8 @@ def loglike_parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--n-samples", type=two_or_more, default=1000, help="importance samples per example")
     result.add_argument("--split", choices=["test", "validation"], default="test", help="whose examples")
     result.add_argument("--limit", type=two_or_more, help="the first N examples only")
+    _add_precision(result)
+    result.add_argument("--jobs", type=positive_int, default=1, help="processes that share the examples")
     result.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file, too")
     result.add_argument(
         "--per-example", type=csv_or_npz, metavar="FILE", help="write each example's log p to this .csv or .npz file"
@@ -319,6 +337,7 @@ def options(args: argparse.Namespace) -> "Options":
     """What `fit` is asked to do by the flags of `training_parser`."""
     from ..training import Options
 
+    where = device(args)  # first of all, as it says which precision auto is
     return Options(
         epochs=args.epochs,
         batch_size=args.batch_size,
@@ -331,7 +350,7 @@ def options(args: argparse.Namespace) -> "Options":
         log_interval=args.log_interval,
         save_every=args.save_every,
         out_dir=args.out_dir,
-        device=device(args),
+        device=where,
     )
 
 
@@ -412,20 +431,67 @@ def origin() -> dict[str, str | None]:
 
 
 def device(args: argparse.Namespace) -> "torch.device":
-    """Has torch compute with --threads, and gives the device asked for. `args.threads` then says how many.
+    """Has torch compute with --threads, and gives the device asked for.
 
+    Afterwards `args.threads` says how many there are, and `args.precision` what auto takes, which a line says, too.
     Without a CUDA device --cuda warns in one line, and the CPU does the work.
     """
     import torch
 
     usual = torch.get_num_threads()  # OMP_NUM_THREADS, else all cores: too many for networks of a hundred examples
-    args.threads = args.threads or (usual if "OMP_NUM_THREADS" in os.environ else min(usual, 4))
+    shared = max(1, min(usual, 4) // getattr(args, "jobs", 1))
+    args.threads = args.threads or (usual if "OMP_NUM_THREADS" in os.environ else shared)
     torch.set_num_threads(args.threads)
+    found = torch.device("cpu")
     if args.cuda and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if args.cuda:
+        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    elif args.cuda and is_first():
         print("--cuda: this machine has no CUDA device that torch can use; going on with the CPU", file=sys.stderr)
-    return torch.device("cpu")
+    if getattr(args, "precision", None) == "auto":
+        having = _bf16_instructions(found)
+        args.precision = "bf16" if having else "fp32"
+        if is_first():
+            print(f"--precision auto: {args.precision}, as this processor has {having or 'no instructions for bf16'}")
+    return found
+
+
+def _bf16_instructions(device: "torch.device") -> str:
+    """The names of the processor's instructions for bf16; empty if it has none, or if nothing tells."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name() if torch.cuda.is_bf16_supported(including_emulation=False) else ""
+    try:
+        words = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return ""
+    return " and ".join(sorted({"amx_bf16", "avx512_bf16", "bf16", "svebf16"}.intersection(words)))
+
+
+@contextmanager
+def processes(args: argparse.Namespace, device: "torch.device") -> "Iterator[Processes]":
+    """The processes that share the work: torchrun's, or --jobs of them. The others run the same command beside this."""
+    from ..processes import Processes
+
+    children = []
+    if args.jobs > 1 and "WORLD_SIZE" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        os.environ.update(group, WORLD_SIZE=str(args.jobs))
+        for rank in map(str, range(1, args.jobs)):
+            environment = {**os.environ, "RANK": rank, "LOCAL_RANK": rank}
+            command = [sys.executable, *sys.argv]
+            children.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+        os.environ["RANK"] = "0"
+    try:
+        found = Processes.join(device)
+        with found.together():
+            yield found
+    finally:
+        for child in children:
+            child.terminate()
+            child.wait()
 
 
 def progress(items: Iterable[T], total: int | None = None) -> Iterable[T]:

@@ -4,6 +4,7 @@ import argparse
 import csv
 import io
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..estimators import Evaluation, listed, mean_and_error
 from ..files import whole, write_atomically
-from .flags import origin
+from .flags import is_first, origin
 
 STARTED = time.perf_counter()
 
@@ -28,7 +29,11 @@ def report(
     Args:
         measures: further values (n,), by their names.
         trained: what `load_model` says of the model's training.
+
+    Of several processes the first alone does it.
     """
+    if not is_first():
+        return
     rows: list[dict[str, Any]] = []
     for (quantity, proposal), estimate in found.estimates.items():
         mean, error = mean_and_error(estimate.log_p)
@@ -47,7 +52,9 @@ def report(
             "n_samples": args.n_samples,
             "seed": args.seed,
             "device": "cuda" if args.cuda and torch.cuda.is_available() else "cpu",
+            "precision": args.precision,
             "threads": torch.get_num_threads(),
+            "jobs": int(os.environ.get("WORLD_SIZE", 1)),
             "torch": torch.__version__,
             "seconds": time.perf_counter() - STARTED,
             "training": {**trained, "settings": settings},
