@@ -318,6 +318,27 @@ def test_a_run_that_is_stopped_leaves_whole_files_alone(stop: signal.Signals, pi
     assert len({path.read_bytes() for path in written}) == 1
 
 
+def test_workers_end_with_a_run_that_is_killed(pictures: Path, tmp_path: Path):
+    (tmp_path / "source").mkdir()
+    for i in range(5000):
+        os.link(pictures / "0.png", tmp_path / "source" / f"{i:04d}.png")
+    words = command(SCRIPT, "grayscale", "source", "greys", "--workers", 2)
+    process = subprocess.Popen(words, cwd=tmp_path, env=environment(), start_new_session=True)
+    wait_for(lambda: len(list(tmp_path.glob("greys/*.png"))) > 20)
+    workers = children(process.pid)
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(is_alive(worker) for worker in workers))
+    assert {path.suffix for path in (tmp_path / "greys").iterdir()} <= {".png", ".partial"}
+    assert len({path.read_bytes() for path in tmp_path.glob("greys/*.png")}) == 1
+
+
+def is_alive(pid: int) -> bool:
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(state) and not state.startswith("Z")
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     for _ in range(600):
         if condition():

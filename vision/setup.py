@@ -19,6 +19,8 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -239,7 +241,7 @@ def in_parallel(job: Callable[[Path], Outcome], sources: Sequence[Path], workers
 
     A few jobs a worker are handed out at a time, as those must be waited for when the run is stopped.
     """
-    with ProcessPoolExecutor(workers, initializer=start_worker) as executor:
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(os.getpid(),)) as executor:
         futures: deque[Future[Outcome]] = deque()
         for source in sources:
             futures.append(executor.submit(job, source))
@@ -249,10 +251,20 @@ def in_parallel(job: Callable[[Path], Outcome], sources: Sequence[Path], workers
             yield futures.popleft().result()
 
 
-def start_worker() -> None:
-    """Leaves a worker's end to its parent: Ctrl-C reaches both, and a fork has the parent's way with SIGTERM."""
+def start_worker(parent: int) -> None:
+    """Leaves a worker's end to its parent: Ctrl-C reaches both, and a fork has the parent's way with SIGTERM.
+
+    Where the parent is killed and can't end it, the worker ends within a second.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def end_after_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=end_after_parent, daemon=True).start()
 
 
 def convert_all(args: argparse.Namespace, sources: Sequence[Path], predictor: Path | None) -> None:
