@@ -1,9 +1,12 @@
 """Every flag of every train.py has its effect: most make another run of the same command, down to its weights."""
 
+import argparse
+import dataclasses
 import functools
+import importlib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -11,10 +14,15 @@ import torch
 
 from multimnist import datasets as multimnist
 from mvae import checkpoint
+from mvae.data import Data
 from mvae.datasets.mnist import load_idx
+from mvae.estimators import Quantity, evaluate
+from mvae.scripts import flags
 from mvae.synthetic.__main__ import main as make
 
 from helpers import assert_ended, environment, run_warm, same, stats, without_times
+
+T = TypeVar("T")
 
 BASE = ["--epochs", 1, "--limit", 4, "--batch-size", 2, "--annealing-epochs", 2, "--n-latents", 4, "--lr", 1e-3]
 """Two steps."""
@@ -136,10 +144,42 @@ def test_every_flag_is_tested(experiment: str, tmp_path: Path) -> None:
     assert flags - ELSEWHERE.keys() == {*EVERY, *SHARED, *OWN[experiment]}
 
 
+def test_every_option_of_a_run_is_its_flags() -> None:
+    numbers: dict[str, Any] = {"n_latents": 1, "batch_size": 1, "epochs": 1, "annealing_epochs": 1, "lr": 1.0}
+    parser = flags.training_parser("", modalities=("image", "text"), lambdas={}, approx_m=0, **numbers)
+    wanted = {
+        "epochs": 7,
+        "batch_size": 31,
+        "pairs_per_batch": 4,
+        "seed": 5,
+        "precision": "bf16",
+        "compile": True,
+        "resume": True,
+        "log_interval": 9,
+        "save_every": 0.5,
+        "out_dir": Path("elsewhere"),
+    }
+    words = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in wanted.items()]
+    found = flags.options(parser.parse_args([*words, "--threads=1"]))
+    assert {name: getattr(found, name) for name in wanted} == wanted
+    assert flags.options(parser.parse_args(["--approx-m=3", "--threads=1"])).approx_m == 3
+    others = {field.name for field in dataclasses.fields(found)} - wanted.keys()
+    assert others == {"approx_m", "device"}  # the device is that of --cuda
+
+
 @pytest.mark.parametrize("experiment", OWN)
 def test_same_command_gives_the_same_weights(experiment: str, root: Path) -> None:
     again = train(root, experiment, "--seed", 0)
     assert same(weights(again, experiment), weights(base(root, experiment), experiment))
+
+
+@pytest.mark.parametrize("experiment", OWN)
+def test_seed_decides_the_first_weights(experiment: str, root: Path) -> None:
+    """Two steps of this rate hardly move them."""
+    one, other = (weights(base(root, experiment, *seed), experiment) for seed in ([], ["--seed", 1]))
+    drawn = [name for name, weight in one.items() if weight.dim() > 1]
+    assert drawn
+    assert all((one[name] - other[name]).abs().max() > 0.02 for name in drawn)
 
 
 @pytest.mark.parametrize(("experiment", "flag", "values"), CASES)
@@ -184,10 +224,72 @@ def test_canvas_dir_says_where_the_canvases_are(root: Path) -> None:
     assert not same(weights(changed, "multimnist"), weights(base(root, "multimnist"), "multimnist"))
 
 
+# loglike.py, which each folder has.
+
+
+def data_of(experiment: str, split: str, root: Path, settings: dict[str, Any]) -> Data:
+    """What the experiment's `examples` gives of the made data."""
+    folders = {f"{name}_dir": root / FACES for name in ("image", "gray", "edge", "mask")}
+    folders |= {"data_dir": root / "data", "cache_dir": root / "cache", "canvas_dir": root / "data" / "MultiMNIST"}
+    args = argparse.Namespace(**folders, allow_missing=False, workers=1)
+    return importlib.import_module(f"{experiment}.datasets").examples(split, args, settings)
+
+
+def pixels(data: Data) -> set[bytes]:
+    return {picture.numpy().tobytes() for picture in data.tensors["image"]}
+
+
+@pytest.mark.parametrize("experiment", OWN)
+def test_loglike_is_of_the_split_examples_draws_and_seed_asked_for(experiment: str, root: Path) -> None:
+    path = base(root, experiment) / checkpoint.BEST
+    words = [path, "--split", "validation", "--limit", 3, "--n-samples", 5, "--seed", 7, "--per-example", "each.npz"]
+    words += [f"--{name}-dir={FACES}" for name in ("image", "gray", "edge", "mask") if experiment == "vision"]
+    assert_ended(run_warm(f"{experiment}/loglike.py", *words, cwd=root, env=environment_of(root)))
+    found = np.load(root / "each.npz")
+    assert found["example"].tolist() == [0, 1, 2]
+    build = importlib.import_module(f"{experiment}.model").build_model
+    model, trained = checkpoint.load_model(path, experiment, build, torch.device("cpu"))
+    held_out = data_of(experiment, "validation", root, trained["settings"])[:3]
+    quantity, given = Quantity(("image",)), ("image",)
+    expected = evaluate(model, held_out, quantities={quantity: [given]}, n_samples=5, seed=7).estimates[quantity, given]
+    (column,) = ((found["quantity"] == "log p(image)") & (found["proposal"] == "q(z | image)")).nonzero()[0]
+    np.testing.assert_allclose(found["log_p"][:, column], expected.log_p, rtol=1e-5)
+    np.testing.assert_allclose(found["log_weight_variance"][:, column], expected.log_weight_variance, rtol=1e-3)
+
+
+@pytest.mark.parametrize("experiment", OWN)
+def test_the_three_splits_share_no_picture(experiment: str, root: Path) -> None:
+    """Where pictures are all different; and the test split is the one that the data have for it."""
+    settings = checkpoint.load(base(root, experiment) / checkpoint.BEST, experiment)["settings"]
+    parts = [data_of(experiment, split, root, settings) for split in ("train", "validation", "test")]
+    train, validation, test = (pixels(part) for part in parts)
+    if experiment == "multimnist":  # the empty canvas may be in all of them
+        empty = {bytes(50 * 50)}
+        train, validation, test = train - empty, validation - empty, test - empty
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+    counts = {"celeba": [12, 4, 4], "celeba19": [12, 4, 4], "vision": [12, 4, 4]}.get(experiment, [220, 20, 24])
+    assert [len(part) for part in parts] == counts
+
+
 # What a validation split holds out.
 
 
-def digits_shown(canvases: np.ndarray, known: dict[bytes, int]) -> set[int]:
+def test_test_canvases_show_test_digits_in_a_layout_of_their_own(root: Path) -> None:
+    test = multimnist.test_data(root / "data" / "MultiMNIST")
+    known: dict[bytes, str] = {}
+    for part in ("train", "t10k"):
+        images, _ = load_idx(root / "data", "MNIST", part)
+        squares = multimnist._scaled(images.numpy(), 21)[:, 2:19, 2:19]
+        known |= {square.tobytes(): part for square in squares}
+    assert set(digits_shown(test.tensors["image"].squeeze(1).numpy(), known)) == {"t10k"}
+    train, _ = multimnist.training_data(root / "data" / "MultiMNIST", n_val=20)
+    lengths = [(part.tensors["text"][:24] != multimnist.FILL).sum(dim=1).tolist() for part in (train, test)]
+    assert lengths[0] != lengths[1]
+
+
+def digits_shown(canvases: np.ndarray, known: dict[bytes, T]) -> set[T]:
     """The numbers of the digits on canvases (n, 50, 50), by their squares without what neighbours share."""
     corners = [(top, left) for top in (4, 23) for left in (4, 23)]
     squares = [canvas[top : top + 21, left : left + 21][2:19, 2:19] for canvas in canvases for top, left in corners]
