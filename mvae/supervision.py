@@ -10,11 +10,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .data import Data, permuted_rows
 from .errors import UsageError
 
 Unpaired = Literal["image", "both"]
+
+TINY = 1e-30  # in place of 0 in a denominator
 
 
 def keep_pairs(
@@ -81,6 +84,84 @@ def composed_rows(data: Data, batch_size: int, pairs: int, seed: int) -> list[Te
     some = _over_and_over(whole, n_batches, max(pairs, by_chance), generator)
     others = _over_and_over(rest, n_batches, batch_size - max(pairs, by_chance), generator)
     return list(torch.cat([some, others], dim=1))
+
+
+def neighbour_graph(points: Tensor, k: int = 10) -> Tensor:
+    """The graph of each point's k nearest others: sparse (N, N), symmetric, normalised as `spread` takes it.
+
+    An edge weighs exp(-d² / 2σ²), where d is its length and σ the mean length; one that both ends have counts twice.
+
+    Args:
+        points: (N, dimensions), such as the means of q(z | image).
+
+    Raises UsageError if there are not more than k points.
+    """
+    n = len(points)
+    if n <= k:
+        raise UsageError(f"a point's {k} nearest others are wanted, and there are only {n} points")
+    squares = points.square().sum(dim=1)
+    distances, ends = [], []
+    for start in range(0, n, 1000):  # a thousand rows of the (N, N) distances at a time
+        some = slice(start, min(start + 1000, n))
+        between = squares[some, None] - 2 * points[some] @ points.T + squares
+        between[torch.arange(len(between)), torch.arange(some.start, some.stop)] = torch.inf  # not its own neighbour
+        nearest = between.topk(k, largest=False)
+        distances.append(nearest.values.clamp(min=0))
+        ends.append(nearest.indices)
+    d2 = torch.cat(distances).flatten()
+    weights = torch.exp(-d2 / (2 * d2.sqrt().mean().square()).clamp(min=1e-12))
+    edges = torch.stack([torch.arange(n, device=points.device).repeat_interleave(k), torch.cat(ends).flatten()])
+    both_ways = torch.cat([edges, edges.flip(0)], dim=1)
+    degree = torch.zeros(n, device=points.device).index_add_(0, both_ways[0], weights.repeat(2))
+    normalised = weights.repeat(2) / (degree[both_ways[0]] * degree[both_ways[1]]).sqrt()
+    return torch.sparse_coo_tensor(both_ways, normalised, (n, n), check_invariants=False).coalesce()
+
+
+def spread(graph: Tensor, labels: Tensor, known: Tensor, *, alpha: float = 0.99, rounds: int = 200) -> Tensor:
+    """Every example's label, from the known ones: probabilities, (N, *label, classes).
+
+    The known labels spread over the graph: F <- α S F + (1 - α) Y, from F = Y, the known ones as one-hot rows (Zhou et
+    al. 2004). A class's mass over all examples is then made its share of the known labels (Zhu et al. 2003, section 4).
+
+    Args:
+        graph: (N, N), S of `neighbour_graph`.
+        labels: whole numbers, (N,), or (N, places) for a label of several places, each of which spreads for itself.
+        known: bool (N,): where `labels` holds one.
+
+    Raises UsageError if no label is known.
+    """
+    if not known.any():
+        raise UsageError("no label is `known`, and one or more are wanted")
+    classes = int(labels[known].max()) + 1
+    # A label that isn't known may hold any value.
+    one_hot = F.one_hot(labels.long().clamp(max=classes - 1), classes).float()
+    one_hot[~known] = 0
+    start = found = one_hot.flatten(1)
+    for _ in range(rounds):
+        found = alpha * torch.sparse.mm(graph, found) + (1 - alpha) * start
+    mass = found.view_as(one_hot)
+    mass = mass * one_hot.sum(dim=0) / mass.sum(dim=0).clamp(min=TINY)
+    return mass / mass.sum(dim=-1, keepdim=True).clamp(min=TINY)
+
+
+def self_labelled(data: Data, name: str, rows: Tensor, probabilities: Tensor, share: float) -> Data:
+    """`data` in which some of the examples that lack a label `name` have the most probable one.
+
+    A label's probability, the product over its places if there are several, says how sure it is.
+
+    Args:
+        rows: (n,), the examples that `probabilities`, (n, *label, classes), are of; `spread` gives such.
+        share: of those of them that lack a label: the surest get one.
+    """
+    assert data.present is not None
+    lacking = ~data.present[name][rows]
+    best, labels = probabilities.max(dim=-1)
+    sure = best.flatten(1).prod(dim=1) if best.dim() > 1 else best
+    added = sure.masked_fill(~lacking, -1).topk(round(share * int(lacking.sum()))).indices
+    tensor, here = data.tensors[name].clone(), data.present[name].clone()
+    tensor[rows[added]] = labels[added].to(tensor.dtype)
+    here[rows[added]] = True
+    return dataclasses.replace(data, tensors={**data.tensors, name: tensor}, present={**data.present, name: here})
 
 
 def _over_and_over(rows: Tensor, n_batches: int, size: int, generator: torch.Generator) -> Tensor:

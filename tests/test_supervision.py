@@ -11,9 +11,9 @@ from torch import Tensor
 from mvae import checkpoint
 from mvae.data import Data
 from mvae.errors import UsageError
-from mvae.supervision import composed_rows, drop, keep_pairs
+from mvae.supervision import composed_rows, drop, keep_pairs, neighbour_graph, self_labelled, spread
 
-from helpers import assert_refused, assert_same_run, fit_small, run_warm, same, small_data
+from helpers import assert_refused, assert_same_run, fit_small, run_warm, same, small_data, stats
 
 N = 300
 NAMES = ("image", "text")
@@ -140,8 +140,138 @@ def test_a_run_of_composed_batches_goes_on_as_if_it_had_not_stopped(tmp_path: Pa
     [
         (["--n-paired", 10**6], "--n-paired is from 2 to 1200"),
         (["--n-paired", 20, "--pairs-per-batch", 100], "--pairs-per-batch 100"),
+        (["--n-paired", 20, "--self-labels", 0.5], "--images-first"),
+        (["--images-first", 1, "--self-labels", 0.5, "--limit", 100, "--n-latents", 2], "--n-paired"),
     ],
 )
 def test_pairs_that_cannot_be_are_refused(flags: list[object], said: str, digits_dir: Path, tmp_path: Path) -> None:
     done = run_warm("mnist/train.py", "--data-dir", digits_dir, "--n-val", 200, *flags, cwd=tmp_path)
     assert_refused(done, UsageError("").status, said)
+
+
+def test_images_first_then_labels_of_their_neighbours(digits_dir: Path, tmp_path: Path) -> None:
+    def train(*flags: object) -> str:
+        small = [
+            "--n-val",
+            200,
+            "--batch-size",
+            50,
+            "--n-latents",
+            8,
+            "--lr",
+            2e-3,
+            "--annealing-epochs",
+            1,
+            "--beta-hold",
+            6,
+        ]
+        few = [
+            "--lambda-text",
+            50,
+            "--n-paired",
+            120,
+            "--images-first",
+            6,
+            "--images-dir",
+            "images",
+            "--self-labels",
+            0.9,
+        ]
+        done = run_warm("mnist/train.py", "--data-dir", digits_dir, *small, *few, *flags, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    train("--epochs", 2, "--out-dir", "straight", "--reconstruct", "text")
+    first, second = stats(tmp_path / "images"), stats(tmp_path / "straight")
+    assert len(first) == 6
+    assert not [name for name in first[-1] if "text" in name or "joint" in name]
+    assert [record["beta"] for record in (*first, *second)] == [0] * 6 + [1] * 2
+    assert first[-1]["train/image/elbo"] > first[0]["train/image/elbo"]
+    assert second[0]["train/loss"] < first[0]["train/loss"] * 2  # it went on with what the first stage had learnt
+    assert second[-1]["validation/label_accuracy"] > 0.4
+
+    assert "nothing is left to do: images holds a run of 6 epochs" in train(
+        "--epochs", 1, "--out-dir", "parts", "--reconstruct", "text"
+    )
+    train("--epochs", 2, "--out-dir", "parts", "--reconstruct", "text", "--resume")
+    assert_same_run(tmp_path / "straight", tmp_path / "parts")
+
+
+def two_moons() -> tuple[Tensor, Tensor]:
+    """200 points on two half circles that reach into each other, and which half each is on."""
+    angle = torch.linspace(0, math.pi, 100)
+    upper = torch.stack([angle.cos(), angle.sin()], dim=1)
+    lower = torch.stack([1 - angle.cos(), 0.5 - angle.sin()], dim=1)
+    noise = 0.02 * torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    return torch.cat([upper, lower]) + noise, torch.arange(200) // 100
+
+
+def test_a_graph_is_symmetric_and_has_no_loops() -> None:
+    graph = neighbour_graph(two_moons()[0], k=5).to_dense()
+    assert torch.equal(graph, graph.T)
+    assert not graph.diagonal().any()
+    assert (graph > 0).sum(dim=1).min() >= 5
+    assert torch.linalg.eigvalsh(graph).abs().max() == pytest.approx(1, abs=1e-4)
+
+
+def test_labels_spread_along_the_points_rather_than_straight_across() -> None:
+    points, truth = two_moons()
+    known = torch.zeros(200, dtype=torch.bool)
+    known[[5, 195]] = True
+    found = spread(neighbour_graph(points, k=5), truth.masked_fill(~known, 0), known)
+    assert found.shape == (200, 2)
+    assert torch.allclose(found.sum(dim=-1), torch.ones(200))
+    assert (found.argmax(dim=-1) == truth).all()
+    nearest = torch.cdist(points, points[known]).argmin(dim=1)
+    assert (nearest == truth).float().mean() < 0.95  # what distance alone would give
+
+
+def test_labels_of_several_places_spread_place_by_place() -> None:
+    points, half = two_moons()
+    truth = torch.stack([half, 1 - half], dim=1)
+    known = torch.zeros(200, dtype=torch.bool)
+    known[[5, 195]] = True
+    found = spread(neighbour_graph(points, k=5), truth, known)
+    assert found.shape == (200, 2, 2)
+    assert (found.argmax(dim=-1) == truth).all()
+
+
+def test_classes_keep_their_share_of_the_known_labels() -> None:
+    """Points in no order: nothing but the shares is to be known of the others."""
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.arange(2000) % 10 == 0).long()
+    known = torch.arange(2000) < 400
+    found = spread(neighbour_graph(torch.randn(2000, 8, generator=generator)), labels, known)
+    assert found[:, 1].mean().item() == pytest.approx(0.1, abs=0.03)
+
+
+def test_an_unknown_label_may_hold_anything() -> None:
+    points, truth = two_moons()
+    known = torch.arange(200) % 20 == 0
+    graph = neighbour_graph(points, k=5)
+    assert torch.equal(spread(graph, truth, known), spread(graph, truth.masked_fill(~known, 255), known))
+
+
+def test_the_surest_get_labels_and_known_ones_stay() -> None:
+    data = keep_pairs(labelled(), 100, NAMES, seed=0)
+    probabilities = torch.rand(N, 10, generator=torch.Generator().manual_seed(0)).softmax(dim=-1)
+    found = self_labelled(data, "text", torch.arange(N), probabilities, 0.25)
+    before, after = masks(data)[1], masks(found)[1]
+    added = after & ~before
+    assert after.sum() == 150
+    best, label = probabilities.max(dim=-1)
+    assert best[added].min() >= best[~after].max()
+    assert torch.equal(found.tensors["text"][added], label[added])
+    assert torch.equal(found.tensors["text"][~added], data.tensors["text"][~added])
+    assert masks(data)[1].sum() == 100  # the data that were given are not changed
+
+
+@pytest.mark.parametrize("n", [3, 10])
+def test_a_graph_needs_more_points_than_neighbours(n: int) -> None:
+    with pytest.raises(UsageError, match=f"only {n} points"):
+        neighbour_graph(torch.rand(n, 2))
+
+
+def test_nothing_spreads_from_nothing() -> None:
+    with pytest.raises(UsageError, match="no label is `known`"):
+        spread(neighbour_graph(torch.rand(20, 2)), torch.zeros(20), torch.zeros(20, dtype=torch.bool))

@@ -5,7 +5,7 @@ subsets, in nats per example. By default every term scores all six, so that each
 the paper's terms score what they are given (--reconstruct given).
 """
 
-from mvae.scripts import flags
+from mvae.scripts import flags, stages
 
 import datasets
 from datasets import MODALITIES
@@ -62,6 +62,7 @@ def main() -> None:
         iw_samples=args.iw_samples,
         reconstruct=flags.reconstruct(args),
     )
+    train = stages.images_first(args, objective.model, train, validation, options, experiment="vision", labels=[])
     fit(
         objective,
         torch.optim.AdamW(objective.parameters(), args.lr, weight_decay=args.weight_decay, fused=True),

@@ -186,6 +186,16 @@ def training_parser(
         metavar="P",
         help="examples with all modalities in each batch, at least (a third of it); 0: as many as chance gives",
     )
+    supervision.add_argument(
+        "--images-first", type=non_negative_int, default=0, metavar="EPOCHS", help="train on the images alone, before"
+    )
+    supervision.add_argument(
+        "--images-dir", type=Path, metavar="DIR", help="that stage's folder, which runs may share; else OUT_DIR/images"
+    )
+    supervision.add_argument(
+        "--self-labels", type=fraction, metavar="F",
+        help="the share of the examples without a label, the surest, that get one by what that stage has learnt",
+    )  # fmt: skip
     for name, about in (missing or {}).items():
         supervision.add_argument(f"--{name}", type=probability, default=0.0, metavar="F", help=about)
     data = result.add_argument_group("data and files")
@@ -384,19 +394,23 @@ def supervised(args: argparse.Namespace, train: "Data", validation: "Data", name
     return parts
 
 
-def beta_schedule(args: argparse.Namespace) -> "Schedule":
-    """β as --beta-hold and --annealing-epochs ask for."""
+def beta_schedule(args: argparse.Namespace, *, first: bool = False) -> "Schedule":
+    """β as --beta-hold and --annealing-epochs ask for; they count from the start of the first stage, if there is one.
+
+    Set `first` to True for that stage.
+    """
     from .. import schedules
 
-    return schedules.held(args.beta_hold, schedules.linear(args.annealing_epochs))
+    course = schedules.held(args.beta_hold, schedules.linear(args.annealing_epochs))
+    return course if first else lambda t: course(t + args.images_first)
 
 
-def lr_schedule(args: argparse.Namespace) -> "Schedule":
-    """The factor of the rate that --lr-schedule and --warmup-epochs ask for."""
+def lr_schedule(args: argparse.Namespace, epochs: int | None = None) -> "Schedule":
+    """The factor of the rate that --lr-schedule and --warmup-epochs ask for, over `epochs`; --epochs by default."""
     from .. import schedules
 
     courses = {"constant": lambda epochs: schedules.constant(), "cosine": schedules.cosine, "late": schedules.late}
-    return schedules.warmed_up(args.warmup_epochs, courses[args.lr_schedule](args.epochs))
+    return schedules.warmed_up(args.warmup_epochs, courses[args.lr_schedule](epochs or args.epochs))
 
 
 def reconstruct(args: argparse.Namespace, groups: Mapping[str, Sequence[str]] | None = None) -> str | list[str]:

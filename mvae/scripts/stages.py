@@ -1,0 +1,98 @@
+"""Training in two stages where few examples have a label: on the images alone first, then on all there is."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+from . import flags
+
+if TYPE_CHECKING:
+    from ..data import Data
+    from ..model import MVAE
+    from ..training import Options
+
+OF_THE_FIRST = ("n_latents", "weight_decay", "lr_schedule", "warmup_epochs", "annealing_epochs", "beta_hold")
+"""The flags of which the first stage's checkpoint keeps a record. Runs that differ in others may share it."""
+
+
+def images_first(
+    args: argparse.Namespace,
+    model: "MVAE",
+    train: "Data",
+    validation: "Data",
+    options: "Options",
+    *,
+    experiment: str,
+    labels: Sequence[str],
+) -> "Data":
+    """Trains the model on the images alone for --images-first epochs; returns the second stage's training data.
+
+    In these, the --self-labels share of the examples that lack a label have one: the pairs' labels, spread over the
+    neighbours among the means of q(z | image). `labels`: the modalities that are labels.
+
+    Raises UsageError for --self-labels without a first stage, or where no label is missing.
+    """
+    if not args.images_first:
+        if args.self_labels:
+            raise UsageError("`self_labels` come from what the first stage has learnt: give --images-first, too")
+        return train
+    import torch
+
+    from ..objective import Objective, Term
+    from ..training import fit
+
+    image = model.modalities[0]
+    alone = Objective(
+        model, weights={image: getattr(args, f"lambda_{image}")}, terms=[Term((image,), (image,))],
+        iw_samples=args.iw_samples,
+    )  # fmt: skip
+    out_dir = args.images_dir or args.out_dir / "images"
+    fit(
+        alone,
+        torch.optim.AdamW(alone.parameters(), args.lr, weight_decay=args.weight_decay, fused=True),
+        _only(train, image),
+        _only(validation, image),
+        dataclasses.replace(
+            options, epochs=args.images_first, pairs_per_batch=0, approx_m=0, out_dir=out_dir,
+            resume=options.resume or args.images_dir is not None,
+        ),
+        beta=flags.beta_schedule(args, first=True),
+        lr=flags.lr_schedule(args, args.images_first),
+        experiment=experiment,
+        settings={name: value for name, value in flags.settings(args).items() if name in OF_THE_FIRST}
+        | {"epochs": args.images_first}
+        | flags.origin(),
+    )  # fmt: skip
+    return _self_labelled(model, train, labels, args.self_labels) if args.self_labels else train
+
+
+def _only(data: "Data", image: str) -> "Data":
+    """The same examples with their image alone."""
+    import torch
+
+    here = (data.present or {}).get(image, torch.ones(len(data), dtype=torch.bool, device=data.stored_on))
+    return dataclasses.replace(data, present={image: here})
+
+
+def _self_labelled(model: "MVAE", train: "Data", labels: Sequence[str], share: float) -> "Data":
+    """`train` in which labels are spread over the images' neighbours, as far as there are images."""
+    import torch
+
+    from ..model import evaluating
+    from ..supervision import neighbour_graph, self_labelled, spread
+
+    image, present = model.modalities[0], train.present or {}
+    lacking = [name for name in labels if name in present and not present[name].all()]
+    if not lacking:
+        raise UsageError("`self_labels` are for examples that lack a label: see --n-paired")
+    rows = present[image].nonzero().flatten() if image in present else torch.arange(len(train), device=train.stored_on)
+    with torch.no_grad(), evaluating(model):
+        batches = (train.batch(some)[0] for some in rows.split(1000))
+        means = torch.cat([model.posterior({image: batch[image]})[0] for batch in batches])
+    graph = neighbour_graph(means.to(train.stored_on))
+    for name in lacking:
+        found = spread(graph, train.tensors[name][rows], present[name][rows])
+        train = self_labelled(train, name, rows, found, share)
+    return train
