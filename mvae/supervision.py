@@ -5,7 +5,7 @@ and each of the others shows one side alone.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -144,24 +144,32 @@ def spread(graph: Tensor, labels: Tensor, known: Tensor, *, alpha: float = 0.99,
     return mass / mass.sum(dim=-1, keepdim=True).clamp(min=TINY)
 
 
-def self_labelled(data: Data, name: str, rows: Tensor, probabilities: Tensor, share: float) -> Data:
-    """`data` in which some of the examples that lack a label `name` have the most probable one.
+def surest(probabilities: Tensor, known: Tensor, share: float) -> Tensor:
+    """bool (n,): the examples of those not `known` whose most probable label is surest, `share` of them.
 
     A label's probability, the product over its places if there are several, says how sure it is.
 
     Args:
-        rows: (n,), the examples that `probabilities`, (n, *label, classes), are of; `spread` gives such.
-        share: of those of them that lack a label: the surest get one.
+        probabilities: (n, *label, classes), as `spread` gives them.
+        known: bool (n,).
     """
-    assert data.present is not None
-    lacking = ~data.present[name][rows]
-    best, labels = probabilities.max(dim=-1)
+    best = probabilities.amax(dim=-1)
     sure = best.flatten(1).prod(dim=1) if best.dim() > 1 else best
-    added = sure.masked_fill(~lacking, -1).topk(round(share * int(lacking.sum()))).indices
-    tensor, here = data.tensors[name].clone(), data.present[name].clone()
-    tensor[rows[added]] = labels[added].to(tensor.dtype)
-    here[rows[added]] = True
-    return dataclasses.replace(data, tensors={**data.tensors, name: tensor}, present={**data.present, name: here})
+    chosen = torch.zeros_like(known)
+    chosen[sure.masked_fill(known, -1).topk(round(share * int((~known).sum()))).indices] = True
+    return chosen
+
+
+def relabelled(data: Data, labels: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Data:
+    """`data` with other labels: (N, ...) by modality, as batches have them, where bool (N,) of `present` says."""
+    stored = {name: f"label {name}" for name in labels}
+
+    def transform(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        batch = data.transform({name: rows[name] for name in data.tensors})
+        return {**batch, **{name: rows[key] for name, key in stored.items()}}
+
+    tensors = {**data.tensors, **{key: labels[name] for name, key in stored.items()}}
+    return dataclasses.replace(data, tensors=tensors, transform=transform, present={**(data.present or {}), **present})
 
 
 def _over_and_over(rows: Tensor, n_batches: int, size: int, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mvae import checkpoint
 from mvae.data import Data
 from mvae.errors import UsageError
-from mvae.supervision import composed_rows, drop, keep_pairs, neighbour_graph, self_labelled, spread
+from mvae.supervision import composed_rows, drop, keep_pairs, neighbour_graph, relabelled, spread, surest
 
 from helpers import assert_refused, assert_same_run, fit_small, run_warm, same, small_data, stats
 
@@ -252,17 +252,28 @@ def test_an_unknown_label_may_hold_anything() -> None:
     assert torch.equal(spread(graph, truth, known), spread(graph, truth.masked_fill(~known, 255), known))
 
 
-def test_the_surest_get_labels_and_known_ones_stay() -> None:
+def test_the_surest_are_those_of_the_highest_probability_and_not_the_known_ones() -> None:
+    probabilities = torch.rand(N, 4, 10, generator=torch.Generator().manual_seed(0)).softmax(dim=-1)
+    known = torch.arange(N) < 100
+    chosen = surest(probabilities, known, 0.25)
+    assert chosen.sum() == 50
+    assert not (chosen & known).any()
+    sure = probabilities.amax(dim=-1).prod(dim=1)
+    assert sure[chosen].min() >= sure[~chosen & ~known].max()
+
+
+def test_other_labels_where_they_are_said_to_be() -> None:
     data = keep_pairs(labelled(), 100, NAMES, seed=0)
-    probabilities = torch.rand(N, 10, generator=torch.Generator().manual_seed(0)).softmax(dim=-1)
-    found = self_labelled(data, "text", torch.arange(N), probabilities, 0.25)
-    before, after = masks(data)[1], masks(found)[1]
-    added = after & ~before
-    assert after.sum() == 150
-    best, label = probabilities.max(dim=-1)
-    assert best[added].min() >= best[~after].max()
-    assert torch.equal(found.tensors["text"][added], label[added])
-    assert torch.equal(found.tensors["text"][~added], data.tensors["text"][~added])
+    present = torch.arange(N) < 200
+    found = relabelled(data, {"text": torch.full((N,), 7)}, {"text": present})
+    rows = torch.tensor([3, 250])
+    batch, here = found.batch(rows)
+    assert batch["text"].tolist() == [7, 7]
+    assert torch.equal(batch["image"], data.batch(rows)[0]["image"])
+    assert here is not None
+    assert here["text"].tolist() == [True, False]
+    assert here["image"].all()
+    assert found.checksum() != data.checksum()
     assert masks(data)[1].sum() == 100  # the data that were given are not changed
 
 

@@ -80,19 +80,28 @@ def _self_labelled(model: "MVAE", train: "Data", labels: Sequence[str], share: f
     """`train` in which labels are spread over the images' neighbours, as far as there are images."""
     import torch
 
+    from ..data import consecutive_rows
     from ..model import evaluating
-    from ..supervision import neighbour_graph, self_labelled, spread
+    from ..supervision import neighbour_graph, relabelled, spread, surest
 
     image, present = model.modalities[0], train.present or {}
-    lacking = [name for name in labels if name in present and not present[name].all()]
-    if not lacking:
+    few = [name for name in labels if name in present]
+    if not few:
         raise UsageError("`self_labels` are for examples that lack a label: see --n-paired")
-    rows = present[image].nonzero().flatten() if image in present else torch.arange(len(train), device=train.stored_on)
+    means, truth = [], []
     with torch.no_grad(), evaluating(model):
-        batches = (train.batch(some)[0] for some in rows.split(1000))
-        means = torch.cat([model.posterior({image: batch[image]})[0] for batch in batches])
-    graph = neighbour_graph(means.to(train.stored_on))
-    for name in lacking:
-        found = spread(graph, train.tensors[name][rows], present[name][rows])
-        train = self_labelled(train, name, rows, found, share)
-    return train
+        for rows in consecutive_rows(train, 1000):
+            batch, _ = train.batch(rows)
+            means.append(model.posterior({image: batch[image]})[0])
+            truth.append({name: batch[name] for name in few})
+    found = {name: torch.cat([batch[name] for batch in truth]).to(train.stored_on) for name in few}
+    here = {name: present[name].clone() for name in few}
+    seen = present.get(image, torch.ones_like(here[few[0]])).nonzero().flatten()
+    graph = neighbour_graph(torch.cat(means).to(train.stored_on)[seen])
+    for name in few:
+        known = present[name][seen]
+        probabilities = spread(graph, found[name][seen], known)
+        added = surest(probabilities, known, share)
+        found[name][seen[added]] = probabilities.argmax(dim=-1)[added].to(found[name].dtype)
+        here[name][seen[added]] = True
+    return relabelled(train, found, here)

@@ -1,0 +1,357 @@
+"""Learning from few pairs: how well labels are read off test images, against the number of labelled examples.
+
+    python benchmarks/weak_supervision.py mnist --n 20 100 500 2000 10000 60000
+
+N of the examples keep their label, evenly over the classes where there are any, and the others keep their image alone;
+a share of the N validates. All methods have the same N, and choose by the validating ones alone:
+
+    weak        train.py --preset weak: the images first, labels spread over their neighbours, then the MVAE's terms
+    paper       train.py: the paper's terms from the start, over as many epochs in all
+    supervised  the image encoder's network with an output for each class, stopped at the best validation loss
+    dropout     the same with dropout of a half before the output
+    logistic    logistic regression on the pixels
+    m1          logistic regression on the means of q(z | image) of weak's first stage (M1 of Kingma et al. 2014)
+    spread      weak's labels alone: spread to the test images, which this method sees without their labels
+
+Each run leaves results/weak/EXPERIMENT-METHOD-N-SEED.json, and isn't run again. The test split is read once a run.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from recipes import call
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from celeba import datasets as faces
+from celeba.model import build_model as build_faces
+from fashionmnist import datasets as garments
+from fashionmnist.model import build_model as build_garments
+from mnist import datasets as digits
+from mnist.model import build_model as build_digits
+from multimnist import datasets as canvases
+from multimnist.model import build_model as build_canvases
+from mvae import MVAE, Data, load_model, metrics
+from mvae.checkpoint import BEST, LATEST
+from mvae.data import consecutive_rows
+from mvae.datasets.celeba import ATTRIBUTES
+from mvae.estimators import mean_and_error
+from mvae.files import write_atomically
+from mvae.scripts import faces as face_flags
+from mvae.scripts import flags
+from mvae.supervision import neighbour_graph, spread
+
+
+class Experiment(NamedTuple):
+    """What is learnt of an experiment.
+
+    build_model: of its model.py.
+    data: its training, validation and test examples.
+    n_latents: of its model.
+    label: the modality that is read off the image.
+    shape: of a label's logits, the classes last; None for yes and no, with a logit for each.
+    flags: of its train.py, for where the data are.
+    """
+
+    build_model: Callable[[int], MVAE]
+    data: Callable[[argparse.Namespace], tuple[Data, Data, Data]]
+    n_latents: int
+    label: str
+    shape: tuple[int, ...] | None
+    flags: Callable[[argparse.Namespace], list[str]] = lambda args: []
+
+
+def of_digits(module: Any) -> Callable[[argparse.Namespace], tuple[Data, Data, Data]]:
+    return lambda args: (
+        *module.training_data(args.data_dir, n_val=5000, binarize=False),
+        module.test_data(args.data_dir, binarize=False),
+    )
+
+
+def of_canvases(args: argparse.Namespace) -> tuple[Data, Data, Data]:
+    return (*canvases.training_data(args.canvas_dir, n_val=5000), canvases.test_data(args.canvas_dir))
+
+
+def of_faces(args: argparse.Namespace) -> tuple[Data, Data, Data]:
+    how = {"allow_missing": args.allow_missing, "workers": args.workers}
+    return (
+        *faces.training_data(args.data_dir, args.cache_dir, **how),
+        faces.test_data(args.data_dir, args.cache_dir, **how),
+    )
+
+
+def face_words(args: argparse.Namespace) -> list[str]:
+    return ["--cache-dir", str(args.cache_dir), *(["--allow-missing"] if args.allow_missing else [])]
+
+
+EXPERIMENTS = {
+    "mnist": Experiment(build_digits, of_digits(digits), 64, "text", (10,)),
+    "fashionmnist": Experiment(build_garments, of_digits(garments), 64, "text", (10,)),
+    "multimnist": Experiment(
+        build_canvases,
+        of_canvases,
+        100,
+        "text",
+        (canvases.LENGTH, canvases.FILL + 1),
+        lambda args: ["--canvas-dir", str(args.canvas_dir)],
+    ),
+    "celeba": Experiment(build_faces, of_faces, 100, "attrs", None, face_words),
+}
+
+PAPER = ["--epochs", "12", "--annealing-epochs", "5", "--pairs-per-batch", "0"]
+
+
+class Task(NamedTuple):
+    """One number of pairs, drawn by one seed.
+
+    args: where files are. train, validation: with the pairs' labels alone; test: with all of them.
+    """
+
+    experiment: str
+    n: int
+    seed: int
+    args: argparse.Namespace
+    train: Data
+    validation: Data
+    test: Data
+
+    @property
+    def kind(self) -> Experiment:
+        return EXPERIMENTS[self.experiment]
+
+    def pairs(self, data: Data) -> tuple[Tensor, Tensor]:
+        """Images and labels of the examples that have a label."""
+        assert data.present is not None
+        batch, _ = data.batch(data.present[self.kind.label].nonzero().flatten())
+        return batch["image"], batch[self.kind.label]
+
+    @property
+    def images_dir(self) -> Path:
+        """The folder of the first stage, which is the same for all numbers of pairs."""
+        return self.args.runs_dir / f"{self.experiment}-images-{self.seed}"
+
+    def first_stage(self) -> MVAE:
+        """The model of the images alone. Trains it if `weak` didn't yet."""
+        if not (self.images_dir / BEST).exists():
+            weak(self)
+        return load_model(self.images_dir / LATEST, self.experiment, self.kind.build_model, torch.device("cpu"))[0]
+
+
+def batches(data: Data) -> Iterator[dict[str, Tensor]]:
+    return (data.batch(rows)[0] for rows in consecutive_rows(data, 1000))
+
+
+@torch.no_grad()
+def read_by(model: MVAE, task: Task) -> Tensor:
+    """The labels of the test images that an MVAE finds most probable, at the mean of q(z | image)."""
+    name, found = task.kind.label, []
+    for batch in batches(task.test):
+        mu, _ = model.posterior({"image": batch["image"]})
+        mean = model.mean(mu, [name])[name]
+        found.append(mean > 0.5 if task.kind.shape is None else mean.argmax(dim=-1))
+    return torch.cat(found)
+
+
+def trained(task: Task, method: str, *words: str) -> Tensor:
+    """The test labels by train.py."""
+    out_dir = task.args.runs_dir / f"{task.experiment}-{method}-{task.n}-{task.seed}"
+    common = ["--n-paired", str(task.n), "--seed", str(task.seed), "--out-dir", str(out_dir), "--resume"]
+    where = ["--data-dir", str(task.args.data_dir), *task.kind.flags(task.args)]
+    call(f"{task.experiment}/train.py", *words, *common, *where, "--log-interval", "1000")
+    return read_by(load_model(out_dir / BEST, task.experiment, task.kind.build_model, torch.device("cpu"))[0], task)
+
+
+def weak(task: Task) -> Tensor:
+    return trained(task, "weak", "--preset", "weak", "--images-dir", str(task.images_dir))
+
+
+def paper(task: Task) -> Tensor:
+    return trained(task, "paper", *PAPER)
+
+
+def loss_of(logits: Tensor, labels: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+    """The mean cross-entropy of a label's places."""
+    if shape is None:
+        return F.binary_cross_entropy_with_logits(logits, labels.float())
+    return F.cross_entropy(logits.flatten(0, -2), labels.long().flatten())
+
+
+def guess(logits: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+    return logits > 0 if shape is None else logits.argmax(dim=-1)
+
+
+def outputs(task: Task) -> tuple[int, ...]:
+    return task.kind.shape or (len(ATTRIBUTES),)
+
+
+def supervised(task: Task, dropout: float = 0.0) -> Tensor:
+    """The image encoder's network with one more layer, Adam at 1e-3, the weights of the best validation loss."""
+    torch.manual_seed(task.seed)
+    encoder: Any = task.kind.build_model(task.kind.n_latents).encoders["image"]
+    shape = outputs(task)
+    network = nn.Sequential(
+        encoder.hidden,
+        nn.Dropout(dropout),
+        nn.Linear(encoder.mu.in_features, torch.Size(shape).numel()),
+        nn.Unflatten(1, shape),
+    )
+    (x, y), (held_x, held_y) = task.pairs(task.train), task.pairs(task.validation)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
+    steps, size = max(1000, 10 * len(x) // 100), min(100, len(x))
+    best, kept = float("inf"), {}
+    for step in range(1, steps + 1):
+        rows = torch.randint(len(x), (size,))
+        loss_of(network(x[rows]), y[rows], task.kind.shape).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % max(20, steps // 50) == 0:
+            network.eval()
+            with torch.no_grad():
+                parts = zip(held_x.split(1000), held_y.split(1000), strict=True)
+                loss = sum(loss_of(network(a), b, task.kind.shape).item() * len(a) for a, b in parts) / len(held_x)
+            network.train()
+            if loss < best:
+                best, kept = loss, {name: value.clone() for name, value in network.state_dict().items()}
+    network.load_state_dict(kept)
+    network.eval()
+    with torch.no_grad():
+        return torch.cat([guess(network(batch["image"]), task.kind.shape) for batch in batches(task.test)])
+
+
+def regression(x: Tensor, y: Tensor, task: Task) -> nn.Module:
+    """Logistic regression: the sum of the cross-entropies and half the squares of the weights is minimised."""
+    shape = outputs(task)
+    linear = nn.Linear(x[0].numel(), torch.Size(shape).numel())
+    network = nn.Sequential(nn.Flatten(), linear, nn.Unflatten(1, shape))
+    nn.init.zeros_(linear.weight)
+    optimizer = torch.optim.LBFGS(network.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    places = y[0].numel()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(network(x), y, task.kind.shape) * places + linear.weight.square().sum() / (2 * len(x))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return network
+
+
+@torch.no_grad()
+def logistic(task: Task) -> Tensor:
+    with torch.enable_grad():
+        network = regression(*task.pairs(task.train), task)
+    return torch.cat([guess(network(batch["image"]), task.kind.shape) for batch in batches(task.test)])
+
+
+@torch.no_grad()
+def m1(task: Task) -> Tensor:
+    model = task.first_stage()
+    x, y = task.pairs(task.train)
+    means = torch.cat([model.posterior({"image": some})[0] for some in x.split(1000)])
+    with torch.enable_grad():
+        network = regression(means, y, task)
+    found = (network(model.posterior({"image": batch["image"]})[0]) for batch in batches(task.test))
+    return torch.cat([guess(logits, task.kind.shape) for logits in found])
+
+
+@torch.no_grad()
+def spread_to_test(task: Task) -> Tensor:
+    model, name = task.first_stage(), task.kind.label
+    key = (task.experiment, task.seed)
+    if key not in GRAPHS:
+        GRAPHS.clear()
+        parts = [batch for data in (task.train, task.test) for batch in batches(data)]
+        GRAPHS[key] = neighbour_graph(torch.cat([model.posterior({"image": batch["image"]})[0] for batch in parts]))
+    assert task.train.present is not None
+    labels = torch.cat([task.train.tensors[name], task.test.tensors[name]])
+    known = torch.cat([task.train.present[name], torch.zeros(len(task.test), dtype=torch.bool)])
+    found = spread(GRAPHS[key], labels, known)[len(task.train) :].argmax(dim=-1)
+    return found.bool() if task.kind.shape is None else found
+
+
+GRAPHS: dict[tuple[str, int], Tensor] = {}
+"""The latest graph of `spread_to_test`: a seed's serves all numbers of pairs."""
+
+METHODS: dict[str, Callable[[Task], Tensor]] = {
+    "weak": weak,
+    "spread": spread_to_test,
+    "m1": m1,
+    "supervised": supervised,
+    "dropout": lambda task: supervised(task, 0.5),
+    "logistic": logistic,
+    "paper": paper,
+}
+
+
+def measured(found: Tensor, task: Task) -> dict[str, tuple[float, float]]:
+    """How many labels are right, with the standard error over the test examples."""
+    truth = torch.cat([batch[task.kind.label] for batch in batches(task.test)])
+    if task.kind.shape is None:
+        names = ("accuracy of an attribute predicted from the image", "balanced accuracy of an attribute")
+        values = metrics.accuracies(found.float(), truth, ATTRIBUTES)
+        return {name: mean_and_error(values[name]) for name in names}
+    right = found == truth
+    if right.dim() == 1:
+        return {"accuracy": mean_and_error(right.double())}
+    return {
+        "accuracy": mean_and_error(right.all(dim=1).double()),
+        "accuracy of a digit": mean_and_error(right.double().mean(dim=1)),
+    }
+
+
+def main() -> None:
+    parser = flags.parser(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--n", nargs="+", type=flags.two_or_more, default=[20, 100, 500, 2000, 10000, 60000])
+    parser.add_argument("--seeds", nargs="+", type=flags.seed_number, default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs/weak"), help="folder of the runs' own folders")
+    canvases.add_canvas_dir(parser)
+    face_flags.add_flags(parser)
+    args = parser.parse_args()
+    flags.device(args)
+    kind = EXPERIMENTS[args.experiment]
+    train, validation, test = kind.data(args)
+    for seed in args.seeds:
+        for n in args.n:
+            how = argparse.Namespace(n_paired=n, paired_fraction=None, unpaired="image", seed=seed)
+            some, held_out = flags.supervised(how, train, validation, ["image", kind.label])
+            task = Task(args.experiment, n, seed, args, some, held_out, test)
+            for method in args.methods:
+                path = Path("results/weak") / f"{args.experiment}-{method}-{n}-{seed}.json"
+                if not path.exists():
+                    run(task, method, path)
+
+
+def run(task: Task, method: str, path: Path) -> None:
+    """Learns by one method, and writes what it reads off the test images."""
+    started = time.perf_counter()
+    found = measured(METHODS[method](task), task)
+    content = {
+        **flags.origin(),
+        "experiment": task.experiment,
+        "method": method,
+        "n": task.n,
+        "seed": task.seed,
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "seconds": time.perf_counter() - started,
+        "n_examples": len(task.test),
+        "measures": {name: dict(zip(["mean", "standard_error"], pair, strict=True)) for name, pair in found.items()},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    said = ", ".join(f"{name} {100 * mean:.2f} ± {100 * error:.2f} %" for name, (mean, error) in found.items())
+    print(f"{path.stem}: {said}", flush=True)
+
+
+if __name__ == "__main__":
+    flags.run(main)
