@@ -2,6 +2,7 @@
 
     static/plot_curves.png     results/curves-EXPERIMENT-RECIPE-SEED.jsonl, copies of the runs' stats.jsonl
     static/plot_accuracy.png   results/EXPERIMENT-RECIPE-SEED.json, what loglike.py --json wrote
+    static/plot_weak.png       results/weak/*.json, what benchmarks/weak_supervision.py wrote
     static/plot_speed.png      results/step-*.json, what benchmarks/step.py --json wrote
 
 A plot without results isn't drawn.
@@ -10,11 +11,13 @@ A plot without results isn't drawn.
 import argparse
 import io
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from weak_tables import METHODS, found
 
 from mvae.errors import UserError
 from mvae.files import write_atomically
@@ -50,7 +53,12 @@ def main() -> None:
         "font.size": SMALL_TEXT, "axes.titlesize": SMALL_TEXT, "axes.spines.top": False, "axes.spines.right": False,
         "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True,
     })  # fmt: skip
-    plots: dict[str, Callable[[Path], Figure | None]] = {"curves": curves, "accuracy": accuracy, "speed": speed}
+    plots: dict[str, Callable[[Path], Figure | None]] = {
+        "curves": curves,
+        "accuracy": accuracy,
+        "speed": speed,
+        "weak": weak,
+    }
     for name, draw in plots.items():
         figure = draw(args.root)
         if figure is None:
@@ -197,6 +205,35 @@ def speed(root: Path) -> Figure | None:
     panel.set_ylabel("time of a plain step / ours")
     panel.set_xlim(-1, max(len(steps), 2))  # a single bar isn't drawn as a wall
     figure.legend(frameon=False, loc="outside upper center", ncols=2)
+    return figure
+
+
+def weak(root: Path) -> Figure | None:
+    """A panel for each experiment and measure: right labels against the number of pairs, a line for each method."""
+    panels = [(one, name, by) for one in EXPERIMENTS for name, by in found(root, one).items() if "weak" in by]
+    if not panels:
+        return None
+    columns = min(len(panels), 2)
+    figure, axes = pyplot.subplots(
+        -(-len(panels) // columns), columns, figsize=(WIDTH, 3.4 * -(-len(panels) // columns) + 0.9), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for panel, (experiment, measure, by_method) in zip(axes.flat, panels, strict=False):
+        for i, (method, name) in enumerate(METHODS.items()):
+            if method not in by_method:
+                continue
+            shares = {n: [100 * value for value in by_seed.values()] for n, by_seed in by_method[method].items()}
+            numbers = sorted(shares)
+            means = [statistics.fmean(shares[n]) for n in numbers]
+            errors = [statistics.stdev(shares[n]) / len(shares[n]) ** 0.5 if len(shares[n]) > 1 else 0 for n in numbers]
+            panel.errorbar(
+                numbers, means, errors, color=(COLOURS * 2)[i], linestyle=STYLES[i // len(COLOURS)], marker=".",
+                linewidth=2.2 if method == "weak" else 1.2, capsize=2, label=name.replace("`", ""),
+            )  # fmt: skip
+        panel.set_xscale("log")
+        panel.set_title(f"{experiment}: {measure}, %", loc="left")
+        panel.set_xlabel("examples with a label")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=2)
     return figure
 
 

@@ -1,12 +1,14 @@
 """Make the tables in the READMEs and docs/ from results/*.json.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; this command rewrites it. NAME is summary, an
-experiment (mnist, fashionmnist, multimnist, celeba, celeba19, vision), speed, memory, or batch_norm. The files:
+experiment (mnist, fashionmnist, multimnist, celeba, celeba19, vision), speed, memory, batch_norm, or weak_ and an
+experiment. The files:
 
     results/EXPERIMENT-RECIPE-SEED.json             what loglike.py --json wrote; several seeds of a recipe are averaged
     results/coherence-EXPERIMENT-RECIPE-SEED.json   what benchmarks/coherence.py --json wrote of the same model
     results/step-*.json                             what benchmarks/step.py --json wrote
     results/batch_norm/*.json                       what benchmarks/batch_norm.py wrote
+    results/weak/*.json                             what benchmarks/weak_supervision.py wrote
     benchmarks/paper.json                           the paper's numbers
 
 What has no results is left out; the summary shows dashes there.
@@ -14,13 +16,15 @@ What has no results is left out; the summary shows dashes there.
 
 import argparse
 import json
-import math
 import os
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from markdown import NOTHING, over_seeds, read, table
+from weak_tables import weak
 
 from mvae.errors import UserError
 from mvae.files import write_atomically
@@ -31,7 +35,6 @@ PAPER = json.loads((HERE / "paper.json").read_text())
 
 START, END = "<!-- table: ", "<!-- end of table -->"
 TABLE = re.compile(r"<!-- table: (\w+) -->\n(.*?)<!-- end of table -->", re.DOTALL)
-NOTHING = "*There are no results for this table yet.*"
 
 
 class Experiment(NamedTuple):
@@ -161,14 +164,6 @@ def _name_and_seed(path: Path) -> tuple[str, int]:
     if "-" not in name or not seed.isdigit():
         raise UserError(f"{path} is to be named EXPERIMENT-RECIPE-SEED.json")
     return name, int(seed)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A JSON file. Raises UserError, naming it, if it is none."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"can't read {path}: {error}") from None
 
 
 def estimates(experiment: str, some: Sequence[Run]) -> dict[tuple[str, str], Average]:
@@ -447,7 +442,7 @@ def batch_norm(root: Path, document: Path) -> str:
         gaps = {kind: [pair[kind]["evaluation"] - pair[kind]["training"] for pair in pairs] for kind in losses}
         differences = [joint - term for joint, term in zip(*losses.values(), strict=True)]
         values = [losses["joint"], losses["term"], differences, gaps["joint"], gaps["term"]]
-        rows.append([experiment, f"`{reconstruct}`", *map(_over_seeds, values)])
+        rows.append([experiment, f"`{reconstruct}`", *map(over_seeds, values)])
     if not rows:
         return NOTHING
     columns = [
@@ -475,23 +470,13 @@ def batch_norm(root: Path, document: Path) -> str:
     return f"{table(columns, rows)}\n\n{about}"
 
 
-def _over_seeds(values: Sequence[float]) -> str:
-    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{error}"
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; a bar within a cell is escaped."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
-
 TABLES: dict[str, Callable[[Path, Path], str]] = {
     "summary": summary,
     **{name: of_experiment(name) for name in EXPERIMENTS},
     "speed": speed,
     "memory": memory,
     "batch_norm": batch_norm,
+    **{f"weak_{name}": weak(name) for name in ("mnist", "fashionmnist", "multimnist", "celeba")},
 }
 
 if __name__ == "__main__":
