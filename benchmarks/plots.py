@@ -220,7 +220,7 @@ def weak(root: Path) -> Figure | None:
     )  # fmt: skip
     for panel, (experiment, measure, by_method) in zip(axes.flat, panels, strict=False):
         for i, (method, name) in enumerate(METHODS.items()):
-            if method not in by_method:
+            if len(by_method.get(method, ())) < 2:
                 continue
             shares = {n: [100 * value for value in by_seed.values()] for n, by_seed in by_method[method].items()}
             numbers = sorted(shares)

@@ -7,6 +7,9 @@ from markdown import NOTHING, over_seeds, read, table
 
 METHODS = {
     "weak": "`--preset weak`",
+    "no_hold": "the same, β rising from the start",
+    "half": "the same, self-labels for the surest half",
+    "no_labels": "the same, without self-labels",
     "paper": "the paper's terms, one stage",
     "spread": "labels spread over the VAE's means, transductive",
     "m1": "M1: VAE, logistic regression on its means",

@@ -193,7 +193,7 @@ def training_parser(
         "--images-dir", type=Path, metavar="DIR", help="that stage's folder, which runs may share; else OUT_DIR/images"
     )
     supervision.add_argument(
-        "--self-labels", type=fraction, metavar="F",
+        "--self-labels", type=share, default=0.0, metavar="F",
         help="the share of the examples without a label, the surest, that get one by what that stage has learnt",
     )  # fmt: skip
     for name, about in (missing or {}).items():
@@ -541,6 +541,10 @@ def positive_float(text: str) -> float:
 
 def non_negative_float(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
+
+
+def share(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def fraction(text: str) -> float:
