@@ -28,5 +28,5 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def over_seeds(values: Sequence[float], digits: str = ".2f") -> str:
     """The mean over seeds, and its standard error if there are several."""
-    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):{digits}}" if len(values) > 1 else ""
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):{digits.lstrip('+')}}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{digits}}{error}"

@@ -37,6 +37,7 @@ EVERY: dict[str, list[Any]] = {
     "--weight-decay": [0.5],
     "--iw-samples": [2],
     "--n-paired": [3],
+    "--images-first": [1],
     "--seed": [1],
     "--limit": [2],
 }
@@ -51,16 +52,24 @@ SHARED: dict[str, list[Any]] = {
     "--paired-fraction": [0.5],
     "--unpaired": ["both", *PAIRS],
     "--pairs-per-batch": [1, *PAIRS],
+    "--self-labels": [1, "--images-first", 1, "--n-paired", 40, "--limit", 40],
 }
 """The same, for flags that no train.py itself reads: one experiment will do."""
 
+FEW_FACES = {"--self-labels": [1, "--images-first", 1, "--n-paired", 9, "--limit", 12]}
 TEXT: dict[str, list[Any]] = {"--lambda-image": [3], "--lambda-text": [3]}
 OWN: dict[str, dict[str, list[Any]]] = {
     "mnist": {**TEXT, "--binarize": []},
     "fashionmnist": {**TEXT, "--binarize": []},
-    "multimnist": TEXT,
-    "celeba": {"--lambda-image": [3], "--lambda-attrs": [3]},
-    "celeba19": {"--lambda-image": [3], "--lambda-attrs": [3], "--approx-m": [2], "--attr-missing": [0.5]},
+    "multimnist": {**TEXT, "--self-labels": SHARED["--self-labels"]},
+    "celeba": {"--lambda-image": [3], "--lambda-attrs": [3], **FEW_FACES},
+    "celeba19": {
+        "--lambda-image": [3],
+        "--lambda-attrs": [3],
+        "--approx-m": [2],
+        "--attr-missing": [0.5],
+        **FEW_FACES,
+    },
     "vision": {
         **{f"--lambda-{name}": [3] for name in ("image", "gray", "edge", "mask", "obscured", "watermark")},
         **{f"--{name}-dir": ["other/celeba/img_align_celeba"] for name in ("image", "gray", "edge", "mask")},
@@ -80,6 +89,7 @@ ELSEWHERE = {
     "--workers": "test_picture_cache",
     "--allow-missing": "test_celeba",
     "--out-dir": "test_training_files",
+    "--images-dir": "test_supervision",
     "--resume": "test_training_files",
     "--log-interval": "test_mnist_scripts",
     "--save-every": "test_training_files",

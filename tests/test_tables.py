@@ -10,7 +10,7 @@ import pytest
 
 from helpers import ROOT, assert_ended, assert_refused, run
 
-NAMES = ("summary", "mnist", "celeba19", "vision", "speed", "memory", "batch_norm")
+NAMES = ("summary", "mnist", "celeba19", "vision", "speed", "memory", "batch_norm", "weak_mnist")
 TRAINED = {"validation_loss": 200.0, "training_seconds": 1500.0}
 IMAGE, BOTH, LABEL = "q(z | image)", "q(z | image, text)", "accuracy of the label predicted from the image"
 
@@ -89,6 +89,11 @@ def root(tmp_path: Path) -> Path:
             found |= {"n_train": 5000, "n_validation": 1000, "epochs": 3, "commit": "c" * 40}
             losses = {"validation_loss": {"evaluation": loss, "training": 99.0}}
             write(results / "batch_norm" / f"celeba-attrs-{statistics}-{seed}.json", {**found, **losses})
+    for seed, (ours, theirs) in enumerate([(0.75, 0.5), (0.8125, 0.5), (0.875, 0.625)]):
+        for method, mean in (("weak", ours), ("m1", theirs)):
+            one = {"method": method, "n": 100, "seed": seed, "commit": "d" * 40, "n_examples": 10000}
+            found = {"accuracy": {"mean": mean, "standard_error": 0.01}}
+            write(results / "weak" / f"mnist-{method}-100-{seed}.json", {**one, "measures": found})
     markers = "".join(f"## {name}\n\n<!-- table: {name} -->\n<!-- end of table -->\n\n" for name in NAMES)
     (tmp_path / "README.md").write_text(markers)
     assert tables(tmp_path).returncode == 0
@@ -124,6 +129,7 @@ def test_a_changed_digit_is_found(root: Path) -> None:
         ("celeba19-fast-0.json", "accuracy of Male", "accuracy of Bald", "celeba19"),
         ("step-mnist.json", "[1.9, 2.0, 2.1]", "[1.9, 2.05, 2.1]", "speed"),
         ("batch_norm/celeba-attrs-term-1.json", "113.0", "114.0", "batch_norm"),
+        ("weak/mnist-m1-100-1.json", "0.5", "0.51", "weak_mnist"),
     ],
 )
 def test_a_changed_results_file_is_found(root: Path, file: str, old: str, new: str, name: str) -> None:
@@ -131,6 +137,13 @@ def test_a_changed_results_file_is_found(root: Path, file: str, old: str, new: s
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
     assert_refused(tables(root, "--check"), 1, "README.md", f"table {name}")
+
+
+def test_methods_are_compared_with_the_same_pairs(root: Path) -> None:
+    header, _, ours, m1, difference = rows_of(root, "weak_mnist")
+    assert header == ["accuracy, %", "100 pairs"]
+    assert (ours[1], m1[1]) == ("81.2 ± 3.6", "54.2 ± 4.2")
+    assert difference[1] == "+27.1 ± 2.1"
 
 
 def test_seeds_are_averaged_with_their_deviation_and_the_paper_stands_below(root: Path) -> None:
