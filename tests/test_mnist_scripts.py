@@ -503,7 +503,7 @@ def test_threads_are_those_asked_for_and_else_few(monkeypatch: pytest.MonkeyPatc
 def test_precision_auto_looks_at_the_processor_says_what_it_took_and_records_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    sizes = {"n_latents": 2, "batch_size": 2, "epochs": 1, "annealing_epochs": 1, "lr": 1.0}
+    sizes: dict[str, Any] = {"n_latents": 2, "batch_size": 2, "epochs": 1, "annealing_epochs": 1, "lr": 1.0}
     parser = training_parser(None, modalities=("image", "text"), lambdas={}, **sizes)
     args = parser.parse_args(["--precision", "auto"])
     options = flags.options(args)
