@@ -87,21 +87,23 @@ def _self_labelled(model: "MVAE", train: "Data", labels: Sequence[str], share: f
     image, present = model.modalities[0], train.present or {}
     few = [name for name in labels if name in present]
     if not few:
-        raise UsageError("`self_labels` are for examples that lack a label: see --n-paired")
-    means, truth = [], []
+        raise UsageError("`self_labels` are for labels that some examples lack: see --n-paired")
+    device = next(model.parameters()).device  # where the first stage left the model; the data have stayed
+    there, means, batches = train.to(device), [], []
     with torch.no_grad(), evaluating(model):
-        for rows in consecutive_rows(train, 1000):
-            batch, _ = train.batch(rows)
+        for rows in consecutive_rows(there, 1000):
+            batch, _ = there.batch(rows)
             means.append(model.posterior({image: batch[image]})[0])
-            truth.append({name: batch[name] for name in few})
-    found = {name: torch.cat([batch[name] for batch in truth]).to(train.stored_on) for name in few}
-    here = {name: present[name].clone() for name in few}
-    seen = present.get(image, torch.ones_like(here[few[0]])).nonzero().flatten()
-    graph = neighbour_graph(torch.cat(means).to(train.stored_on)[seen])
+            batches.append({name: batch[name] for name in few})
+    found = {name: torch.cat([batch[name] for batch in batches]) for name in few}
+    here = {name: present[name].to(device, copy=True) for name in few}
+    seen = present.get(image, torch.ones(len(train), dtype=torch.bool)).nonzero().flatten().to(device)
+    graph = neighbour_graph(torch.cat(means)[seen])
     for name in few:
-        known = present[name][seen]
+        known = here[name][seen]
         probabilities = spread(graph, found[name][seen], known)
         added = surest(probabilities, known, share)
         found[name][seen[added]] = probabilities.argmax(dim=-1)[added].to(found[name].dtype)
         here[name][seen[added]] = True
+    found, here = ({name: x.to(train.stored_on) for name, x in part.items()} for part in (found, here))
     return relabelled(train, found, here)
