@@ -33,25 +33,34 @@ class Grid(NamedTuple):
     loglike: Sequence[str]
 
 
-TEN_EPOCHS = ["--preset", "fast", "--epochs", "10", "--annealing-epochs", "4"]
+COMBINED = ["--beta-hold", "1", "--weight-decay", "0.05", "--iw-samples", "2"]
 GRIDS = {
     "ablation": Grid(
-        TEN_EPOCHS,
+        ["--preset", "fast", "--epochs", "10", "--annealing-epochs", "4"],
         {
             "base": [],
             "constant-1e-3": ["--lr", "1e-3", "--lr-schedule", "constant", "--warmup-epochs", "0"],
-            "linear": ["--lr-schedule", "linear"],
             "cosine": ["--lr-schedule", "cosine"],
-            "ema": ["--ema", "0.999"],
             "weight-decay": ["--weight-decay", "0.05"],
-            "clip-grad": ["--clip-grad", "100"],
             "beta-hold": ["--beta-hold", "1"],
             "iw-2": ["--iw-samples", "2"],
             "iw-5": ["--iw-samples", "5"],
+            "combined": COMBINED,
         },
         ["--limit", "500", "--n-samples", "200"],
     ),
+    "long": Grid(
+        ["--preset", "fast"],
+        {
+            "base-50": [],
+            "combined-15": [*COMBINED, "--epochs", "15", "--annealing-epochs", "5"],
+            "combined-30": [*COMBINED, "--epochs", "30", "--annealing-epochs", "11"],
+            "combined-50": [*COMBINED, "--epochs", "50", "--annealing-epochs", "18"],
+        },
+        ["--n-samples", "1000"],
+    ),
 }
+"""The grids by name. A grid's first recipe is the base that its table compares the others with."""
 
 
 def main() -> None:
@@ -79,12 +88,15 @@ def run(experiment: str, grid_name: str, recipe: str, seed: int, runs_dir: Path)
     grid = GRIDS[grid_name]
     name = f"{experiment}-{recipe}-{seed}"
     result = Path("results") / grid_name / f"{name}.json"
+    per_example = result.with_suffix(".csv")
     if result.exists():
         return
     out_dir = runs_dir / grid_name / name
     train = [*grid.train, *grid.recipes[recipe], "--seed", str(seed), "--out-dir", str(out_dir), "--resume"]
     call(f"{experiment}/train.py", *train, "--log-interval", "1000")
-    call(f"{experiment}/loglike.py", str(out_dir / "model_best.pth.tar"), *grid.loglike, "--json", str(result))
+    model = str(out_dir / "model_best.pth.tar")
+    files = ["--json", str(result), "--per-example", str(per_example)]
+    call(f"{experiment}/loglike.py", model, *grid.loglike, *files)
     print(f"wrote {result}", flush=True)
 
 

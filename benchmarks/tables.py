@@ -1,13 +1,14 @@
 """Make the tables in the READMEs and docs/ from results/*.json.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; this command rewrites it. NAME is summary, an
-experiment (mnist, fashionmnist, multimnist, celeba, celeba19, vision), speed, memory, batch_norm, or weak_ and an
-experiment. The files:
+experiment (mnist, fashionmnist, multimnist, celeba, celeba19, vision), speed, memory, batch_norm, ablation,
+long, or weak_ and an experiment. The files:
 
     results/EXPERIMENT-RECIPE-SEED.json             what loglike.py --json wrote; several seeds of a recipe are averaged
     results/coherence-EXPERIMENT-RECIPE-SEED.json   what benchmarks/coherence.py --json wrote of the same model
     results/step-*.json                             what benchmarks/step.py --json wrote
     results/batch_norm/*.json                       what benchmarks/batch_norm.py wrote
+    results/{ablation,long}/*                       what benchmarks/recipes.py left
     results/weak/*.json                             what benchmarks/weak_supervision.py wrote
     benchmarks/paper.json                           the paper's numbers
 
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from markdown import NOTHING, over_seeds, read, table
+from paired_tables import paired
+from recipes import GRIDS
 from weak_tables import weak
 
 from mvae.errors import UserError
@@ -476,6 +479,7 @@ TABLES: dict[str, Callable[[Path, Path], str]] = {
     "speed": speed,
     "memory": memory,
     "batch_norm": batch_norm,
+    **{name: paired(name) for name in GRIDS},
     **{f"weak_{name}": weak(name) for name in ("mnist", "fashionmnist", "multimnist", "celeba")},
 }
 

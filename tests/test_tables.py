@@ -10,7 +10,7 @@ import pytest
 
 from helpers import ROOT, assert_ended, assert_refused, run
 
-NAMES = ("summary", "mnist", "celeba19", "vision", "speed", "memory", "batch_norm", "weak_mnist")
+NAMES = ("summary", "mnist", "celeba19", "vision", "speed", "memory", "batch_norm", "weak_mnist", "ablation")
 TRAINED = {"validation_loss": 200.0, "training_seconds": 1500.0}
 IMAGE, BOTH, LABEL = "q(z | image)", "q(z | image, text)", "accuracy of the label predicted from the image"
 
@@ -94,6 +94,14 @@ def root(tmp_path: Path) -> Path:
             one = {"method": method, "n": 100, "seed": seed, "commit": "d" * 40, "n_examples": 10000}
             found = {"accuracy": {"mean": mean, "standard_error": 0.01}}
             write(results / "weak" / f"mnist-{method}-100-{seed}.json", {**one, "measures": found})
+    names = [f'"log p(image), {IMAGE}"', f'"log p(image, text), {IMAGE}"']
+    for seed, (base, other) in enumerate(
+        [((-90, -92), (-89, -92)), ((-91, -93), (-89, -92)), ((-90, -92), (-88, -91))]
+    ):
+        for recipe, values in (("base", base), ("iw-2", other)):
+            lines = [",".join(["example", *names]), *(f"{i},{value},{value - 1}" for i, value in enumerate(values))]
+            write(results / "ablation" / f"mnist-{recipe}-{seed}.json", loglike("mnist", seed, [], {}))
+            (results / "ablation" / f"mnist-{recipe}-{seed}.csv").write_text("\n".join(lines))
     markers = "".join(f"## {name}\n\n<!-- table: {name} -->\n<!-- end of table -->\n\n" for name in NAMES)
     (tmp_path / "README.md").write_text(markers)
     assert tables(tmp_path).returncode == 0
@@ -129,6 +137,7 @@ def test_a_changed_digit_is_found(root: Path) -> None:
         ("celeba19-fast-0.json", "accuracy of Male", "accuracy of Bald", "celeba19"),
         ("step-mnist.json", "[1.9, 2.0, 2.1]", "[1.9, 2.05, 2.1]", "speed"),
         ("batch_norm/celeba-attrs-term-1.json", "113.0", "114.0", "batch_norm"),
+        ("ablation/mnist-iw-2-1.csv", "-89", "-88", "ablation"),
         ("weak/mnist-m1-100-1.json", "0.5", "0.51", "weak_mnist"),
     ],
 )
@@ -144,6 +153,14 @@ def test_methods_are_compared_with_the_same_pairs(root: Path) -> None:
     assert header == ["accuracy, %", "100 pairs"]
     assert (ours[1], m1[1]) == ("81.2 ± 3.6", "54.2 ± 4.2")
     assert difference[1] == "+27.1 ± 2.1"
+
+
+def test_recipes_are_compared_by_seed_and_example(root: Path) -> None:
+    header, _, better, base = rows_of(root, "ablation")
+    assert header[3:5] == ["log p(image)", "less `base`"]
+    assert base[:5] == ["`base`", "3", "25.0", "-91.33", ""]
+    assert better[:5] == ["`iw-2`", "3", "25.0", "-90.17", "+1.17 ± 0.50 (0.33)"]
+    assert better[5:] == ["-91.17", "+1.17 ± 0.50 (0.33)"]
 
 
 def test_seeds_are_averaged_with_their_deviation_and_the_paper_stands_below(root: Path) -> None:

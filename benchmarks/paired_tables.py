@@ -1,0 +1,83 @@
+"""The tables of benchmarks/recipes.py: recipes against a base, by the same test examples and the same seeds."""
+
+import csv
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from markdown import NOTHING, read, table
+from recipes import GRIDS
+
+from mvae.errors import UserError
+
+QUANTITIES = ("log p(image), q(z | image)", "log p(image, text), q(z | image)")
+"""What is compared: columns of what loglike.py --per-example wrote."""
+
+PerExample = Mapping[str, list[float]]
+"""Values of the test examples by column."""
+
+
+def per_example(path: Path) -> PerExample:
+    """A CSV file of loglike.py. Raises UserError, naming it, if it is none."""
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {name: [float(row[name]) for row in rows] for name in QUANTITIES}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"can't read {path}: {error!r}") from None
+
+
+def paired(grid: str) -> Callable[[Path, Path], str]:
+    """The table of a grid on MNIST."""
+
+    def whole(root: Path, document: Path) -> str:
+        runs: dict[str, dict[int, PerExample]] = {}
+        for path in sorted(root.glob(f"results/{grid}/mnist-*.csv")):
+            recipe, _, seed = path.stem.removeprefix("mnist-").rpartition("-")
+            runs.setdefault(recipe, {})[int(seed)] = per_example(path)
+        base = next(iter(GRIDS[grid].recipes))
+        if base not in runs:
+            return NOTHING
+        files = [read(path) for path in sorted(root.glob(f"results/{grid}/mnist-*.json"))]
+        rows = []
+        for recipe, by_seed in sorted(runs.items(), key=lambda run: -_mean(run[1], QUANTITIES[0])):
+            cells = [f"`{recipe}`", str(len(by_seed)), _minutes(root, grid, recipe)]
+            for name in QUANTITIES:
+                cells.append(f"{_mean(by_seed, name):.2f}")
+                cells.append("" if recipe == base else _difference(by_seed, runs[base], name))
+            rows.append(cells)
+        columns = ["recipe", "seeds", "minutes"]
+        for name in QUANTITIES:
+            columns += [name.partition(", q")[0], f"less `{base}`"]
+        about = (
+            f"*{files[0]['n_examples']:,} test examples with {files[0]['n_samples']:,} importance samples each, the "
+            "same in every run, under q(z | image). Differences are paired by seed and example: mean ± standard error "
+            "over the examples, and in brackets that over the seeds. Fewer examples than all compare runs "
+            "with each other, and no run with the paper.*"
+        )
+        return f"{table(columns, rows)}\n\n{about}"
+
+    return whole
+
+
+def _mean(by_seed: Mapping[int, PerExample], name: str) -> float:
+    return statistics.fmean(statistics.fmean(found[name]) for found in by_seed.values())
+
+
+def _difference(ours: Mapping[int, PerExample], base: Mapping[int, PerExample], name: str) -> str:
+    """The mean difference over the seeds that both have."""
+    seeds = sorted(ours.keys() & base.keys())
+    if not seeds:
+        return "–"
+    by_seed = [[a - b for a, b in zip(ours[seed][name], base[seed][name], strict=True)] for seed in seeds]
+    of_example = [statistics.fmean(values) for values in zip(*by_seed, strict=True)]
+    error = statistics.stdev(of_example) / len(of_example) ** 0.5
+    means = [statistics.fmean(values) for values in by_seed]
+    spread = f" ({statistics.stdev(means) / len(means) ** 0.5:.2f})" if len(means) > 1 else ""
+    return f"{statistics.fmean(of_example):+.2f} ± {error:.2f}{spread}"
+
+
+def _minutes(root: Path, grid: str, recipe: str) -> str:
+    """The mean time of training up to the best epoch."""
+    files = root.glob(f"results/{grid}/mnist-{recipe}-[0-9]*.json")
+    return f"{statistics.fmean(read(path)['training']['training_seconds'] for path in files) / 60:.1f}"
