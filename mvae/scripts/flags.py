@@ -405,12 +405,12 @@ def beta_schedule(args: argparse.Namespace, *, first: bool = False) -> "Schedule
     return course if first else lambda t: course(t + args.images_first)
 
 
-def lr_schedule(args: argparse.Namespace, epochs: int | None = None) -> "Schedule":
-    """The factor of the rate that --lr-schedule and --warmup-epochs ask for, over `epochs`; --epochs by default."""
+def lr_schedule(args: argparse.Namespace) -> "Schedule":
+    """The factor of the rate that --lr-schedule and --warmup-epochs ask for."""
     from .. import schedules
 
     courses = {"constant": lambda epochs: schedules.constant(), "cosine": schedules.cosine, "late": schedules.late}
-    return schedules.warmed_up(args.warmup_epochs, courses[args.lr_schedule](epochs or args.epochs))
+    return schedules.warmed_up(args.warmup_epochs, courses[args.lr_schedule](args.epochs))
 
 
 def reconstruct(args: argparse.Namespace, groups: Mapping[str, Sequence[str]] | None = None) -> str | list[str]:

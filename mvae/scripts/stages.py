@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from ..model import MVAE
     from ..training import Options
 
-OF_THE_FIRST = ("n_latents", "weight_decay", "lr_schedule", "warmup_epochs", "annealing_epochs", "beta_hold")
+OF_THE_FIRST = (
+    *("n_latents", "weight_decay", "epochs", "lr_schedule", "warmup_epochs", "annealing_epochs", "beta_hold"),
+    *("command", "commit"),
+)
 """The flags of which the first stage's checkpoint keeps a record. Runs that differ in others may share it."""
 
 
@@ -38,6 +41,9 @@ def images_first(
         if args.self_labels:
             raise UsageError("`self_labels` come from what the first stage has learnt: give --images-first, too")
         return train
+    few = [name for name in labels if name in (train.present or {})]
+    if args.self_labels and not few:
+        raise UsageError("`self_labels` are for labels that some examples lack: see --n-paired")
     import torch
 
     from ..objective import Objective, Term
@@ -48,6 +54,7 @@ def images_first(
         model, weights={image: getattr(args, f"lambda_{image}")}, terms=[Term((image,), (image,))],
         iw_samples=args.iw_samples,
     )  # fmt: skip
+    stage = argparse.Namespace(**{**vars(args), "epochs": args.images_first})
     out_dir = args.images_dir or args.out_dir / "images"
     fit(
         alone,
@@ -55,17 +62,15 @@ def images_first(
         _only(train, image),
         _only(validation, image),
         dataclasses.replace(
-            options, epochs=args.images_first, pairs_per_batch=0, approx_m=0, out_dir=out_dir,
+            options, epochs=stage.epochs, pairs_per_batch=0, approx_m=0, out_dir=out_dir,
             resume=options.resume or args.images_dir is not None,
         ),
-        beta=flags.beta_schedule(args, first=True),
-        lr=flags.lr_schedule(args, args.images_first),
+        beta=flags.beta_schedule(stage, first=True),
+        lr=flags.lr_schedule(stage),
         experiment=experiment,
-        settings={name: value for name, value in flags.settings(args).items() if name in OF_THE_FIRST}
-        | {"epochs": args.images_first}
-        | flags.origin(),
+        settings={name: value for name, value in flags.settings(stage).items() if name in OF_THE_FIRST},
     )  # fmt: skip
-    return _self_labelled(model, train, labels, args.self_labels) if args.self_labels else train
+    return _self_labelled(model, train, few, args.self_labels) if args.self_labels else train
 
 
 def _only(data: "Data", image: str) -> "Data":
@@ -76,8 +81,8 @@ def _only(data: "Data", image: str) -> "Data":
     return dataclasses.replace(data, present={image: here})
 
 
-def _self_labelled(model: "MVAE", train: "Data", labels: Sequence[str], share: float) -> "Data":
-    """`train` in which labels are spread over the images' neighbours, as far as there are images."""
+def _self_labelled(model: "MVAE", train: "Data", few: Sequence[str], share: float) -> "Data":
+    """`train` in which the labels `few` are spread over the images' neighbours, as far as there are images."""
     import torch
 
     from ..data import consecutive_rows
@@ -85,9 +90,6 @@ def _self_labelled(model: "MVAE", train: "Data", labels: Sequence[str], share: f
     from ..supervision import neighbour_graph, relabelled, spread, surest
 
     image, present = model.modalities[0], train.present or {}
-    few = [name for name in labels if name in present]
-    if not few:
-        raise UsageError("`self_labels` are for labels that some examples lack: see --n-paired")
     device = next(model.parameters()).device  # where the first stage left the model; the data have stayed
     there, means, batches = train.to(device), [], []
     with torch.no_grad(), evaluating(model):
