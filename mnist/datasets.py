@@ -24,9 +24,10 @@ training_data, test_data = partial(mnist.training_data, "MNIST"), partial(mnist.
 
 def examples(split: str, args: argparse.Namespace, settings: Mapping[str, Any]) -> "Data":
     """The split "train", "validation" or "test" as a model of these settings has it."""
+    binarize = flags.recorded(settings, "binarize", bool)
     if split == "test":
-        return test_data(args.data_dir, binarize=settings["binarize"])
-    train, validation = training_data(args.data_dir, n_val=settings["n_val"], binarize=settings["binarize"])
+        return test_data(args.data_dir, binarize=binarize)
+    train, validation = training_data(args.data_dir, n_val=flags.recorded(settings, "n_val", int), binarize=binarize)
     return train if split == "train" else validation
 
 

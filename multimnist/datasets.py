@@ -68,8 +68,18 @@ class Recipe:
             raise UsageError("--no-translate puts digits in the centre, where but one has room: add --max-digits 1")
         if self.no_resize and self.max_digits > 2:
             raise UsageError("--no-resize leaves room for two digits that don't overlap: add --max-digits 2 or less")
+        if min(self.train, self.test) < 1:
+            raise UsageError(f"--train {self.train} and --test {self.test} are canvases of each split: 1 or more")
         if self.scramble and self.reverse:
             raise UsageError("--scramble and --reverse exclude each other: a scrambled text has any order already")
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "Recipe":
+        """The recipe of these fields, as `dataclasses.asdict` gives them. Raises UserError if they are no recipe's."""
+        kinds = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+        if {name: type(value) for name, value in fields.items()} != kinds:
+            raise UserError(f"there is no such recipe of canvases, which has {', '.join(kinds)}: {dict(fields)!r:.200}")
+        return cls(**fields)
 
     @property
     def side(self) -> int:
@@ -156,13 +166,13 @@ def prepare(data_dir: Path, canvas_dir: Path, recipe: Mapping[str, Any] | None =
     """
     path = canvas_dir / FILE
     if not path.exists():
-        wanted = Recipe(**recipe or {})
+        wanted = Recipe() if recipe is None else Recipe.of(recipe)
         print(f"making the canvases {path}", flush=True)
         make(data_dir, canvas_dir, wanted)
         return dataclasses.asdict(wanted)
     found = _read(canvas_dir)["recipe"]
     if recipe is not None and found != recipe:
-        remedy = f"name another --canvas-dir, or make them: {Recipe(**recipe).command}"
+        remedy = f"name another --canvas-dir, or make them: {Recipe.of(recipe).command}"
         raise UserError(f"{path} holds other canvases than the model was trained on: {remedy}")
     return found
 
@@ -184,10 +194,10 @@ def test_data(canvas_dir: Path) -> "Data":
 
 def examples(split: str, args: argparse.Namespace, settings: Mapping[str, Any]) -> "Data":
     """The split "train", "validation" or "test" of the canvases that a model of these settings is of."""
-    prepare(args.data_dir, args.canvas_dir, settings["canvases"])
+    prepare(args.data_dir, args.canvas_dir, flags.recorded(settings, "canvases", dict))
     if split == "test":
         return test_data(args.canvas_dir)
-    train, validation = training_data(args.canvas_dir, n_val=settings["n_val"])
+    train, validation = training_data(args.canvas_dir, n_val=flags.recorded(settings, "n_val", int))
     return train if split == "train" else validation
 
 

@@ -37,6 +37,9 @@ NO_CHANGE = {"lr", "initial_lr", "params", "fused", "foreach", "capturable", "di
 STATE = ("epoch", "step", "seconds", "beta", "lr", "best", "history", "sums")
 """The fields of a Run that its checkpoint holds, beside the model's and the optimiser's state."""
 
+RECORD = {"epoch": int, "beta": float, "lr": float, "train/loss": float, "validation/loss": float, "seconds": float}
+"""What every epoch's record has. Its other fields are floats, too, but for `changed`: pairs by setting."""
+
 
 class Run:
     """Where a run stands: everything that a checkpoint holds. `epoch` counts from 1; `step` steps of it are done."""
@@ -56,12 +59,16 @@ class Run:
         self.out_dir, self.experiment = out_dir, experiment
         rates = facts["lr"]
         self.asked = {**settings, **facts, "lr": rates[0] if len(rates) == 1 else rates}
+        try:  # better known before the first step than when the state is saved
+            checkpoint.check_plain("`settings`", self.asked)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         self.settings, self.facts = dict(self.asked), frozenset(facts)
         self.epoch, self.step, self.seconds = 1, 0, 0.0
         self.beta = self.lr = math.nan  # of the latest step
         self.best = math.inf
         self.history: list[dict[str, Any]] = []
-        self.sums = torch.zeros(0)  # of this epoch's steps, as Totals.vector; empty before the first
+        self.sums = torch.zeros(0).double()  # of this epoch's steps, as Totals.vector; empty before the first
         self.saved_at = time.monotonic()
         self.writer: SummaryWriter | None = None
 
@@ -96,25 +103,16 @@ class Run:
         self.asked, self.settings = asked, dict(asked)
         if saved is None:
             return
-        self._check_settings(f"`resume`: {path} was made with other settings", saved["settings"])
         try:
-            differ = [
-                f"the optimiser's {name} was {old[name]}, now {new[name]}"
-                for old, new in zip(
-                    saved["optimizer"]["param_groups"], self.optimizer.state_dict()["param_groups"], strict=True
-                )
-                for name in sorted((old.keys() & new.keys()) - NO_CHANGE)
-                if old[name] != new[name]
-            ]
-            if differ:
-                raise UsageError(f"`resume`: {path} was made with other settings: {'; '.join(differ)}")
-            self.objective.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            for name in STATE:
-                setattr(self, name, saved[name])
-            self.sums = self.sums.to(next(self.objective.parameters()).device)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-            raise UserError(f"{path} doesn't hold a run of this network to go on from") from None
+            self._check(saved, path)
+        except ValueError as error:
+            raise UserError(f"{path} doesn't hold a run of this network to go on from: {error}") from None
+        self.objective.model.load_state_dict(saved["model"])
+        groups = self.optimizer.state_dict()["param_groups"]  # they may differ in the rate alone, which each step sets
+        self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
+        for name in STATE:
+            setattr(self, name, saved[name])
+        self.sums = self.sums.to(next(self.objective.parameters()).device)
         kept = [name for name in (*FROM_AN_EPOCH_ON, "changes") if name in saved["settings"]]
         self.settings.update({name: saved["settings"][name] for name in kept})
         if processes.rank == 0 and (changes := self._changes()):
@@ -136,6 +134,52 @@ class Run:
         if resume:
             print(f"there is no {latest} yet: starting from the beginning", flush=True)
         return None
+
+    def _check(self, saved: Mapping[str, Any], path: Path) -> None:
+        """Raises ValueError, naming the part, unless `saved` is whole and of this network; UsageError as `start`."""
+        made_otherwise = f"`resume`: {path} was made with other settings"
+        checkpoint.check_plain("settings", saved.get("settings"))
+        self._check_settings(made_otherwise, saved["settings"])
+        checkpoint.check_weights(saved.get("model"), self.objective.model)
+        checkpoint.check_optimizer(saved.get("optimizer"), self.optimizer)
+        differ = [
+            f"the optimiser's {name} was {old[name]}, now {new[name]}"
+            for old, new in zip(
+                saved["optimizer"]["param_groups"], self.optimizer.state_dict()["param_groups"], strict=True
+            )
+            for name in sorted((old.keys() & new.keys()) - NO_CHANGE)
+            if checkpoint.digest(old[name]) != checkpoint.digest(new[name])
+        ]
+        if differ:
+            raise UsageError(f"{made_otherwise}: {'; '.join(differ)}")
+
+        settings = {"changes": [], **saved["settings"]}
+        change: dict[Any, Any] = {"epoch": int, ...: list}
+        taken_up = {"lr": self.asked["lr"], "batch_size": int, "changes": [change, ...]}
+        checkpoint.check("settings", settings, {**taken_up, ...: object})
+        fresh = {name: getattr(self, name) for name in STATE} | {"history": [dict, ...], "n_latents": int}
+        sums = self._zeros.vector() if saved.get("step") else fresh["sums"]
+        checkpoint.check("it", saved, {**fresh, "sums": sums, ...: object})
+        for record in saved["history"]:
+            whole: dict[Any, Any] = {**RECORD, "changed": {...: list}, ...: float}
+            checkpoint.check_plain("a record of its history", record)
+            checkpoint.check("a record of its history", {"changed": {}, **record}, whole)
+        n_steps = max(1, self.asked["n_train"] // max(1, settings["batch_size"]))
+        epochs, losses = ([record[name] for record in saved["history"]] for name in ("epoch", "validation/loss"))
+        numbers = [value for record in saved["history"] for value in record.values() if isinstance(value, float)]
+        fits = {
+            "n_latents": saved["n_latents"] == self.objective.model.n_latents,
+            "history": all(map(math.isfinite, numbers)),
+            "lr": all(rate >= 0 for rate in _listed(settings["lr"])),
+            "batch_size": settings["batch_size"] > 0,
+            "epoch": [*epochs, saved["epoch"]] == list(range(1, len(epochs) + 2)),
+            "step": 0 <= saved["step"] <= n_steps,
+            "seconds": 0 <= saved["seconds"] < math.inf,
+            "best": saved["best"] == min(losses, default=math.inf),
+            "sums": bool(saved["sums"].isfinite().all()),
+        }
+        if wrong := [name for name, does in fits.items() if not does]:
+            raise ValueError(f"its {wrong[0]} doesn't fit the rest")
 
     def _check_settings(self, what: str, others: Mapping[str, Any]) -> None:
         """Raises UsageError if `others` differ. An older version may not have known all the facts."""
@@ -164,8 +208,7 @@ class Run:
 
     def _rates(self) -> list[float]:
         """The optimiser's rates in this epoch, before their schedule."""
-        rates = self.settings["lr"]
-        return rates if isinstance(rates, list) else [rates]
+        return _listed(self.settings["lr"])
 
     def check_course(self, beta: Schedule, lr: Schedule) -> None:
         """Raises UsageError if the schedules aren't those that the epochs so far had."""
@@ -188,10 +231,13 @@ class Run:
 
     def totals(self, sums: torch.Tensor) -> Totals:
         """A vector of sums by names; terms beyond the objective's own are those of random subsets."""
-        names, modalities = self.objective.names, self.objective.model.modalities
-        while len(Totals.zeros(names, modalities).vector()) < len(sums):
-            names += (SUBSET,)
-        return Totals.of(sums.cpu(), names, modalities)
+        return Totals.of(sums.cpu(), self._zeros.terms, self._zeros.modalities)
+
+    @property
+    def _zeros(self) -> Totals:
+        """The sums over no steps."""
+        names = self.objective.names + (SUBSET,) * self.asked["approx_m"]
+        return Totals.zeros(names, self.objective.model.modalities)
 
     def mean_loss(self) -> float:
         """The mean loss of the epoch so far, in nats per example."""
@@ -219,7 +265,7 @@ class Run:
         improved = validation["loss"] < self.best
         self.best = min(self.best, validation["loss"])
         self.history.append(record)
-        self.epoch, self.step, self.seconds, self.sums = self.epoch + 1, 0, 0.0, torch.zeros(0)
+        self.epoch, self.step, self.seconds, self.sums = self.epoch + 1, 0, 0.0, torch.zeros(0).double()
         return improved
 
     def save(self, *, best: bool = False) -> None:
@@ -287,7 +333,7 @@ class Run:
         try:
             self.writer = self.writer or SummaryWriter(str(self.out_dir / "tensorboard"), purge_step=epoch)
             for name, value in record.items():
-                if name not in ("epoch", "changed"):
+                if isinstance(value, float):
                     self.writer.add_scalar(name, value, epoch)
             if validation is not None:
                 torch.manual_seed(0)
@@ -315,3 +361,7 @@ class Run:
         names = [str(value) for value in range(int(of.max()) + 1)] if classes else []
         picture = maps.draw(maps.pca(mu.cpu().double().numpy()), of.tolist(), names, f"q(z | {first}), epoch {epoch}")
         self.writer.add_image(f"latents/{first}", picture, epoch, dataformats="HWC")
+
+
+def _listed(rates: float | list[float]) -> list[float]:
+    return rates if isinstance(rates, list) else [rates]

@@ -66,6 +66,7 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, Integral) or value < least:
                 raise UsageError(f"`{name}` is {value!r}, and a whole number, {least} or more, is wanted")
+            object.__setattr__(self, name, int(value))
         if not self.save_every > 0:
             raise UsageError(f"`save_every` is {self.save_every!r}, and a number of minutes above 0 is wanted")
         check_precision(self.precision)
@@ -234,10 +235,10 @@ def fit(
                 batch, present = train.batch(mine)
                 run.step += 1
                 t = run.epoch - 1 + run.step / len(batches)
-                run.beta, run.lr = beta(t), rates[0] * lr(t)
+                run.beta, run.lr = float(beta(t)), float(rates[0] * lr(t))  # plain, as checkpoints have it
                 beta_now.fill_(run.beta)  # a tensor: a compiled step would take each new number for a new program
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * lr(t)
+                    group["lr"] = float(rate * lr(t))
                 with _explained(objective, batch, present):
                     totals = train_step(
                         step_module, optimizer, batch, present,

@@ -177,17 +177,18 @@ class SmallEncoder(nn.Module):
         return mu, logvar
 
 
-def small_model() -> MVAE:
-    """A picture (1, 6, 6), four binary attributes and one of three labels; two latents; always the same weights."""
+def small_model(n_latents: int = 2) -> MVAE:
+    """A picture (1, 6, 6), four binary attributes and one of three labels; always the same weights."""
     torch.manual_seed(0)
+    inputs = {"image": 36, "attrs": 4, "label": 1}
     return MVAE(
-        encoders={"image": SmallEncoder(36), "attrs": SmallEncoder(4), "label": SmallEncoder(1)},
+        encoders={name: SmallEncoder(n_inputs, n_latents) for name, n_inputs in inputs.items()},
         likelihoods={
-            "image": Bernoulli(nn.Sequential(nn.Linear(2, 36), nn.Unflatten(1, (1, 6, 6)))),
-            "attrs": Bernoulli(nn.Linear(2, 4)),
-            "label": Categorical(nn.Linear(2, 3)),
+            "image": Bernoulli(nn.Sequential(nn.Linear(n_latents, 36), nn.Unflatten(1, (1, 6, 6)))),
+            "attrs": Bernoulli(nn.Linear(n_latents, 4)),
+            "label": Categorical(nn.Linear(n_latents, 3)),
         },
-        n_latents=2,
+        n_latents=n_latents,
     )
 
 

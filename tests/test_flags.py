@@ -16,6 +16,7 @@ from multimnist import datasets as multimnist
 from mvae import checkpoint
 from mvae.data import Data
 from mvae.datasets.mnist import load_idx
+from mvae.errors import UserError
 from mvae.estimators import Quantity, evaluate
 from mvae.scripts import flags
 from mvae.synthetic.__main__ import main as make
@@ -316,3 +317,10 @@ def test_validation_canvases_show_digits_that_no_training_canvas_shows(root: Pat
     assert len(trained) > 150
     assert len(held_out) > 5
     assert not trained & held_out
+
+
+def test_settings_that_train_does_not_record_are_named() -> None:
+    assert flags.recorded({"n_val": 5}, "n_val", int) == 5
+    for settings in ({}, {"n_val": "5"}, {"n_val": True}):
+        with pytest.raises(UserError, match=r"settings have .* for n_val, and .* of type int"):
+            flags.recorded(settings, "n_val", int)

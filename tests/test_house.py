@@ -129,7 +129,8 @@ def loaded(code: str) -> set[str]:
 
 
 def test_training_needs_nothing_of_terminals_processes_and_archives() -> None:
-    everything = loaded("import mvae.training")
+    code = "import mvae.training, mvae.checkpoint; from mnist.model import build_model"
+    everything = loaded(f"{code}; mvae.checkpoint.outline(build_model, 64)")
     assert not everything & {"torchvision", "torch._dynamo", "tensorboard"}  # each takes a second or more to import
     modules = {name for name in everything if name.split(".")[0] == "mvae"}
     assert "mvae.training" in modules

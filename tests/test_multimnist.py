@@ -196,6 +196,13 @@ def test_prepare_refuses_other_canvases_than_wanted(digits_dir: Path, tmp_path: 
         datasets.prepare(digits_dir, tmp_path, dataclasses.asdict(Recipe(**SMALL, scramble=True)))
 
 
+@pytest.mark.parametrize("change", [{"train": "7"}, {"train": -7}, {"more": 1}, {"min_digits": 3, "max_digits": 2}])
+def test_prepare_refuses_what_is_no_recipe(digits_dir: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"recipe|--train -7|--min-digits 3"):
+        datasets.prepare(digits_dir, tmp_path, dataclasses.asdict(Recipe(**SMALL)) | change)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("where", ["a canvas", "the recipe", "the end"])
 def test_a_damaged_file_is_refused(digits_dir: Path, tmp_path: Path, where: str) -> None:
     datasets.make(digits_dir, tmp_path, Recipe(**SMALL))

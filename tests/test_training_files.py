@@ -546,7 +546,7 @@ def test_resume_of_another_network_is_refused(tmp_path: Path) -> None:
 
 
 def test_resume_of_another_experiment_is_refused(trained: Trained) -> None:
-    with pytest.raises(UserError, match="is a checkpoint of mnist, not of small"):
+    with pytest.raises(UserError, match="is a checkpoint of 'mnist', not of 'small'"):
         fit_small(trained.out_dir, resume=True)
 
 

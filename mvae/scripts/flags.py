@@ -50,7 +50,7 @@ def run(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        message = re.sub(r"`(\w+)`", lambda found: f"--{found[1].replace('_', '-')}", str(error))
+        message = re.sub(r"`(\w+)`", lambda found: f"--{found[1].replace('_', '-')}", " ".join(str(error).splitlines()))
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(error.status)
     except KeyboardInterrupt:
@@ -432,6 +432,15 @@ def settings(args: argparse.Namespace) -> dict[str, object]:
     if found.get("lr_schedule", "constant") != "constant":
         found["lr_schedule"] = f"{args.lr_schedule} over {args.epochs} epochs"
     return found | origin()
+
+
+def recorded(settings: Mapping[str, Any], name: str, kind: type) -> Any:
+    """What a checkpoint's settings have of train.py's `name`. Raises UserError if that isn't of type `kind`."""
+    value = settings.get(name)
+    if type(value) is not kind:
+        recorded = f"train.py records one of type {kind.__name__}"
+        raise UserError(f"the checkpoint's settings have {value!r:.60} for {name}, and {recorded}")
+    return value
 
 
 def origin() -> dict[str, str | None]:
