@@ -219,16 +219,15 @@ def weak(root: Path) -> Figure | None:
         layout="constrained",
     )  # fmt: skip
     for panel, (experiment, measure, by_method) in zip(axes.flat, panels, strict=False):
-        for i, (method, name) in enumerate(METHODS.items()):
-            if len(by_method.get(method, ())) < 2:
-                continue
+        drawn = [method for method in METHODS if len(by_method.get(method, ())) > 1]
+        for i, method in enumerate(drawn):
             shares = {n: [100 * value for value in by_seed.values()] for n, by_seed in by_method[method].items()}
             numbers = sorted(shares)
             means = [statistics.fmean(shares[n]) for n in numbers]
             errors = [statistics.stdev(shares[n]) / len(shares[n]) ** 0.5 if len(shares[n]) > 1 else 0 for n in numbers]
             panel.errorbar(
                 numbers, means, errors, color=(COLOURS * 2)[i], linestyle=STYLES[i // len(COLOURS)], marker=".",
-                linewidth=2.2 if method == "weak" else 1.2, capsize=2, label=name.replace("`", ""),
+                linewidth=2.2 if method == "weak" else 1.2, capsize=2, label=METHODS[method].replace("`", ""),
             )  # fmt: skip
         panel.set_xscale("log")
         panel.set_title(f"{experiment}: {measure}, %", loc="left")

@@ -7,14 +7,14 @@ from markdown import NOTHING, over_seeds, read, table
 
 METHODS = {
     "weak": "`--preset weak`",
-    "no_hold": "the same, β rising from the start",
-    "half": "the same, self-labels for the surest half",
-    "no_labels": "the same, without self-labels",
+    "no_hold": "`--preset weak`, β rising from the start",
+    "half": "`--preset weak`, self-labels for the surest half",
+    "no_labels": "`--preset weak`, without self-labels",
     "paper": "the paper's terms, one stage",
     "spread": "labels spread over the VAE's means, transductive",
     "m1": "M1: VAE, logistic regression on its means",
     "dropout": "supervised, with dropout",
-    "favoured": "the same, stopped by all labels of the validation examples, which favours it",
+    "favoured": "supervised, with dropout, stopped by all validation labels",
     "supervised": "supervised",
     "logistic": "logistic regression on pixels",
 }
@@ -59,20 +59,24 @@ def weak(experiment: str) -> Callable[[Path, Path], str]:
                     for n in numbers:
                         ours, theirs = (by_method[one].get(n, {}) for one in ("weak", method))
                         cells.append(_percent([ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()], "+"))
-                    rows.append([f"*`weak` less {METHODS[method]}*", *cells])
+                    rows.append([f"*the first less {METHODS[method]}*", *cells])
             title = [f"{measure}, %", *(f"{n:,} pairs" for n in numbers)]
             parts.append(table(title, rows))
         seeds = sorted({len(by_seed) for one in found(root, experiment).values() for by_n in one.values()
                         for by_seed in by_n.values()})  # fmt: skip
         commits = ", ".join(sorted({str(file["commit"])[:7] for file in files}))
         parts.append(
-            f"*{files[0]['n_examples']:,} test examples. Means over {' or '.join(map(str, seeds))} seeds, which draw "
+            f"*{files[0]['n_examples']:,} test examples. Means over {_seeds(seeds)}, which draw "
             "the pairs and the weights, ± the standard error over them; differences are paired. A share of the pairs "
             f"validates, but where all labels of the validation examples do. Commit {commits}.*"
         )
         return "\n\n".join(parts)
 
     return whole
+
+
+def _seeds(counts: list[int]) -> str:
+    return f"{' or '.join(map(str, counts))} seed{'s' * (counts != [1])}"
 
 
 def _percent(values: list[float], sign: str = "") -> str:
