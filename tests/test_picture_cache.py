@@ -1,6 +1,7 @@
 """Pictures decoded once: what torchvision makes of them, kept through kills, damage and changes; and streamed data."""
 
 import fcntl
+import io
 import logging
 import os
 import shutil
@@ -11,6 +12,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -72,9 +74,13 @@ def load(source: Path, path: Path, **options: object) -> Tensor:
 
 
 def reference(path: Path, mode: str = "RGB", size: int = 64) -> Tensor:
-    """What torchvision makes of a picture."""
+    """What torchvision makes of a picture, on a white ground."""
     crop = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
-    return crop(Image.open(path).convert(mode))
+    image: Image.Image = Image.open(path)
+    if image.mode == "RGBA":
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image)
+    return crop(image.convert(mode))
 
 
 def start(source: Path, path: Path) -> subprocess.Popen[str]:
@@ -169,6 +175,80 @@ def test_pictures_are_those_of_torchvision(tmp_path: Path, mode: str) -> None:
     found = load(tmp_path / "pictures", tmp_path / "cache", mode=mode)
     for picture, path in zip(found, sorted(paths), strict=True):
         assert torch.equal(picture, reference(path, mode)), path.name
+
+
+# Modes and depths. GREY has each of the 256 greys once; CLEAR is where a picture is transparent, and so white.
+
+GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
+CLEAR = np.where(GREY % 3 == 0, 0, 255).astype(np.uint8)
+ON_WHITE = np.where(CLEAR == 0, 255, GREY)
+LA = Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(CLEAR)])
+LEVELS = GREY.astype(np.uint16) * 257
+
+
+def written(image: Image.Image, kind: str, **options: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        (written(Image.fromarray(LEVELS), "PNG"), GREY),
+        (written(Image.fromarray(LEVELS), "TIFF"), GREY),
+        (written(Image.fromarray(LEVELS), "PPM"), GREY),
+        (written(Image.fromarray(LEVELS), "PNG", transparency=7 * 257), np.where(GREY == 7, 255, GREY)),
+        (written(Image.fromarray((GREY / 255).astype(np.float32)), "TIFF"), GREY),
+        (written(Image.fromarray(GREY > 127), "PNG"), np.where(GREY > 127, 255, 0)),
+        (written(Image.fromarray(GREY), "PNG", transparency=7), np.where(GREY == 7, 255, GREY)),
+        (written(Image.fromarray(GREY).convert("P"), "PNG"), GREY),
+        (written(Image.fromarray(GREY).convert("P"), "PNG", transparency=7), np.where(GREY == 7, 255, GREY)),
+        (written(Image.fromarray(GREY).convert("P"), "GIF", transparency=7), np.where(GREY == 7, 255, GREY)),
+        (written(LA, "PNG"), ON_WHITE),
+        (written(LA.convert("RGBA"), "PNG"), ON_WHITE),
+        (written(LA.convert("RGBA"), "TIFF"), ON_WHITE),
+        (written(Image.fromarray(GREY).convert("RGB").convert("CMYK"), "TIFF"), GREY),
+        (written(Image.fromarray(GREY).convert("RGB"), "BMP"), GREY),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_every_mode_and_depth_gives_the_right_eight_bits(
+    file: io.BytesIO, expected: np.ndarray, mode: Literal["L", "RGB"]
+) -> None:
+    with Image.open(file) as opened:
+        found = np.asarray(picture_cache.eight_bit(opened).convert(mode))
+    np.testing.assert_array_equal(found if mode == "L" else found[..., 1], expected)
+    pixels = picture_cache.pixels(file.getvalue(), mode, 16)
+    np.testing.assert_array_equal(np.frombuffer(pixels, np.uint8).reshape(-1, 16, 16)[-1], expected)
+
+
+@pytest.mark.parametrize(
+    "values", [GREY.astype(np.float32), GREY.astype(np.int32), -(GREY / 255).astype(np.float32)], ids=["F", "I", "<0"]
+)
+def test_numbers_whose_white_is_not_known_are_refused(tmp_path: Path, values: np.ndarray) -> None:
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"can't read .*a\.tif .*its pixels go from .* to .*: numbers of 8 or 16 bits"):
+        picture_cache.load_picture(tmp_path / "a.tif", "L", 16)
+    with pytest.raises(UserError, match=r"a\.tif is damaged, or no picture .its pixels go from"):
+        load(tmp_path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("levels", [GREY, LEVELS], ids=["8 bits", "16 bits"])
+def test_pictures_are_turned_as_the_camera_says(levels: np.ndarray, orientation: int) -> None:
+    # What the tag says of rows and columns, by the Exif standard: how the stored array is made of the upright one.
+    stored = {
+        1: GREY, 2: GREY[:, ::-1], 3: GREY[::-1, ::-1], 4: GREY[::-1],
+        5: GREY.T, 6: np.rot90(GREY), 7: GREY[::-1, ::-1].T, 8: np.rot90(GREY, -1),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(np.ascontiguousarray(stored * (levels[0, 1] // GREY[0, 1])).astype(levels.dtype))
+    file = written(image, "PNG", exif=exif)
+    found = np.frombuffer(picture_cache.pixels(file.getvalue(), "L", 16), np.uint8).reshape(16, 16)
+    np.testing.assert_array_equal(found, GREY)
 
 
 def test_size_may_be_another(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 on them; and vision/watermark.py."""
 
 import bz2
+import io
 import os
 import signal
 import subprocess
@@ -126,24 +127,28 @@ def test_names_and_formats_are_kept(pictures: Path, greys: Path):
     assert found == expected
 
 
+def luminance(path: Path) -> np.ndarray:
+    """PIL's, of the picture on a white ground."""
+    with Image.open(path) as image:
+        rgba = image.convert("RGBA")
+        ground = Image.new("RGBA", rgba.size, "white")
+        return np.asarray(Image.alpha_composite(ground, rgba).convert("L"))
+
+
 def test_grey_is_pils_luminance(pictures: Path, greys: Path):
     for path in pictures.glob("*.png"):
-        with Image.open(path) as image:
-            np.testing.assert_array_equal(read(greys / path.name), np.asarray(image.convert("L")))
+        np.testing.assert_array_equal(read(greys / path.name), luminance(path))
 
 
 def test_grey_jpegs_are_near_pils_luminance(pictures: Path, greys: Path):
-    with Image.open(pictures / "2.jpg") as image:
-        luminance = np.asarray(image.convert("L")).astype(int)
-    assert np.abs(read(greys / "2.jpg") - luminance).mean() < 1
+    assert np.abs(read(greys / "2.jpg") - luminance(pictures / "2.jpg").astype(int)).mean() < 1
 
 
 def test_edges_are_cannys_white_on_black(pictures: Path, tmp_path: Path):
     assert_ended(run(SCRIPT, "edge", pictures, tmp_path, cwd=tmp_path))
     n_white = 0
     for path in pictures.glob("*.png"):
-        with Image.open(path) as image:
-            canny = feature.canny(np.asarray(image.convert("L")) / 255, sigma=2)
+        canny = feature.canny(luminance(path) / 255, sigma=2)
         np.testing.assert_array_equal(read(tmp_path / path.name), np.where(canny, 255, 0))
         n_white += canny.sum()
     assert n_white > 100
@@ -265,6 +270,16 @@ def test_a_predictor_of_other_points_is_refused(tmp_path: Path):
     five.save(str(tmp_path / "five.dat"))
     with pytest.raises(setup.UserError, match="68-point"), setup.predictor_file(tmp_path / "five.dat"):
         pass
+
+
+def test_pictures_are_upright_and_of_eight_bits_before_anything_is_made_of_them(tmp_path: Path):
+    upright = np.arange(24 * 16).reshape(24, 16).astype(np.uint16) * 170
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    Image.fromarray(np.ascontiguousarray(np.rot90(upright))).save(tmp_path / "a.png", exif=exif)
+    made = setup.convert("grayscale", tmp_path / "out", False, None, False, tmp_path / "a.png")
+    found = np.asarray(Image.open(io.BytesIO(made.content)))
+    assert abs(found - upright / 257).max() <= 0.5
 
 
 @pytest.mark.parametrize(

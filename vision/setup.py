@@ -34,6 +34,7 @@ from PIL import Image
 from skimage import feature
 from tqdm import tqdm
 
+from mvae.datasets.picture_cache import eight_bit
 from mvae.errors import UsageError, UserError
 
 if TYPE_CHECKING:  # only masks need dlib
@@ -183,8 +184,8 @@ def convert(
     if not overwrite and is_whole(destination / source.name):
         return Outcome(source.name, "kept")
     try:
-        with Image.open(source) as image:
-            image.load()
+        with Image.open(source) as opened:
+            image = eight_bit(opened)
     except Exception as error:  # as in is_whole
         return Outcome(source.name, "damaged", reason=getattr(error, "strerror", None) or str(error))
     face_found = True

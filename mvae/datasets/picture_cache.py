@@ -24,9 +24,9 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
 from ..errors import UserError
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 MOST_PIXELS = 50_000_000  # of a user's picture
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of users' pictures; PIL's others run more code
-FORMAT = "mvae pictures 1"
+FORMAT = "mvae pictures 2"
 BLOCK = 128  # pictures: what a kill loses of each process's work, and what a checksum is of
 
 
@@ -99,8 +99,9 @@ def load_picture(path: Path, mode: Literal["RGB", "L"], size: int) -> "Tensor":
         return picture(path.read_bytes(), mode, size)
     except OSError as error:  # PIL's error for what is no picture is one, too
         raise UserError(f"can't read {path} as a picture: {error.strerror or 'it is none, or damaged'}") from None
-    except Exception:  # PIL fails in many ways on a damaged file; each means the same to the user
-        raise UserError(f"can't read {path} as a picture: it is none, or damaged") from None
+    except Exception as error:  # PIL fails in many ways on a damaged file; each means the same to the user
+        reason = f"({str(error)[:200]})" if isinstance(error, ValueError) else ""
+        raise UserError(f"can't read {path} as a picture: it is none, or damaged {reason}".rstrip()) from None
 
 
 def picture(content: bytes, mode: Literal["RGB", "L"], size: int) -> "Tensor":
@@ -110,11 +111,7 @@ def picture(content: bytes, mode: Literal["RGB", "L"], size: int) -> "Tensor":
     with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
         if opened.width * opened.height > MOST_PIXELS:  # before a pixel of it is decoded
             raise ValueError(f"{opened.width}x{opened.height} pixels are more than {MOST_PIXELS}")
-        image = ImageOps.exif_transpose(opened)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        content = fitted(image.convert(mode), size)
+        content = fitted(eight_bit(opened).convert(mode), size)
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(1, len(mode), size, size).float() / 255
 
 
@@ -129,9 +126,9 @@ def make(
 ) -> None:
     """Decodes the pictures `entries` of `source` into the file `path`, unless it holds them already.
 
-    That is checked: their names, sizes and times of change, and every byte of the file. They become what torchvision's
-    Resize(size) and CenterCrop(size) make of PIL images, by `workers` processes. A build that was killed goes on
-    from the blocks that are done. If another process is making the file, this one waits for it.
+    That is checked: their names, sizes and times of change, and every byte of the file. By `workers` processes, what
+    `eight_bit` makes of them becomes what torchvision's Resize(size) and CenterCrop(size) make of that. A build that
+    was killed goes on from the blocks that are done. If another process is making the file, this one waits for it.
 
     Raises UserError if a picture is damaged or the file can't be written (what is decoded by then is kept), or if there
     are no entries.
@@ -333,7 +330,27 @@ def _report(what: int | str) -> None:
 def pixels(content: bytes, mode: str, size: int) -> bytes:
     """A picture file's pixels by channel, row, column, after torchvision's Resize(size) and CenterCrop(size)."""
     with Image.open(io.BytesIO(content)) as opened:
-        return fitted(opened.convert(mode), size)
+        return fitted(eight_bit(opened).convert(mode), size)
+
+
+def eight_bit(opened: Image.Image) -> Image.Image:
+    """An opened picture in 8 bits a channel, RGB or L: upright, as a camera says, and white where it is transparent.
+
+    Grey of 16 or 12 bits is scaled, and so are floats in [0, 1]. Raises ValueError for numbers whose white isn't known,
+    and what PIL raises.
+    """
+    image = ImageOps.exif_transpose(opened)
+    if image.mode[0] in "IF":
+        bits = opened.tag_v2.get(258, (1,)) if isinstance(opened, TiffImagePlugin.TiffImageFile) else (16,)
+        white = 1 if image.mode == "F" else 2 ** bits[0] - 1
+        low, high = cast(tuple[float, float], image.getextrema())
+        if not 0 <= low <= high <= white <= 65535:
+            raise ValueError(f"its pixels go from {low:g} to {high:g}: numbers of 8 or 16 bits are wanted, or 0 to 1")
+        image = image.convert("F").point(lambda value: value * (255 / white) + 0.5).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
 def fitted(image: Image.Image, size: int) -> bytes:
