@@ -173,15 +173,24 @@ def test_networks_train_in_training_mode_and_are_validated_in_evaluation_mode(tm
 
 def test_validation_draws_other_noise_for_another_batch_and_seed(tmp_path: Path) -> None:
     """Of two batches of the same examples."""
-    objective, six = Objective(small_model()), torch.arange(6)
+    six = torch.arange(6)
     twice = small_data(6, seed=1)[torch.cat([six, six])]
+    assert validation_loss(twice[:6]) == validation_loss(twice[:6])
+    assert len({validation_loss(twice[:6]), validation_loss(twice), validation_loss(twice[:6], seed=1)}) == 3
 
-    def loss(data: Data, seed: int) -> float:
-        options = Options(epochs=1, batch_size=6, seed=seed)
-        return validate(objective, data, options, {}, Processes(0, 1), lambda: None)["loss"]
 
-    assert loss(twice[:6], 0) == loss(twice[:6], 0)
-    assert len({loss(twice[:6], 0), loss(twice, 0), loss(twice[:6], 1)}) == 3
+def test_validation_is_of_what_is_present() -> None:
+    whole, here = small_data(6, seed=1), torch.arange(6) < 4
+    other = {**whole.tensors, "label": torch.where(here, whole.tensors["label"], 0)}
+    assert not torch.equal(other["label"], whole.tensors["label"])
+    losses = [validation_loss(Data(tensors=some, present={"label": here})) for some in (whole.tensors, other)]
+    assert losses[0] == losses[1] != validation_loss(whole)
+
+
+def validation_loss(data: Data, seed: int = 0) -> float:
+    """Of the small model as it begins, in batches of six."""
+    options = Options(epochs=1, batch_size=6, seed=seed)
+    return validate(Objective(small_model()), data, options, {}, Processes(0, 1), lambda: None)["loss"]
 
 
 # Metrics.

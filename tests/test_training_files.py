@@ -731,6 +731,40 @@ def test_validation_draws_the_same_noise_in_every_epoch(tmp_path: Path) -> None:
     assert part(records[0], "train") != part(records[1], "train")
 
 
+def test_training_draws_other_noise_in_another_epoch_and_by_another_seed(tmp_path: Path) -> None:
+    """Of weights that don't move, and examples that are all the same."""
+    train = small_data(1, seed=0)[torch.zeros(24, dtype=torch.long)]
+    records = [fit_small(tmp_path / str(seed), train=train, lr=1e-30, seed=seed) for seed in (0, 1)]
+    assert len({record["train/loss"] for run in records for record in run}) == 4
+
+
+def test_subsets_are_drawn_anew_in_every_step_and_epoch_and_by_the_seed(tmp_path: Path) -> None:
+    """A modality is scored in its term, the joint one, and where the subset of a step has it."""
+
+    def subsets(seed: int) -> list[tuple[bool, ...]]:
+        model = small_model()
+        there: dict[str, list[bool]] = {name: [] for name in model.modalities}
+
+        def watch(name: str) -> None:
+            decoder = model.likelihood(name).decoder
+            decoder.register_forward_hook(
+                lambda module, inputs, output: there[name].append(len(output) > 2 * 6) if module.training else None
+            )
+
+        for name in model.modalities:
+            watch(name)
+        fit_small(tmp_path / str(seed), model=model, approx_m=1, epochs=3, seed=seed)
+        return list(zip(*there.values(), strict=True))
+
+    first, other = subsets(0), subsets(1)
+    assert len(first) == 12
+    assert {sum(some) for some in first} == {2}
+    epochs = [tuple(first[i : i + 4]) for i in (0, 4, 8)]
+    assert len(set(epochs)) > 1
+    assert all(len(set(epoch)) > 1 for epoch in epochs)
+    assert first != other
+
+
 def test_validation_leaves_the_training_as_it_is(tmp_path: Path) -> None:
     one = fit_small(tmp_path / "one", validation=small_data(10, seed=1))
     other = fit_small(tmp_path / "other", validation=small_data(7, seed=2))
