@@ -1,4 +1,4 @@
-"""Coherence: how often a classifier reads off a picture the label that it was drawn with."""
+"""Metrics: how well a label is read off a picture by the model, and by a classifier off what the model draws."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mvae import MVAE, Categorical, Gaussian
-from mvae.metrics import coherence, prior_agreement
+from mvae import MVAE, Bernoulli, Categorical, Gaussian, Likelihood
+from mvae.metrics import attribute_accuracy, coherence, label_accuracy, prior_agreement
 
 from helpers import Trained, assert_ended, assert_refused, environment, run
 
@@ -40,6 +40,48 @@ class ToParameter(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return z * self.scale
+
+
+class Sure(nn.Module):
+    """The code is x itself, almost surely."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.float().flatten(1), torch.full_like(x.float().flatten(1), -20.0)
+
+
+def model_of_two(other: Likelihood, n_latents: int) -> MVAE:
+    """The picture is z itself; `other` reads z its own way, as a modality called `other`."""
+    return MVAE(
+        encoders={"image": Sure(), "other": Sure()},
+        likelihoods={"image": Gaussian(ToParameter()), "other": other},
+        n_latents=n_latents,
+    ).eval()
+
+
+def test_accuracy_of_a_label_is_that_of_the_class_read_off_the_picture_alone() -> None:
+    image = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
+    batch = {"image": image, "text": torch.tensor([0, 2, 2])}
+    model = MVAE(
+        encoders={"image": Sure(), "text": LabelEncoder()},
+        likelihoods={"image": Gaussian(ToParameter()), "text": Categorical(ToParameter())},
+        n_latents=N_CLASSES,
+    ).eval()
+    assert label_accuracy("text")(model, batch).tolist() == [1, 0, 1]
+    assert label_accuracy("text", given=("text",))(model, batch).tolist() == [1, 1, 1]
+
+
+def test_text_is_read_right_where_all_its_symbols_are() -> None:
+    model = model_of_two(Gaussian(nn.Sequential(ToParameter(), nn.Unflatten(1, (2, 3)))), n_latents=6)
+    image = torch.tensor([[1.0, 0, 0, 0, 1, 0]] * 3)  # reads as 0, 1
+    other = torch.tensor([[0, 1], [0, 2], [2, 2]])
+    assert label_accuracy("other")(model, {"image": image, "other": other}).tolist() == [1, 0, 0]
+
+
+def test_accuracy_of_attributes_is_the_share_read_right_off_the_picture_alone() -> None:
+    model = model_of_two(Bernoulli(ToParameter()), n_latents=4)
+    image = torch.tensor([[1.0, 1, -1, -1]] * 3)  # reads as there, there, absent, absent
+    other = torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 0], [0, 0, 1, 1]])
+    assert attribute_accuracy(["other"])(model, {"image": image, "other": other}).tolist() == [1, 0.75, 0]
 
 
 def largest(pictures: Tensor) -> Tensor:

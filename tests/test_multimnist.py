@@ -441,7 +441,17 @@ def test_loglike_reports_both_accuracies(trained: Path) -> None:
     assert_ended(run_warm("multimnist/loglike.py", "trained_models/model_best.pth.tar", *few, cwd=trained))
     found = json.loads((trained / "found.json").read_text())
     assert all(row["mean"] < 0 for row in found["log_likelihood"])
+    model, _ = checkpoint.load_model(
+        trained / "trained_models" / checkpoint.BEST, "multimnist", networks.build_model, torch.device("cpu")
+    )
+    batch, _ = datasets.test_data(trained / "data" / "MultiMNIST").batch(torch.arange(20))
+    with torch.no_grad():
+        read = model.likelihood("text").mean(model.posterior({"image": batch["image"]})[0]).argmax(dim=2)
+    texts, said = datasets.decode(batch["text"]), datasets.decode(read)
+    right = [digit == other[i : i + 1] for text, other in zip(texts, said, strict=True) for i, digit in enumerate(text)]
     accuracies = [
-        found["measures"][f"accuracy of the text read off the image, {kind}"] for kind in ("whole strings", "per digit")
+        found["measures"][f"accuracy of the text read off the image, {kind}"]["mean"]
+        for kind in ("whole strings", "per digit")
     ]
-    assert all(0 <= accuracy["mean"] <= 1 for accuracy in accuracies)
+    whole = [text == other for text, other in zip(texts, said, strict=True)]
+    assert accuracies == pytest.approx([np.mean(whole), np.mean(right)])

@@ -1,5 +1,6 @@
 """Weak supervision: which examples keep what, and batches of one composition."""
 
+import argparse
 import dataclasses
 import math
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 from mvae import checkpoint
 from mvae.data import Data
 from mvae.errors import UsageError
+from mvae.scripts.flags import supervised
 from mvae.supervision import composed_rows, drop, keep_pairs, neighbour_graph, relabelled, spread, surest
 
 from helpers import assert_refused, assert_same_run, fit_small, run_warm, same, small_data, stats
@@ -62,6 +64,17 @@ def test_the_seed_decides_which() -> None:
 def test_pairs_that_are_not_there(n: int) -> None:
     with pytest.raises(UsageError, match="`n_paired`"):
         keep_pairs(labelled(), n, NAMES, seed=0)
+
+
+@pytest.mark.parametrize("asked", [{"n_paired": 50}, {"paired_fraction": 1 / 6}])
+def test_pairs_are_shared_out_between_training_and_validation(asked: dict[str, float]) -> None:
+    """Each in proportion, spread evenly over the classes; half of the other examples keep each side."""
+    flagged = {"n_paired": None, "paired_fraction": None, "unpaired": "both", "seed": 0, **asked}
+    parts = supervised(argparse.Namespace(**flagged), labelled()[:180], labelled()[180:], NAMES)
+    for data, pairs, others in zip(parts, (30, 20), (75, 50), strict=True):
+        image, text = masks(data)
+        assert [int(some.sum()) for some in (image & text, image & ~text, text & ~image)] == [pairs, others, others]
+        assert data.tensors["text"][image & text].bincount(minlength=10).unique().tolist() == [pairs // 10]
 
 
 def test_drop_leaves_out_what_was_there_and_nothing_comes_back() -> None:

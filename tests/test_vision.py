@@ -422,6 +422,19 @@ def test_transform_draws_each_output_below_its_input(trained: Path, drawn: Path,
     held_out = {read(drawn / "data" / "images" / name).tobytes() for name in NAMES[104:108]}
     faces = read(tmp_path / "edges_and_mask.png")[2:66]
     assert {np.ascontiguousarray(faces[:, 2 + i * 66 :][:, :64]).tobytes() for i in range(3)} < held_out
+    model, _ = checkpoint.load_model(trained / checkpoint.BEST, "vision", build_model, torch.device("cpu"))
+    for name, given, of in (("colourisation", "gray", "L"), ("watermark_removal", "watermark", "RGB")):
+        picture = read(tmp_path / f"{name}.png")
+        mode = slice(0, 1) if of == "L" else slice(None)
+        x = torch.from_numpy(picture[2:66, 2:66].copy()).permute(2, 0, 1)[mode].float().unsqueeze(0) / 255
+        with torch.no_grad():
+            mean = model.likelihood("image").mean(model.posterior({given: x})[0])[0].permute(1, 2, 0).numpy()
+        assert np.abs(picture[68:132, 2:66] - 255 * mean).max() <= 1
+    arguments[-1] = tmp_path / "other"
+    assert_ended(run_warm("vision/transform.py", *arguments, "--seed", 1, cwd=drawn))
+    assert not np.array_equal(
+        read(tmp_path / "other" / "edges_and_mask.png")[2:66], read(tmp_path / "edges_and_mask.png")[2:66]
+    )
     halves = read(tmp_path / "completion.png")
     assert not halves[2:66, 34:66].any()
     assert halves[68:132, 34:66].any()
