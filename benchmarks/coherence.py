@@ -11,7 +11,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -104,13 +103,15 @@ def main() -> None:
     started = time.perf_counter()
     parser = flags.parser(__doc__)
     parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--model", type=Path, required=True, metavar="FILE", help="the checkpoint to measure")
+    parser.add_argument("--model", type=flags.path, required=True, metavar="FILE", help="the checkpoint to measure")
     parser.add_argument("--n-labels", type=flags.two_or_more, default=100, help="strings or vectors of attributes")
     parser.add_argument("--n-pictures", type=flags.positive_int, default=200, help="sampled for each label")
     parser.add_argument("--n-prior", type=flags.two_or_more, default=2000, help="sampled from the prior")
-    parser.add_argument("--classifier", type=Path, metavar="FILE", help="where it is kept; made where it is absent")
+    parser.add_argument(
+        "--classifier", type=flags.path, metavar="FILE", help="where it is kept; made where it is absent"
+    )
     parser.add_argument("--classifier-epochs", type=flags.positive_int, default=4, help="to train the classifier for")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file, too")
+    parser.add_argument("--json", type=flags.output, metavar="FILE", help="write the numbers to this file, too")
     canvases.add_canvas_dir(parser)
     face_flags.add_flags(parser)
     args = parser.parse_args()

@@ -12,7 +12,6 @@ import json
 import platform
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -138,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seconds", type=flags.positive_float, default=1.0, help="of the processor, for each size")
     parser.add_argument("--quick", action="store_true", help="three small sizes of each, to try it out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file, too")
+    parser.add_argument("--json", type=flags.output, metavar="FILE", help="write the numbers to this file, too")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=flags.positive_int, default=[1], help="CPU threads")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="of the networks")
     parser.add_argument("--eager", action="store_true", help="leave out the compiled steps")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file, too")
+    parser.add_argument("--json", type=flags.output, metavar="FILE", help="write the numbers to this file, too")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -153,7 +153,9 @@ CONTROLS = {"image": Picture("L", CANVAS, dark=True, pen=2), "text": Text()}
 def add_canvas_dir(parser: argparse.ArgumentParser) -> None:
     """The flag --canvas-dir, which every script has."""
     default = Path("./data/MultiMNIST")
-    parser.add_argument("--canvas-dir", type=Path, default=default, help="folder of the canvases, made from MNIST")
+    parser.add_argument(
+        "--canvas-dir", type=flags.path, default=default, help="folder of the canvases, made from MNIST"
+    )
 
 
 def prepare(data_dir: Path, canvas_dir: Path, recipe: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -93,6 +93,24 @@ class Data:
             raise UsageError(f"examples are taken by a slice such as [:900] or by a tensor, not by {rows!r}")
         return self._map(lambda tensor: tensor[rows])
 
+    def extremes(self) -> Tensor:
+        """The examples (n,) with the smallest and the largest stored value of each tensor, of those that are present.
+
+        A value that isn't a number counts as both. Where these are good, the others are, if `transform` keeps an order.
+        """
+        found = []
+        for name, tensor in self.tensors.items():
+            here = (self.present or {}).get(name)
+            rows = torch.arange(len(self), device=self.stored_on) if here is None else here.nonzero().flatten()
+            if len(rows) and tensor[0].numel() and not tensor.is_complex():
+                parts = rows.split(512)
+                ends = torch.stack([torch.stack(tensor[part].aminmax()) for part in parts]).double()  # (parts, 2)
+                for end, pick in zip(ends.unbind(dim=1), (torch.argmin, torch.argmax), strict=True):
+                    part = parts[int(pick(end))]
+                    values = tensor[part].double().flatten()
+                    found.append(part[pick(values) * len(part) // len(values)])
+        return torch.stack(found).unique() if found else torch.arange(0, device=self.stored_on)
+
     def checksum(self) -> str:
         """A CRC-32 of all that is stored: names, types, shapes and every value of `tensors` and `present`."""
         found = 0

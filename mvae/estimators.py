@@ -241,9 +241,11 @@ def evaluate(
     example, _ = data.batch(torch.zeros(1, dtype=torch.long))
     if not max_rows:
         max_rows = 2 ** (20 if data.device.type == "cpu" else 26) // max(x.numel() for x in example.values())
+    extremes = data.extremes().cpu()
     for has, rows in patterns:
         if has:
-            model.check(data.batch(rows[:100])[0], names=[name for name in model.modalities if name in has])
+            some = torch.cat([rows[:100], rows[torch.isin(rows, extremes)]]).unique()
+            model.check(data.batch(some)[0], names=[name for name in model.modalities if name in has])
     # All results are allocated here and filled in the loop. Small tensors that outlive a batch would lie between the
     # large ones of the next: freed places then no longer fit, and the memory of the process grows with every batch.
     n = len(data)

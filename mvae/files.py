@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -27,14 +28,15 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
 
     Until then the old file is there, and after an error still. Raises UserError as `write_atomically` does.
     """
-    temporary = path.with_name(path.name + ".partial")
+    check_writable(path)
+    temporary = _temporary(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with made(path.parent):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
         if hasattr(os, "O_DIRECTORY"):  # not on Windows, where a folder can't be synced
             folder = os.open(path.parent, os.O_DIRECTORY)
             try:
@@ -47,6 +49,46 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
         if isinstance(error, OSError):
             reason = error.strerror or error
             raise UserError(f"can't write {path}: {reason}; what was there before is unchanged") from None
+        raise
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError if `whole` can't write this file, as far as that can be known before."""
+    try:
+        of_system = {Path("/dev"), Path("/proc")} & {*path.absolute().parents}  # such as /dev/stdout
+        if of_system or _mode(path) not in (stat.S_IFREG, None):
+            raise UserError(f"can't write {path}: that is a folder or a device, and a file is wanted")
+        _mode(_temporary(path))  # its name may be too long
+        folder = next(folder for folder in path.absolute().parents if _mode(folder) is not None)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror or error}") from None
+
+
+def _mode(path: Path) -> int | None:
+    """What kind of file stands there; None if there is none."""
+    try:
+        return stat.S_IFMT(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Makes a folder, and those above it. After an error in the block, those that were made and are empty are gone."""
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for one in new:
+            with contextlib.suppress(OSError):
+                one.rmdir()
         raise
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import experts
-from .errors import UsageError
+from .errors import UsageError, is_out_of_memory
 from .likelihoods import Likelihood, float32_at_least
 
 Batch = Mapping[str, Tensor]
@@ -169,7 +169,7 @@ class MVAE(nn.Module):
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
         except Exception as error:  # networks fail in many ways on what they aren't made for
-            if "memory" in str(error):
+            if is_out_of_memory(error):
                 raise
             reason = f"{str(error).splitlines()[0]}; the weights are {weight.dtype}"
             raise UsageError(f"{name}: its {network} fails on {x.dtype} of {tuple(x.shape)}: {reason}") from error

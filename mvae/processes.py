@@ -19,6 +19,11 @@ T = TypeVar("T")
 
 CPU = torch.device("cpu")
 
+SIGPIPE = 13  # Windows has none
+
+VARIABLES = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun sets, of which a group is made."""
+
 _lists = itertools.count()  # of those that processes share by `taken`
 
 
@@ -36,13 +41,20 @@ class Processes:
     @classmethod
     def join(cls, device: torch.device) -> "Processes":
         """Joins the group that torchrun's variables name. Raises UsageError if they don't name one."""
-        world = os.environ.get("WORLD_SIZE", "1")
-        if world == "1":
+        found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+        if (found.get("WORLD_SIZE", "1"), found.get("RANK", "0")) == ("1", "0"):
             return cls(0, 1)
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing or not (world.isdecimal() and int(world) and os.environ["RANK"].isdecimal()):
-            what = f"{' and '.join(missing)} not" if missing else f"RANK is {os.environ['RANK']}"
-            raise UsageError(f"WORLD_SIZE is {world}, and {what}: torchrun sets them; for one process unset WORLD_SIZE")
+        numbers = {name: int(value) if value.isdecimal() else -1 for name, value in found.items()}
+        good = (
+            len(found) == len(VARIABLES)
+            and 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]
+            and 0 <= numbers["MASTER_PORT"] < 2**16
+        )
+        if not good:
+            what = ", ".join(f"{name} is {found.get(name, 'not set')}" for name in VARIABLES)
+            raise UsageError(
+                f"{what}: torchrun sets them, to fit each other; for one process unset WORLD_SIZE and RANK"
+            )
         if device.type == "cuda":
             torch.cuda.set_device(device)
         with _named_if_lost():
@@ -134,6 +146,13 @@ class Caught:
 
     number: int = 0
     held: bool = False
+
+    def say(self, line: str) -> None:
+        """Prints a line. If nobody can read it, as when `head` has left, that asks the run to stop, as SIGPIPE does."""
+        try:
+            print(line, flush=True)
+        except OSError:
+            self.number = self.number or SIGPIPE
 
     @contextmanager
     def hold(self) -> Iterator[None]:

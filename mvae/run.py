@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -281,9 +281,11 @@ class Run:
         checkpoint.save(self.out_dir / checkpoint.LATEST, self.experiment, content)
         self.saved_at = time.monotonic()
 
-    def report(self, validation: Data, *, best: bool) -> None:
-        """Reports the last finished epoch: a line on the terminal, stats.jsonl, TensorBoard."""
+    def report(self, validation: Data, *, best: bool, say: Callable[[str], object]) -> None:
+        """Reports the last finished epoch: in stats.jsonl, in TensorBoard, and then by a line that `say` prints."""
         record = self.history[-1]
+        self.write_stats()
+        self._write_tensorboard(record, validation)
         losses = f"loss {record['train/loss']:.2f}  validation loss {record['validation/loss']:.2f}"
         elbos = [
             f"ELBO({name}) {record[f'validation/{name}/elbo']:.2f}"
@@ -297,9 +299,7 @@ class Run:
         ]
         speed = f"{record['examples_per_second']:.0f} examples/s"
         start = [f"epoch {record['epoch']}", f"beta {record['beta']:.3f}", losses + " (best)" * best]
-        print("  ".join([*start, *elbos, *metrics, speed]), flush=True)
-        self.write_stats()
-        self._write_tensorboard(record, validation)
+        say("  ".join([*start, *elbos, *metrics, speed]))
 
     def report_again(self, validation: Data) -> None:
         """Makes good what a kill or a copy of the folder left out of stats.jsonl and TensorBoard.

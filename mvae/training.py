@@ -6,6 +6,8 @@ the run, bit for bit on a CPU.
 
 import dataclasses
 import math
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .data import Data, consecutive_rows, seed_of
-from .errors import UsageError, UserError
+from .errors import UsageError, UserError, is_out_of_memory
+from .estimators import listed
 from .metrics import Metric
 from .model import Batch, Precision, check_precision, running_in
 from .objective import Objective, random_subsets
@@ -44,8 +47,8 @@ class Options:
     `out_dir` and `device` may be given as strings. The latest state is saved at the end of each epoch, when a signal
     asks the run to stop, and every `save_every` minutes.
 
-    Raises UsageError for a value that can't be, and if `compile` meets random subsets: it needs the same terms at every
-    step.
+    Raises UsageError for a value that can't be, and if `compile` meets random subsets, as it needs the same terms at
+    every step, or a CPU without a C++ compiler.
     """
 
     epochs: int
@@ -79,6 +82,10 @@ class Options:
             raise UsageError(f"`device` is {self.device}, and there is no CUDA device that torch can use")
         if self.compile and self.approx_m:
             raise UsageError("`compile` needs the same terms at every step: it goes with `approx_m` 0")
+        compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        if self.compile and self.device.type == "cpu" and not shutil.which(compiler):
+            remedy = "install one, name yours in the variable CXX, or go without `compile`"
+            raise UsageError(f"`compile` needs a C++ compiler, and there is no {compiler}: {remedy}")
 
 
 class Stopped(UserError):
@@ -154,7 +161,7 @@ def fit(
 
     Raises:
         UsageError: settings that differ from the checkpoint's, a run in `out_dir` that would be overwritten, or data
-            whose first batch the model doesn't take.
+            whose first batch, or whose smallest or largest stored values, the model doesn't take.
         UserError: a loss or gradient that isn't finite, or a loss that says that the run diverges (no file is
             overwritten), or a file that can't be written.
         Stopped: SIGINT, SIGTERM or SIGHUP, after saving; resuming goes on from that very step.
@@ -182,10 +189,13 @@ def fit(
     train, validation = train.to(options.device), validation.to(options.device)
     objective.to(options.device).train()
     for data, what in ((train, "training"), (validation, "validation")):
+        extremes = data.extremes()
         try:
-            objective.model.check(*data.batch(consecutive_rows(data, options.batch_size)[0]))
+            rows = torch.cat([consecutive_rows(data, options.batch_size)[0], extremes]).unique()
+            objective.model.check(*data.batch(rows))
         except UsageError as error:
-            raise UsageError(f"the first batch of {what}: {error}") from error.__cause__
+            which = listed(["the first batch", *map(str, extremes.tolist())])
+            raise UsageError(f"{what} examples ({which}): {error}") from error.__cause__
     run = Run(
         objective, optimizer, out_dir=options.out_dir, experiment=experiment, settings=settings or {}, facts=facts
     )
@@ -227,7 +237,7 @@ def fit(
             options = dataclasses.replace(options, batch_size=batch_size)
             batches = composed_rows(train, batch_size, options.pairs_per_batch, seed_of(options.seed, run.epoch))
             started = time.perf_counter() - run.seconds
-            for rows in _bar(batches[run.step :], run, len(batches), options, processes.rank):
+            for rows in _bar(batches[run.step :], run, len(batches), options, processes.rank, caught.say):
                 torch.manual_seed(seed_of(options.seed, run.epoch, run.step, processes.rank))
                 subset_rng = np.random.default_rng(seed_of(options.seed, run.epoch, run.step))
                 subsets = random_subsets(objective.model.modalities, options.approx_m, subset_rng)
@@ -268,7 +278,7 @@ def fit(
             with caught.hold():
                 if processes.rank == 0:
                     run.save(best=best)
-                    run.report(validation, best=best)
+                    run.report(validation, best=best, say=caught.say)
     objective.eval()
     return run.history
 
@@ -363,11 +373,19 @@ class _Watch:
 
 @contextmanager
 def _explained(objective: Objective, batch: Batch, present: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """Where torch fails on a batch, such as on a label that is no class, has the model say what is wrong with it."""
+    """Where torch fails on a batch, such as on a label that is no class, has the model say what is wrong with it.
+
+    Raises UserError where the step can't be compiled.
+    """
     try:
         yield
-    except (IndexError, RuntimeError):
+    except (IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         objective.model.check(batch, present)
+        if "TorchDynamoException" in [kind.__name__ for kind in type(error).__mro__]:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"torch can't compile the step on this machine: go without `compile` ({reason})") from error
         raise
 
 
@@ -375,7 +393,9 @@ def _device_of(batch: Batch) -> torch.device:
     return next(iter(batch.values())).device
 
 
-def _bar(batches: list[Tensor], run: Run, n: int, options: Options, rank: int) -> Iterator[Tensor]:
+def _bar(
+    batches: list[Tensor], run: Run, n: int, options: Options, rank: int, say: Callable[[str], object]
+) -> Iterator[Tensor]:
     """The batches, with a progress bar on a terminal and plain lines elsewhere."""
     terminal = sys.stderr.isatty()
     bar = tqdm(batches, f"epoch {run.epoch}", n, initial=run.step, leave=False, disable=rank > 0 or not terminal)
@@ -386,6 +406,4 @@ def _bar(batches: list[Tensor], run: Run, n: int, options: Options, rank: int) -
             bar.set_postfix_str(f"loss {loss:.2f}")
             if not terminal:
                 speed = run.step * len(rows) / run.seconds
-                print(
-                    f"epoch {run.epoch}  step {run.step}/{n}  mean loss {loss:.2f}  {speed:.0f} examples/s", flush=True
-                )
+                say(f"epoch {run.epoch}  step {run.step}/{n}  mean loss {loss:.2f}  {speed:.0f} examples/s")

@@ -19,6 +19,9 @@ PAGES = [*PAGES_OF_ALL, *(f"{name}/README.md" for name in EXPERIMENTS)]
 
 BEST = "model_best.pth.tar"
 
+WRITES_INTO = {"train.py": "trained_models", "sample.py": ".", "transform.py": "samples"}
+"""By script, the folder that it writes into unless --out-dir names another."""
+
 
 class Block(NamedTuple):
     """A fenced block: its language, the number of its first line, and its lines."""
@@ -42,6 +45,10 @@ class Command(NamedTuple):
     @property
     def flags(self) -> list[str]:
         return [word.split("=")[0] for word in self.words if re.match("--[a-z]", word)]
+
+    @property
+    def line(self) -> str:
+        return shlex.join([self.script, *self.words])
 
     def value(self, flag: str, default: str) -> str:
         return next((value for word, value in pairwise(self.words) if word == flag), default)
@@ -81,18 +88,17 @@ def file_of(block: Block) -> str | None:
 
 
 def commands(page: str) -> list[Command]:
-    """The commands of a page's blocks, and of its text. In a folder's page they run in that folder."""
+    """The commands of a page's blocks, as one shell runs them, and of its text. A folder's page starts in it."""
     found = []
-    here = "" if page.startswith("docs/") else str(Path(page).parent)
+    folder = here = "" if page.startswith("docs/") else str(Path(page).parent)
     for number, block in enumerate(blocks(page)):
-        folder = here
         if block.language in ("", "bash"):
             for line in "\n".join(block.lines).replace("\\\n", " ").splitlines():
                 if not line.startswith(("cd ", "python ", "torchrun ")):
                     continue
                 words = shlex.split(line, comments=True)
                 if words[:1] == ["cd"]:
-                    folder = words[1]
+                    folder = str(Path(folder, words[1]))
                 found += command(folder, words, number)
     for i, code in enumerate(re.findall(r"`([^`]+)`", prose_of(page))):
         if code.startswith(("python ", "torchrun ")):
@@ -179,19 +185,25 @@ def test_the_flags_in_the_text_of_a_page_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_that_stand_together_run_together(page: str) -> None:
-    """None writes into another's folder, and a checkpoint that one reads is one that the page has trained."""
-    made: set[str] = set()
-    for number, block in enumerate(blocks(page)):
-        if block.language not in ("", "bash"):
-            continue
-        together = [some for some in commands(page) if some.block == number]
-        for writer, default in (("train.py", "./trained_models"), ("sample.py", ".")):
-            folders = [some.value("--out-dir", default) for some in together if some.name == writer]
-            assert len(set(folders)) == len(folders), f"{page}, line {block.start}: {writer} writes twice in a folder"
-            made |= {str(Path(folder, BEST)) for folder in folders if writer == "train.py"}
-        read = {str(Path(word)) for some in together for word in some.words if word.endswith(BEST)}
-        assert read <= made, f"{page}, line {block.start}: nothing has trained {read - made}"
+def test_commands_of_a_page_run_in_the_order_they_stand(page: str) -> None:
+    """No run is written into another's folder, no samples over others, and what a command reads is trained before it.
+
+    That holds for all commands of a page, those in its text included. Each folder of an experiment is another place.
+    """
+    written: dict[tuple[str, Path], str] = {}
+    for some in commands(page):
+        place = Path(some.script).parent
+        default = WRITES_INTO.get(some.name)
+        if default is not None and "-h" not in some.words and not some.script.startswith("benchmarks"):
+            folder = place / some.value("--out-dir", default)
+            key = "train.py" if some.name == "train.py" else "samples", folder
+            before = written.get(key)
+            if not (before and some.name == "train.py" and "--resume" in some.words):
+                assert before is None, f"{page}: `{some.line}` writes into {folder}, and so does `{before}`"
+            written[key] = some.line
+        read = {(place / word).parent for word in some.words if word.endswith(BEST)}
+        lacking = {folder for folder in read if ("train.py", folder) not in written}
+        assert not lacking, f"{page}: `{some.line}` reads of {lacking}, where nothing has trained yet"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -200,7 +200,7 @@ def test_first_batch_that_the_model_does_not_take_is_refused_before_anything_is_
     model: MVAE, x: Tensor, said: str, tmp_path: Path
 ) -> None:
     data = Data(tensors={"x": x})
-    with pytest.raises(UsageError, match=f"the first batch of training: x: .*{said}") as caught:
+    with pytest.raises(UsageError, match=rf"training examples \(the first batch.*\): x: .*{said}") as caught:
         fit_one(model, data, data, tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
@@ -208,7 +208,7 @@ def test_first_batch_that_the_model_does_not_take_is_refused_before_anything_is_
 
 def test_first_batch_of_validation_is_checked_before_the_first_step(tmp_path: Path) -> None:
     model = one(Bernoulli(nn.Linear(2, 6)))
-    with pytest.raises(UsageError, match="the first batch of validation: x: it has values from"):
+    with pytest.raises(UsageError, match=r"validation examples \(the first batch.*\): x: it has values from"):
         fit_one(model, Data(tensors={"x": GREY}), Data(tensors={"x": 255 * GREY}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -113,9 +113,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("flags")
     for name, seed in (("data", 0), ("other", 1)):
         faces = ["--train", "12", "--val", "4", "--test", "4", "--seed", str(seed)]
-        assert make(["faces", str(folder / name), *faces]) == 0
+        make(["faces", str(folder / name), *faces])
     for command in ("digits", "fashion"):
-        assert make([command, str(folder / "data"), "--train", "240", "--test", "24"]) == 0
+        make([command, str(folder / "data"), "--train", "240", "--test", "24"])
     done = run_warm("multimnist/datasets.py", "--train", 240, "--test", 24, cwd=folder, env=environment_of(folder))
     assert_ended(done)
     return folder
@@ -225,7 +225,7 @@ def test_n_val_is_the_number_of_validation_examples(experiment: str, root: Path)
 @pytest.mark.parametrize("experiment", ["mnist", "celeba", "celeba19"])
 def test_data_dir_says_where_the_data_are(experiment: str, root: Path) -> None:
     if experiment == "mnist":
-        assert make(["digits", str(root / "other"), "--train", "240", "--test", "24", "--seed", "1"]) == 0
+        make(["digits", str(root / "other"), "--train", "240", "--test", "24", "--seed", "1"])
     changed = train(root, experiment, "--data-dir", "other")
     assert not same(weights(changed, experiment), weights(base(root, experiment), experiment))
 

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "paper": {"paper", "data", "plain"},
     "run": {"run", "paper", "data", "plain"},
     "datasets": {"datasets", "data", "plain"},
-    "synthetic": {"synthetic"},
+    "synthetic": {"synthetic", "scripts", "plain"},
     "scripts": {"scripts", "datasets", "run", "paper", "data", "plain"},
 }
 

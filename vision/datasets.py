@@ -69,7 +69,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = flags.add_cache_flags(parser)
     for name, folder in FOLDERS.items():
         what = "the faces" if name == "image" else f"what `python setup.py {COMMANDS[name]}` made of them"
-        group.add_argument(f"--{name}-dir", type=Path, default=Path("./data", folder), help=f"folder of {what}")
+        group.add_argument(f"--{name}-dir", type=flags.path, default=Path("./data", folder), help=f"folder of {what}")
 
 
 def folders(args: argparse.Namespace) -> dict[str, Path]:

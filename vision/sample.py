@@ -26,7 +26,7 @@ N_ROWS = 8  # of the contact sheet
 def add_conditions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--condition-file",
-        type=Path,
+        type=flags.path,
         action="append",
         metavar="FILE",
         help="a picture of any size and mode, with a --condition-type; may be repeated, and two of one type are rows",

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from mvae.datasets.picture_cache import eight_bit
 from mvae.errors import UsageError, UserError
+from mvae.scripts import flags
 
 if TYPE_CHECKING:  # only masks need dlib
     import dlib
@@ -301,21 +302,15 @@ def convert_all(args: argparse.Namespace, sources: Sequence[Path], predictor: Pa
         raise UserError(f"{statuses['damaged']} of {len(sources)} pictures can't be read, named above")
 
 
-def positive_int(text: str) -> int:
-    if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
 def parse_arguments() -> argparse.Namespace:
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("src", metavar="SRC", type=Path, help="folder of the pictures")
-    shared.add_argument("dst", metavar="DST", type=Path, help="folder to write into, made if it is absent")
+    shared.add_argument("src", metavar="SRC", type=flags.path, help="folder of the pictures")
+    shared.add_argument("dst", metavar="DST", type=flags.path, help="folder to write into, made if it is absent")
     shared.add_argument(
-        "--workers", type=positive_int, default=os.cpu_count() or 1, help="processes (default: %(default)s)"
+        "--workers", type=flags.concurrency, default=os.cpu_count() or 1, help="processes (default: %(default)s)"
     )
     shared.add_argument("--overwrite", action="store_true", help="make anew what is there, too")
-    shared.add_argument("--limit", type=positive_int, metavar="N", help="the first N pictures only")
+    shared.add_argument("--limit", type=flags.positive_int, metavar="N", help="the first N pictures only")
     description, usage = (__doc__ or "").split("\n\n", 1)
     parser = argparse.ArgumentParser(
         description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -326,7 +321,7 @@ def parse_arguments() -> argparse.Namespace:
     masks = commands.add_parser("mask", parents=[shared], help="regions of the face, black on white, by dlib")
     masks.add_argument(
         "--predictor",
-        type=Path,
+        type=flags.path,
         default=PREDICTOR,
         metavar="FILE",
         help="dlib's 68-point predictor, .dat or .dat.bz2 (default: %(default)s)",
@@ -366,10 +361,4 @@ def _detector():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(error.status)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    flags.run(main)

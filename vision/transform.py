@@ -37,7 +37,7 @@ def transformed(model: "MVAE", batch: "Batch", given: str, *drawn: str) -> "Tens
 def main() -> None:
     parser = flags.model_parser(__doc__)
     parser.add_argument("--n-samples", type=flags.positive_int, default=8, help="faces, side by side")
-    parser.add_argument("--out-dir", type=Path, default=Path("./samples"), help="folder to write into")
+    parser.add_argument("--out-dir", type=flags.path, default=Path("./samples"), help="folder to write into")
     datasets.add_flags(parser)
     args = parser.parse_args()
 

@@ -6,11 +6,13 @@ The same bytes each time, for one version of OpenCV.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
+
+from mvae.files import write_atomically
+from mvae.scripts import flags
 
 SIZE = 64
 FINER = 16
@@ -60,14 +62,13 @@ def watermark() -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the watermark.")
     default = Path(__file__).with_name("watermark.png")
-    parser.add_argument("file", metavar="FILE", nargs="?", type=Path, default=default, help="default: beside this file")
+    parser.add_argument(
+        "file", metavar="FILE", nargs="?", type=flags.output, default=default, help="default: beside this file"
+    )
     path = parser.parse_args().file
     _, encoded = cv2.imencode(".png", cv2.cvtColor(watermark(), cv2.COLOR_RGBA2BGRA))
-    try:
-        path.write_bytes(encoded.tobytes())
-    except OSError as error:
-        sys.exit(f"watermark.py: can't write {path}: {error.strerror or error}")
+    write_atomically(path, encoded.tobytes())
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

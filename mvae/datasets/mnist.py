@@ -17,6 +17,7 @@ from urllib.error import URLError
 import numpy as np
 
 from ..errors import UserError
+from ..files import made
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,8 +129,7 @@ def _download(folder: Path, name: str, files: Sequence[str]) -> None:
     wanted = f"{', '.join(files)} of {name} are not in {folder}"
     remedy = "put them there, or name the folder that holds them with `data_dir` or MVAE_DATA_DIR"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        with made(folder), tempfile.TemporaryDirectory(dir=folder) as temporary:
             for file in files:
                 failure: Exception | None = None
                 for mirror in official.mirrors:

@@ -135,6 +135,8 @@ def make(
     """
     if not entries:
         raise UserError(f"there are no pictures in {source}")
+    if not hasattr(os, "pread"):
+        raise UserError("decoding pictures into a cache needs Linux or macOS")
     file = _File.of(entries, mode, size)
     try:
         if file.broken(path) != []:

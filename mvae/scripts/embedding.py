@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import checkpoint, maps, pictures
 from ..data import consecutive_rows
 from ..errors import UsageError, UserError
-from ..files import npy, whole, write_atomically
+from ..files import made, npy, whole, write_atomically
 from ..model import MVAE, Batch
 from . import flags
 from .kinds import Controls, Picture
@@ -73,7 +73,6 @@ def embed(
             for name, array in {"given": np.array(given), **arrays, **names}.items():
                 with archive.open(f"{name}.npy", "w") as member:
                     np.save(member, array)
-        print(f"wrote {args.out}: mu and logvar of q(z | {', '.join(given)}), {n} x {model.n_latents}")
         if args.plot:
             rows = np.sort(np.random.default_rng(args.seed).permutation(n)[:MOST])
             points = project(np.load(paths["mu"], mmap_mode="r")[rows], args.seed)
@@ -82,7 +81,9 @@ def embed(
             title = f"{args.map} of the means of q(z | {', '.join(given)}), {len(rows)} of {n}"
             pixels = maps.draw(points, classes.tolist(), colours, f"{title}, by {by}" if by else title)
             write_atomically(args.plot, pictures.png(pixels))
-            print(f"wrote {args.plot}")
+    print(f"wrote {args.out}: mu and logvar of q(z | {', '.join(given)}), {n} x {model.n_latents}")
+    if args.plot:
+        print(f"wrote {args.plot}")
 
 
 def _pictures(files: Sequence[Path], name: str, controls: Controls) -> Iterator[Batch]:
@@ -93,13 +94,13 @@ def _pictures(files: Sequence[Path], name: str, controls: Controls) -> Iterator[
 @contextlib.contextmanager
 def _folder_beside(path: Path) -> Iterator[Path]:
     """A folder that is gone when the block ends. Raises UserError if it can't be made."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name)
-    except OSError as error:
-        raise UserError(f"can't write in {path.parent}: {error.strerror or error}") from None
-    with folder:
-        yield Path(folder.name)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(made(path.parent))
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name))
+        except OSError as error:
+            raise UserError(f"can't write in {path.parent}: {error.strerror or error}") from None
+        yield Path(folder)
 
 
 def colours_of(

@@ -1,7 +1,9 @@
 """What the scripts share: flags, the device, and errors of one line."""
 
 import argparse
+import contextlib
 import functools
+import io
 import logging
 import os
 import re
@@ -16,7 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
-from ..errors import UsageError, UserError
+from ..errors import UsageError, UserError, is_out_of_memory
+from ..files import check_writable
 from .kinds import Controls, Picture, described_by, endpoint, values
 
 if TYPE_CHECKING:  # torch is imported where it's needed, so that -h doesn't wait for it
@@ -27,18 +30,35 @@ if TYPE_CHECKING:  # torch is imported where it's needed, so that -h doesn't wai
     from ..schedules import Schedule
     from ..training import Options
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 STEPS = 8
 """The rows of an interpolation, its two ends included."""
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a script: a UserError becomes one line on stderr and its exit status.
+SMALLER = {
+    "train.py": "--batch-size, --iw-samples or --n-latents",
+    "sample.py": "--n-samples",
+    "loglike.py": "--n-samples",
+    "transform.py": "--n-samples",
+    "embed.py": "--limit",
+    "setup.py": "--workers",
+    "datasets.py": "--workers, or the examples of what is made",
+}
+"""By script, the flags that lower what memory it takes."""
 
-    Parameters that an error names in backticks are printed as flags. What the package logs is printed, too: warnings on
-    stderr, the rest on stdout. Of several processes the first alone prints it.
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a script, and exits with its status: what a user can mend becomes one line on stderr, without a traceback.
+
+    That is a UserError, whose parameters in backticks are printed as flags; a file or a folder that the system refuses;
+    and memory that doesn't suffice. Output that the terminal can't show is escaped, and output that nobody reads ends
+    the script as SIGPIPE does. What the package logs is printed, too: warnings on stderr, the rest on stdout. Of
+    several processes the first alone prints it.
     """
+    _open_streams()
     if is_first():
         said, warned = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
         said.addFilter(_is_no_warning)
@@ -46,18 +66,69 @@ def run(main: Callable[[], None]) -> None:
         logger = logging.getLogger("mvae")
         logger.handlers = [said, warned]
         logger.setLevel(logging.INFO)
+        logging.raiseExceptions = False  # else a line that can't be written is a traceback
+    status: Any = 0
     try:
         main()
-        sys.stdout.flush()
+    except SystemExit as end:  # argparse's, after -h or a wrong flag
+        status = end.code
     except UserError as error:
-        message = re.sub(r"`(\w+)`", lambda found: f"--{found[1].replace('_', '-')}", " ".join(str(error).splitlines()))
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-        sys.exit(error.status)
+        message = re.sub(r"`(\w+)`", lambda found: f"--{found[1].replace('_', '-')}", str(error))
+        status = _ended(message, error.status)
     except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # who reads the output has left, as `head` does: end as other commands do, by SIGPIPE
+        status = 130
+    except BrokenPipeError:
+        status = SIGPIPE
+    except Exception as error:
+        if is_out_of_memory(error):
+            status = _ended(f"the memory doesn't suffice: lower {SMALLER.get(_name(), 'what it is to hold')}", 1)
+        elif isinstance(error, OSError):
+            what = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+            status = _ended(f"{what}{error.strerror or error}", 1)
+        else:
+            raise
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Nobody reads the output, as after `head`, or it has no room. What is left of it mustn't be tried at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        if not isinstance(error, BrokenPipeError):
+            status = status or _ended(f"can't write what it prints: {error.strerror}", 1)
+        status = status or SIGPIPE
+    sys.exit(status)
+
+
+SIGPIPE = 128 + 13
+"""The status of a program that ends because nobody reads its output."""
+
+
+def _open_streams() -> None:
+    """Gives the script streams that take any text. One that was closed (`>&-`) leads nowhere.
+
+    Else a file that the script opens would take its number, and whatever writes to that stream would write into it.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it stays open)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _ended(message: str, status: int) -> int:
+    """Prints a line on stderr, if there is somebody to read it; gives the status."""
+    with contextlib.suppress(OSError):
+        print(f"{_name()}: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
+    return status
+
+
+def _name() -> str:
+    """The script's name, as a user calls it."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`
+    return f"python -m {module.parent}" if module and module.name.endswith(".__main__") else Path(sys.argv[0]).name
 
 
 def is_first() -> bool:
@@ -71,10 +142,10 @@ def _is_no_warning(record: logging.LogRecord) -> bool:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the flags of every script: --data-dir, --seed, --threads, --cuda. Defaults are shown in --help."""
-    result = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
-    default = Path(os.environ.get("MVAE_DATA_DIR", "./data"))
+    result = Parser(description=description, formatter_class=_Formatter)
+    default = os.environ.get("MVAE_DATA_DIR") or "./data"
     result.add_argument(
-        "--data-dir", type=Path, default=default, help="folder of the data sets; $MVAE_DATA_DIR, else ./data"
+        "--data-dir", type=path, default=default, help="folder of the data sets; $MVAE_DATA_DIR, else ./data"
     )
     result.add_argument("--seed", type=seed_number, default=0, help="of everything random")
     _add_machine_flags(result)
@@ -84,7 +155,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def _add_machine_flags(result: argparse.ArgumentParser) -> None:
     """--threads and --cuda, which `device` takes."""
     result.add_argument(
-        "--threads", type=positive_int, help="of a CPU that compute together; $OMP_NUM_THREADS, else its cores up to 4"
+        "--threads", type=concurrency, help="of a CPU that compute together; $OMP_NUM_THREADS, else its cores up to 4"
     )
     result.add_argument("--cuda", action="store_true", help="use the first visible CUDA device")
 
@@ -146,7 +217,10 @@ def training_parser(
     )
     if approx_m is not None:
         model.add_argument(
-            "--approx-m", type=non_negative_int, default=approx_m, help="ELBO terms of random subsets, drawn each step"
+            "--approx-m",
+            type=whole_number(0, 1000),
+            default=approx_m,
+            help="ELBO terms of random subsets, drawn each step",
         )
     optimisation = result.add_argument_group("optimisation")
     optimisation.add_argument(
@@ -202,7 +276,7 @@ def training_parser(
     if n_val is not None:
         data.add_argument("--n-val", type=positive_int, default=n_val, help="training examples held out for validation")
     data.add_argument("--limit", type=positive_int, help="train on the first N examples only, for trying out")
-    data.add_argument("--out-dir", type=Path, default=Path("./trained_models"), help="folder of checkpoints and logs")
+    data.add_argument("--out-dir", type=path, default=Path("./trained_models"), help="folder of checkpoints and logs")
     data.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out-dir, if there is one")
     data.add_argument("--log-interval", type=positive_int, default=100, help="steps between reports")
     data.add_argument(
@@ -217,15 +291,15 @@ def training_parser(
 def add_cache_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The flags --cache-dir and --workers of the scripts that read pictures, in a group of their own."""
     group = parser.add_argument_group("pictures")
-    cache_dir = Path(os.environ.get("MVAE_CACHE_DIR", "./data/cache"))
+    cache_dir = os.environ.get("MVAE_CACHE_DIR") or "./data/cache"
     group.add_argument(
         "--cache-dir",
-        type=Path,
+        type=path,
         default=cache_dir,
         help="folder of the pictures decoded once; $MVAE_CACHE_DIR, else ./data/cache",
     )
     group.add_argument(
-        "--workers", type=positive_int, default=os.cpu_count() or 1, help="processes that decode pictures"
+        "--workers", type=concurrency, default=os.cpu_count() or 1, help="processes that decode pictures"
     )
     return group
 
@@ -238,14 +312,14 @@ def model_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def _add_model_path(result: argparse.ArgumentParser) -> None:
-    result.add_argument("model_path", type=Path, help="the checkpoint, such as ./trained_models/model_best.pth.tar")
+    result.add_argument("model_path", type=path, help="the checkpoint, such as ./trained_models/model_best.pth.tar")
 
 
 def sampling_parser(description: str | None, controls: Controls) -> argparse.ArgumentParser:
     """The flags of a sample.py, but for its conditions; see `add_conditions`."""
     result = model_parser(description)
     result.add_argument("--n-samples", type=positive_int, help="samples to draw of each condition; 64, of several 8")
-    result.add_argument("--out-dir", type=Path, default=Path("."), help="folder to write into")
+    result.add_argument("--out-dir", type=path, default=Path("."), help="folder to write into")
     result.add_argument(
         "--save",
         action="append",
@@ -304,10 +378,12 @@ def embedding_parser(description: str | None, controls: Controls) -> argparse.Ar
     result.add_argument("--split", choices=["train", "validation", "test"], default="test", help="whose examples")
     result.add_argument("--limit", type=positive_int, help="the first N examples only")
     result.add_argument(
-        "--files", nargs="+", action="extend", type=Path, metavar="FILE", help="pictures, or folders of them, instead"
+        "--files", nargs="+", action="extend", type=path, metavar="FILE", help="pictures, or folders of them, instead"
     )
-    result.add_argument("--out", type=Path, default=Path("latents.npz"), help="file to write")
-    result.add_argument("--plot", type=Path, metavar="FILE", help="draw a map in two dimensions to this PNG file, too")
+    result.add_argument("--out", type=output, default=Path("latents.npz"), help="file to write")
+    result.add_argument(
+        "--plot", type=output, metavar="FILE", help="draw a map in two dimensions to this PNG file, too"
+    )
     result.add_argument(
         "--map",
         choices=["pca", "tsne", "umap"],
@@ -323,7 +399,9 @@ def exploring_parser(description: str | None) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
     _add_model_path(result)
     _add_machine_flags(result)
-    result.add_argument("--port", type=non_negative_int, default=8050, help="where the page is served; 0: a free one")
+    result.add_argument(
+        "--port", type=whole_number(0, 65535), default=8050, help="where the page is served; 0: a free one"
+    )
     result.add_argument("--host", default="127.0.0.1", help="the address; another one lets other machines in")
     return result
 
@@ -335,8 +413,8 @@ def loglike_parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--split", choices=["test", "validation"], default="test", help="whose examples")
     result.add_argument("--limit", type=two_or_more, help="the first N examples only")
     _add_precision(result)
-    result.add_argument("--jobs", type=positive_int, default=1, help="processes that share the examples")
-    result.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file, too")
+    result.add_argument("--jobs", type=concurrency, default=1, help="processes that share the examples")
+    result.add_argument("--json", type=output, metavar="FILE", help="write the numbers to this file, too")
     result.add_argument(
         "--per-example", type=csv_or_npz, metavar="FILE", help="write each example's log p to this .csv or .npz file"
     )
@@ -448,8 +526,10 @@ def origin() -> dict[str, str | None]:
     root = Path(__file__).resolve().parents[2]
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(root) if script.is_relative_to(root) else script.name
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    commit = found.stdout.strip() if found.returncode == 0 else None
+    commit = None
+    with contextlib.suppress(OSError):  # there may be no git
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+        commit = found.stdout.strip() if found.returncode == 0 else None
     return {"command": shlex.join(["python", str(name), *sys.argv[1:]]), "commit": commit}
 
 
@@ -467,9 +547,9 @@ def device(args: argparse.Namespace) -> "torch.device":
     torch.set_num_threads(args.threads)
     found = torch.device("cpu")
     if args.cuda and torch.cuda.is_available():
-        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    elif args.cuda and is_first():
-        print("--cuda: this machine has no CUDA device that torch can use; going on with the CPU", file=sys.stderr)
+        found = cuda_device(os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count())
+    elif args.cuda:
+        log.warning("--cuda: this machine has no CUDA device that torch can use; going on with the CPU")
     if getattr(args, "precision", None) == "auto":
         having = _bf16_instructions(found)
         args.precision = "bf16" if having else "fp32"
@@ -517,61 +597,104 @@ def processes(args: argparse.Namespace, device: "torch.device") -> "Iterator[Pro
             child.wait()
 
 
+def cuda_device(local_rank: str, n: int) -> "torch.device":
+    """The CUDA device of a process, of `n`; torchrun gives each its LOCAL_RANK. Raises UsageError if there is none."""
+    import torch
+
+    if not local_rank.isdecimal():
+        raise UsageError(f"LOCAL_RANK is {local_rank!r}, and torchrun sets it to a number: unset it for one process")
+    if int(local_rank) >= n:
+        raise UsageError(f"LOCAL_RANK is {local_rank}, and there are {n} CUDA devices: have at most as many processes")
+    return torch.device("cuda", int(local_rank))
+
+
 def progress(items: Iterable[T], total: int | None = None) -> Iterable[T]:
     """The items, with a progress bar where stderr is a terminal; `total` is their number if they have no length."""
     return tqdm(items, total=total, leave=False, disable=not sys.stderr.isatty())
 
 
+# The types of flags.
+
+
+def path(text: str) -> Path:
+    """A file or a folder; ~ is the user's home."""
+    try:
+        if text:
+            return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no such home") from None
+    raise argparse.ArgumentTypeError("'' names no file or folder")
+
+
+def output(text: str) -> Path:
+    """A file to write. One that can't be written is known before the work and not after it: raises UserError."""
+    found = path(text)
+    check_writable(found)
+    return found
+
+
 def csv_or_npz(text: str) -> Path:
     if not text.endswith((".csv", ".npz")):
         raise argparse.ArgumentTypeError(f"{text!r} ends neither in .csv nor in .npz")
-    return Path(text)
+    return output(text)
 
 
-def positive_int(text: str) -> int:
-    return _number(text, int, lambda value: value > 0, "a whole number above 0")
-
-
-def non_negative_int(text: str) -> int:
-    return _number(text, int, lambda value: value >= 0, "a whole number, 0 or more")
-
-
-def two_or_more(text: str) -> int:
-    return _number(text, int, lambda value: value > 1, "a whole number above 1")
-
-
-def seed_number(text: str) -> int:
-    return _number(text, int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
-
-
-def positive_float(text: str) -> float:
-    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
-
-
-def non_negative_float(text: str) -> float:
-    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
-
-
-def share(text: str) -> float:
-    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-
-
-def fraction(text: str) -> float:
-    return _number(text, float, lambda value: 0 < value <= 1, "a number above 0, and 1 at most")
-
-
-def probability(text: str) -> float:
-    return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
-
-
-def _number(text: str, kind: type, allowed: Callable, wanted: str):
+def _number(kind: type, allowed: Callable, wanted: str, text: str):
     try:
         value = kind(text)
     except ValueError:
         value = None
     if value is None or not allowed(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {wanted}")
     return value
+
+
+MOST = 10**9
+"""The largest number of anything that is counted: a larger one isn't meant."""
+
+
+def whole_number(least: int, most: int = MOST) -> Callable[[str], int]:
+    """The type of whole numbers from `least` to `most`."""
+    return functools.partial(_number, int, lambda value: least <= value <= most, f"whole number from {least} to {most}")
+
+
+positive_int, non_negative_int, two_or_more = whole_number(1), whole_number(0), whole_number(2)
+seed_number = whole_number(0, 2**63 - 1)
+concurrency = whole_number(1, 1024)
+"""Threads, or processes."""
+
+
+def real_number(least: float, most: float, wanted: str) -> Callable[[str], float]:
+    return functools.partial(_number, float, lambda value: least <= value <= most, wanted)
+
+
+LARGEST = 1e30
+"""Of real numbers: float32 ends at 3e38, and begins at 1e-38."""
+
+positive_float = real_number(1 / LARGEST, LARGEST, f"number above 0, from {1 / LARGEST:g} to {LARGEST:g}")
+non_negative_float = real_number(0, LARGEST, f"number from 0 to {LARGEST:g}")
+share = real_number(0, 1, "number from 0 to 1")
+fraction = real_number(1 / LARGEST, 1, "number above 0, and 1 at most")
+probability = real_number(0, 1 - 1e-9, "number from 0 to below 1")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses to write a file that another flag names, too: one of the two would be lost."""
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().parse_args(*args, **kwargs)
+        read = [path for name in ("model_path", "files") for path in _listed(getattr(found, name, None))]
+        named = {os.path.realpath(path) for path in read}
+        for name in ("json", "per_example", "out", "plot"):
+            for path in _listed(getattr(found, name, None)):
+                if os.path.realpath(path) in named:
+                    raise UsageError(f"`{name}` would write over {path}, which is named before: name another file")
+                named.add(os.path.realpath(path))
+        return found
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):

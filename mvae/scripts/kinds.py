@@ -82,6 +82,10 @@ class Kind(ABC):
 Controls = Mapping[str, Kind]
 
 
+def _is_file(words: str) -> bool:
+    return os.path.isfile(os.path.expanduser(words))  # unlike Path's, it says no to any words
+
+
 @dataclasses.dataclass(frozen=True)
 class Picture(Kind):
     """A square picture of `size` pixels.
@@ -99,9 +103,9 @@ class Picture(Kind):
     help = "a picture of your own, of any size and mode"
 
     def values(self, words: str) -> list[Any]:
-        if not os.path.isfile(words):  # unlike Path's, it says no to any words
+        if not _is_file(words):
             raise argparse.ArgumentTypeError(f"there is no file {words!r}")
-        return [Path(words)]
+        return [Path(os.path.expanduser(words))]
 
     def say(self, value: Path) -> str:
         return value.name
@@ -280,7 +284,7 @@ def values(controls: Controls, name: str, words: str) -> list[Any]:
     Raises argparse.ArgumentTypeError, with what is allowed.
     """
     kind, other = controls[name], described_by(controls)
-    if not isinstance(kind, Picture) or other is None or os.path.isfile(words):
+    if not isinstance(kind, Picture) or other is None or _is_file(words):
         return kind.values(words)
     try:
         return [HeldOut(other, value) for value in controls[other].values(words)]
@@ -296,7 +300,7 @@ def endpoint(controls: Controls, words: str) -> tuple[str, Any]:
     name, equals, word = words.partition("=")
     if not equals or name not in controls:
         name, word = next(iter(controls)), words
-        if not os.path.isfile(words):
+        if not _is_file(words):
             name = described_by(controls) or name
     found = values(controls, name, word)
     if len(found) != 1:

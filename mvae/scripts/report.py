@@ -39,9 +39,9 @@ def report(
         mean, error = mean_and_error(estimate.log_p)
         variance = estimate.log_weight_variance.mean().item()
         row = {"quantity": quantity.name, "proposal": _under(proposal), "mean": mean, "standard_error": error}
-        rows.append({**row, "log_weight_variance": variance})
-    n = len(next(iter(found.estimates.values())).log_p)
-    others = {name: mean_and_error(values) for name, values in measures.items()}
+        rows.append({**row, "log_weight_variance": variance, "n_examples": len(estimate.log_p)})
+    n = len(torch.cat([*found.examples.values()]).unique())
+    others = {name: (*mean_and_error(values), len(values)) for name, values in measures.items()}
     if args.json:
         settings = {name: value for name, value in trained["settings"].items() if not name.endswith("_dir")}
         content = {
@@ -59,22 +59,30 @@ def report(
             "seconds": time.perf_counter() - STARTED,
             "training": {**trained, "settings": settings},
             "log_likelihood": rows,
-            "measures": {name: {"mean": mean, "standard_error": error} for name, (mean, error) in others.items()},
+            "measures": {
+                name: {"mean": mean, "standard_error": error, "n_examples": n_of_it}
+                for name, (mean, error, n_of_it) in others.items()
+            },
         }
         write_atomically(args.json, (json.dumps(content, indent=2) + "\n").encode())
     if args.per_example:
         write_per_example(found, args.per_example)
-    of_what = f"over {n} examples, {args.n_samples} importance samples"
+    # Where examples lack modalities, a quantity is of those that have what it needs: their number stands beside it.
+    own = len({row["n_examples"] for row in rows} | {n}) > 1
+    of_what = (
+        f"over {'those of ' * own}{n} examples{' that have what it takes' * own}, {args.n_samples} importance samples"
+    )
     print(f"{args.split.capitalize()} log-likelihood in nats: mean ± standard error {of_what},")
     print("and the variance of the log importance weights (mean over examples).")
     widths = [max(24, *(len(row[name]) + 2 for row in rows)) for name in ("quantity", "proposal")]
-    print(f"{'quantity':{widths[0]}}{'proposal':{widths[1]}}{'log-likelihood':>20}{'variance':>12}")
+    heads = f"{'quantity':{widths[0]}}{'proposal':{widths[1]}}{'log-likelihood':>20}{'variance':>12}"
+    print(heads + f"{'examples':>12}" * own)
     for row in rows:
         value = f"{row['mean']:.3f} ± {row['standard_error']:.3f}"
         names = f"{row['quantity']:{widths[0]}}{row['proposal']:{widths[1]}}"
-        print(f"{names}{value:>20}{row['log_weight_variance']:>12.2f}")
-    for name, (mean, error) in others.items():
-        print(f"{name}: {mean:.4f} ± {error:.4f}")
+        print(f"{names}{value:>20}{row['log_weight_variance']:>12.2f}" + f"{row['n_examples']:>12}" * own)
+    for name, (mean, error, n_of_it) in others.items():
+        print(f"{name}: {mean:.4f} ± {error:.4f}" + f", over {n_of_it} examples" * own)
 
 
 def write_per_example(found: Evaluation, path: Path) -> None:

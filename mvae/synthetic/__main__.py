@@ -13,7 +13,6 @@ import functools
 import gzip
 import hashlib
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,6 +21,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from ..errors import UsageError
+from ..scripts import flags
 from .digits import digits
 from .faces import DRAWN, attributes, faces
 from .fashion import garments
@@ -147,17 +148,6 @@ def write_faces(folder: Path, counts: Sequence[int], seed: int) -> None:
         whole.rename(folder)
 
 
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """An argparse type: whole numbers from `low` to `high`."""
-
-    def parse(text: str) -> int:
-        if not (text.isdecimal() and low <= int(text) <= high):
-            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text!r}")
-        return int(text)
-
-    return parse
-
-
 MNIST_SPLITS = {"train": 60_000, "test": 10_000}
 CELEBA_SPLITS = {"train": 8_000, "val": 1_000, "test": 1_000}
 
@@ -171,19 +161,8 @@ SETS: dict[str, tuple[str, str, dict[str, int], Callable[[Path, Sequence[int], i
 """By command: the folder, what is drawn, how many for each split, and what writes them."""
 
 
-def run(options: argparse.Namespace) -> None:
-    """A command. Raises OSError."""
-    name, what, splits, write = SETS[options.command]
-    folder = Path(options.dir, name)
-    counts = [getattr(options, split) for split in splits]
-    write(folder, counts, options.seed)
-    numbers = " + ".join(map(str, counts))
-    print(f"{folder}: {numbers} made {what.split()[-1]} ({' + '.join(splits)}), seed {options.seed}")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 2, after a line on stderr, if it was called wrongly, 130 if it was
-    interrupted."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command. Raises UsageError, in one line for the user, if the set can't be written."""
     parser = argparse.ArgumentParser(
         prog="python -m mvae.synthetic", description="Make a data set.", exit_on_error=False
     )
@@ -197,23 +176,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             exit_on_error=False,
         )
-        command.add_argument("dir", metavar="DIR", help="the data folder, made if it is absent")
+        command.add_argument("dir", metavar="DIR", type=flags.path, help="the data folder, made if it is absent")
         for split, n in splits.items():
             command.add_argument(
-                f"--{split}", type=whole_number(1, 1_000_000), default=n, help=f"images to draw for {WORDS[split]}"
+                f"--{split}", type=flags.whole_number(1, 10**6), default=n, help=f"images to draw for {WORDS[split]}"
             )
-        command.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="the same seed, the same bytes")
+        command.add_argument(
+            "--seed", type=flags.whole_number(0, 2**32 - 1), default=0, help="the same seed, the same bytes"
+        )
     cv2.setNumThreads(1)  # images this small gain nothing from threads, whose waiting costs others a core
     try:
         options = parser.parse_args(arguments)
-        run(options)
+        name, what, splits, write = SETS[options.command]
+        folder, counts = options.dir / name, [getattr(options, split) for split in splits]
+        write(folder, counts, options.seed)
     except (argparse.ArgumentError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        raise UsageError(str(error)) from None
+    numbers = " + ".join(map(str, counts))
+    print(f"{folder}: {numbers} made {what.split()[-1]} ({' + '.join(splits)}), seed {options.seed}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    flags.run(main)
