@@ -32,24 +32,25 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
     temporary = _temporary(path)
     try:
         with made(path.parent):
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            try:
+                with open(temporary, "wb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+                raise
         if hasattr(os, "O_DIRECTORY"):  # not on Windows, where a folder can't be synced
             folder = os.open(path.parent, os.O_DIRECTORY)
             try:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            reason = error.strerror or error
-            raise UserError(f"can't write {path}: {reason}; what was there before is unchanged") from None
-        raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"can't write {path}: {reason}; what was there before is unchanged") from None
 
 
 def _temporary(path: Path) -> Path:

@@ -213,6 +213,46 @@ def test_first_batch_of_validation_is_checked_before_the_first_step(tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+def last(x: Tensor, value: float) -> Tensor:
+    """1,200 rows like those of x, the last of them with another value."""
+    rows = x[:1].repeat(1200, *[1] * (x.dim() - 1))
+    rows[-1] = value
+    return rows
+
+
+LATER = [
+    pytest.param(one(Bernoulli(nn.Linear(2, 6))), last(GREY, -0.5), r"1199\).*from -0.5", id="below"),
+    pytest.param(one(Bernoulli(nn.Linear(2, 6))), last(GREY, 2), r"1199\).*to 2,", id="above"),
+    pytest.param(one(Bernoulli(nn.Linear(2, 6))), last(GREY, math.nan), r"1199\).*nan", id="nan"),
+    pytest.param(
+        one(Categorical(nn.Linear(2, 3)), SmallEncoder(1)), last(torch.zeros(8).long(), 3), r"1199\).*to 3,", id="class"
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "x", "said"), LATER)
+def test_value_that_the_model_does_not_take_is_found_in_the_last_example(
+    model: MVAE, x: Tensor, said: str, tmp_path: Path
+) -> None:
+    good = Data(tensors={"x": x[:8]})
+    for train, validation, which in (
+        (Data(tensors={"x": x}), good, "training"),
+        (good, Data(tensors={"x": x}), "vali"),
+    ):
+        with pytest.raises(UsageError, match=f"{which}.*{said}"):
+            fit_one(model, train, validation, tmp_path / "run")
+    with pytest.raises(UsageError, match="x: it has "):
+        evaluate(model, Data(tensors={"x": x}), quantities={Quantity(("x",)): [("x",)]}, n_samples=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_value_of_an_absent_example_is_no_trouble(tmp_path: Path) -> None:
+    here = torch.arange(1200) < 1199
+    data = Data(tensors={"x": last(GREY, 7)}, present={"x": here})
+    fit_one(one(Bernoulli(nn.Linear(2, 6))), data, data[:8], tmp_path / "run")
+    assert data.extremes().tolist() == [0]
+
+
 def test_evaluation_checks_its_data() -> None:
     with pytest.raises(UsageError, match="x: it has values from"):
         evaluate(

@@ -24,7 +24,7 @@ from mvae.errors import UsageError
 from mvae.estimators import Estimate, Evaluation, Quantity, evaluate
 from mvae.scripts import flags
 from mvae.scripts.flags import reconstruct, training_parser
-from mvae.scripts.report import write_per_example
+from mvae.scripts.report import report, write_per_example
 
 from helpers import (
     ROOT,
@@ -37,6 +37,8 @@ from helpers import (
     environment,
     run,
     run_warm,
+    small_data,
+    small_model,
     stats,
 )
 
@@ -388,6 +390,23 @@ def test_per_example_of_the_validation_split_has_the_printed_mean(
     quantity, proposal = Quantity(("image",)), ("image",)
     expected = evaluate(model, held_out, quantities={quantity: [proposal]}, n_samples=20).estimates[quantity, proposal]
     np.testing.assert_allclose(found["log_p"][:, 0], expected.log_p, rtol=1e-5)
+
+
+def test_loglike_says_how_many_examples_a_number_is_of_where_they_lack_modalities(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = small_data(10, seed=0, present={"label": torch.arange(10) < 4})
+    quantities = {Quantity(("image",)): [("image",)], Quantity(("label",)): [("image",)]}
+    found = evaluate(small_model(), data, quantities=quantities, n_samples=2)
+    words = ["model", "--json", str(tmp_path / "numbers.json"), "--precision", "fp32"]
+    report(found, {"a measure": torch.ones(4)}, flags.loglike_parser(None).parse_args(words), {"settings": {}})
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert (numbers["n_examples"], numbers["measures"]["a measure"]["n_examples"]) == (10, 4)
+    assert [row["n_examples"] for row in numbers["log_likelihood"]] == [10, 4]
+    head, _, columns, image, label, measure = capsys.readouterr().out.splitlines()
+    assert "those of 10 examples that have what it takes" in head
+    assert [line.split()[-1] for line in (columns, image, label)] == ["examples", "10", "4"]
+    assert measure == "a measure: 1.0000 ± 0.0000, over 4 examples"
 
 
 def test_loglike_ends_quietly_where_the_reader_of_its_output_has_left(

@@ -855,10 +855,3 @@ def test_two_processes_share_every_batch_and_one_writes(digits_dir: Path, tmp_pa
         assert record["seconds"] * record["examples_per_second"] == pytest.approx(1000)
         assert record["train/loss"] == pytest.approx(alone["train/loss"], rel=0.1)
         assert record["validation/loss"] == pytest.approx(alone["validation/loss"], rel=0.2)
-
-
-def test_world_size_alone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UsageError, match="WORLD_SIZE is 4, and RANK and MASTER_ADDR and MASTER_PORT not: torchrun"):
-        fit_small(tmp_path)
-    assert not os.listdir(tmp_path)
