@@ -264,7 +264,7 @@ def training_parser(
         "--images-first", type=non_negative_int, default=0, metavar="EPOCHS", help="train on the images alone, before"
     )
     supervision.add_argument(
-        "--images-dir", type=Path, metavar="DIR", help="that stage's folder, which runs may share; else OUT_DIR/images"
+        "--images-dir", type=path, metavar="DIR", help="that stage's folder, which runs may share; else OUT_DIR/images"
     )
     supervision.add_argument(
         "--self-labels", type=share, default=0.0, metavar="F",
