@@ -396,8 +396,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scramble", action="store_true", help="the text has the digits in random order")
     parser.add_argument("--reverse", action="store_true", help="every other text, at random, is read backwards")
     parser.add_argument("--no-repeat", action="store_true", help="the digits of a canvas are all different")
-    parser.add_argument("--train", type=flags.positive_int, default=Recipe.train, help="training canvases")
-    parser.add_argument("--test", type=flags.positive_int, default=Recipe.test, help="test canvases")
+    parser.add_argument("--train", type=flags.whole_number(1, 10**6), default=Recipe.train, help="training canvases")
+    parser.add_argument("--test", type=flags.whole_number(1, 10**6), default=Recipe.test, help="test canvases")
     return parser
 
 

@@ -102,7 +102,7 @@ def commands(page: str) -> list[Command]:
                 found += command(folder, words, number)
     for i, code in enumerate(re.findall(r"`([^`]+)`", prose_of(page))):
         if code.startswith(("python ", "torchrun ")):
-            of_no_folder = page in PAGES_OF_ALL and "/" not in code
+            of_no_folder = page in PAGES_OF_ALL and not re.search(r"/\w+\.py", code)
             found += command("mnist" if of_no_folder else here, code.split(), -1 - i)
     return found
 

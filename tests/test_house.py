@@ -89,6 +89,16 @@ def test_no_module_imports_one_of_a_higher_floor(module: str) -> None:
         assert floor_of(other) in MAY_IMPORT[floor], f"{module} ({floor}) imports {other} ({floor_of(other)})"
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_needs_what_windows_lacks_when_it_is_imported(module: str) -> None:
+    assert not {name.split(".")[0] for name in imports(MODULES[module], module)} & {
+        "fcntl",
+        "resource",
+        "pwd",
+        "termios",
+    }
+
+
 def test_of_the_paper_the_estimators_alone_take_data() -> None:
     paper = [f"mvae.{name}" for name in FLOORS["paper"].split()]
     assert [module for module in paper if "mvae.data" in arrows(module)] == ["mvae.estimators"]

@@ -279,6 +279,12 @@ def test_ports_and_processes_have_their_bounds(kind: Callable[[str], int], text:
         kind(text)
 
 
+def test_address_that_is_empty_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        flags.exploring_parser(None).parse_args(["model", "--host", ""])
+    assert "'' is no address" in capsys.readouterr().err
+
+
 # The machine.
 
 

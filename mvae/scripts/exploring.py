@@ -73,7 +73,7 @@ def explore(args: argparse.Namespace, experiment: str, build: Callable[[int], MV
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             taken.bind((args.host, args.port))
-        except (OSError, OverflowError) as error:
+        except (OSError, UnicodeError) as error:  # of a host whose name is none, too
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"can't serve on {args.host}, port {args.port} ({reason}): name another `port`") from None
         taken.listen()

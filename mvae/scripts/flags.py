@@ -198,7 +198,7 @@ def training_parser(
         "--preset", choices=names, default="paper", help="whose defaults: flags that are given still win"
     )
     model = result.add_argument_group("model and objective")
-    model.add_argument("--n-latents", type=positive_int, default=n_latents, help="size of z")
+    model.add_argument("--n-latents", type=whole_number(1, 10**5), default=n_latents, help="size of z")
     for name, value in lambdas.items():
         model.add_argument(f"--lambda-{name}", type=positive_float, default=value, help=f"weight of log p({name} | z)")
     model.add_argument(
@@ -213,7 +213,10 @@ def training_parser(
     )
     model.add_argument("--beta-hold", type=non_negative_float, default=0.0, help="epochs of β = 0 before it rises")
     model.add_argument(
-        "--iw-samples", type=positive_int, default=1, help="importance samples of each term: its bound is the IWAE's"
+        "--iw-samples",
+        type=whole_number(1, 10**4),
+        default=1,
+        help="importance samples of each term: its bound is the IWAE's",
     )
     if approx_m is not None:
         model.add_argument(
@@ -402,14 +405,16 @@ def exploring_parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument(
         "--port", type=whole_number(0, 65535), default=8050, help="where the page is served; 0: a free one"
     )
-    result.add_argument("--host", default="127.0.0.1", help="the address; another one lets other machines in")
+    result.add_argument(
+        "--host", type=host, default="127.0.0.1", help="the address; another one lets other machines in"
+    )
     return result
 
 
 def loglike_parser(description: str | None) -> argparse.ArgumentParser:
     """The flags of a loglike.py."""
     result = model_parser(description)
-    result.add_argument("--n-samples", type=two_or_more, default=1000, help="importance samples per example")
+    result.add_argument("--n-samples", type=whole_number(2, 10**6), default=1000, help="importance samples per example")
     result.add_argument("--split", choices=["test", "validation"], default="test", help="whose examples")
     result.add_argument("--limit", type=two_or_more, help="the first N examples only")
     _add_precision(result)
@@ -647,6 +652,12 @@ def _number(kind: type, allowed: Callable, wanted: str, text: str):
     if value is None or not allowed(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a {wanted}")
     return value
+
+
+def host(text: str) -> str:
+    if not text:  # to a socket that is any address: the page would be open to other machines
+        raise argparse.ArgumentTypeError("'' is no address")
+    return text
 
 
 MOST = 10**9
