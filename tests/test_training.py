@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mvae import checkpoint
 from mvae.data import Data, permuted_rows, seed_of
-from mvae.errors import UsageError
+from mvae.errors import UserError
 from mvae.model import MVAE, Batch
 from mvae.objective import Objective
 from mvae.processes import Processes
@@ -271,6 +271,7 @@ def fit_as(
     n: int,
     normed: bool,
     present: dict[str, Tensor] | None,
+    seeds: tuple[int, int],
     options: dict[str, Any],
 ) -> None:
     """Fits the small model to n examples as one of `world` processes; saves what this one has seen, drawn and made.
@@ -304,12 +305,12 @@ def fit_as(
             train=Data(tensors=numbered, transform=transform, present=present),
             model=model,
             metrics={"label_value": label_value},
-            **{"batch_size": 4, **options},
+            **{"batch_size": 4, "seed": seeds[rank], **options},
         )
     except Stopped:
         saved = checkpoint.load(folder / "run" / checkpoint.LATEST, "small")
         stopped_at = saved["epoch"], saved["step"]
-    except UsageError as error:
+    except UserError as error:
         refused = str(error)
     found = {
         "seen": seen[1:],
@@ -331,6 +332,7 @@ def fit_in(
     n: int = 24,
     normed: bool = False,
     present: dict[str, Tensor] | None = None,
+    seeds: tuple[int, int] = (0, 0),
     **options: Any,
 ) -> list[dict[str, Any]]:
     """What processes that fit the small model together have seen, drawn and made."""
@@ -339,7 +341,7 @@ def fit_in(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = range(n_processes)
-    arguments = (n_processes, port, folder, stop, n, normed, present, options)
+    arguments = (n_processes, port, folder, stop, n, normed, present, seeds, options)
     processes = [FORKED.Process(target=fit_as, args=(rank, *arguments)) for rank in ranks]
     for process in processes:
         process.start()
@@ -437,6 +439,13 @@ def test_two_processes_train_on_examples_that_lack_modalities(tmp_path: Path) ->
 def test_two_processes_need_an_example_each(tmp_path: Path) -> None:
     for process in fit_in(2, tmp_path, batch_size=1):
         assert "`batch_size` is to give each process 1 examples or more" in process["refused"]
+
+
+def test_two_processes_that_are_asked_for_different_runs_are_refused(tmp_path: Path) -> None:
+    first, second = fit_in(2, tmp_path, seeds=(0, 1))
+    assert "the processes of a run need the same settings" in second["refused"]
+    assert "seed was 0, now 1" in second["refused"]
+    assert "another process of this run is gone" in first["refused"]
 
 
 def test_process_whose_torchrun_is_gone_is_asked_to_stop() -> None:

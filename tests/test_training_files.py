@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import resource
 import shutil
@@ -361,6 +362,7 @@ def test_tensorboard_has_every_epoch_once_after_a_kill(tmp_path: Path) -> None:
     fit_small(tmp_path, epochs=1)
     shutil.copytree(tmp_path / "tensorboard", tmp_path / "kept")
     fit_small(tmp_path, epochs=2, resume=True)
+    assert steps()["validation/loss"] == [1, 2]
     shutil.rmtree(tmp_path / "tensorboard")
     (tmp_path / "kept").rename(tmp_path / "tensorboard")
     (record, *_) = fit_small(tmp_path, epochs=3, resume=True)
@@ -704,15 +706,16 @@ def test_validation_that_is_not_finite_is_named_and_the_checkpoint_kept(tmp_path
 
 
 def test_best_model_is_that_of_the_epoch_with_the_lowest_validation_loss(tmp_path: Path) -> None:
-    records = fit_small(tmp_path / "run", epochs=12, lr=0.5, beta=constant())
+    records = fit_small(tmp_path / "run", epochs=12, lr=0.2, beta=constant())
     losses = [record["validation/loss"] for record in records]
     best = int(np.argmin(losses)) + 1
     assert 1 < best < 12
+    assert any(after < before for before, after in itertools.pairwise(losses[best:]))  # better, and not the best
     content = checkpoint.load(tmp_path / "run" / checkpoint.BEST, "small")
     assert (content["epoch"], content["validation_loss"]) == (best, losses[best - 1])
-    fit_small(tmp_path / "shorter", epochs=best, lr=0.5, beta=constant())
+    fit_small(tmp_path / "shorter", epochs=best, lr=0.2, beta=constant())
     assert same(content["model"], checkpoint.load(tmp_path / "shorter" / checkpoint.LATEST, "small")["model"])
-    (*_, record) = fit_small(tmp_path / "shorter", epochs=best + 1, lr=0.5, beta=constant(), resume=True)
+    (*_, record) = fit_small(tmp_path / "shorter", epochs=best + 1, lr=0.2, beta=constant(), resume=True)
     assert record["validation/loss"] > losses[best - 1]
     again = checkpoint.load(tmp_path / "shorter" / checkpoint.BEST, "small")
     assert again["epoch"] == best
