@@ -139,6 +139,120 @@ def test_pictures_that_do_not_fit_their_labels_are_refused(copied: Path) -> None
         load_idx(copied.parents[1], "MNIST", "train")
 
 
+# Files as others have them.
+
+
+def idx_file(values: np.ndarray, kind: int = 8) -> bytes:
+    """An IDX file of these values."""
+    shape = np.array(values.shape, ">i4").tobytes()
+    return bytes([0, 0, kind, values.ndim]) + shape + values.tobytes()
+
+
+@pytest.mark.parametrize(
+    "name", ["{}-{}.idx{}-ubyte", "{0}-{1}-idx{2}-ubyte/{0}-{1}-idx{2}-ubyte", "../{}-{}-idx{}-ubyte"]
+)
+@pytest.mark.parametrize("packed", [True, False])
+def test_files_are_found_where_others_have_them(digits_dir: Path, copied: Path, name: str, packed: bool) -> None:
+    for part, kind, rank in (("train", "images", 3), ("train", "labels", 1)):
+        old = copied / f"{part}-{kind}-idx{rank}-ubyte.gz"
+        content = old.read_bytes() if packed else gzip.decompress(old.read_bytes())
+        new = copied / name.format(part, kind, rank)
+        old.unlink()
+        new.parent.mkdir(exist_ok=True)
+        new.write_bytes(content)  # a packed one without .gz is known by what it holds
+        if not (new.parent / CHECKSUMS).exists():
+            shutil.copy(copied / CHECKSUMS, new.parent)
+    assert torch.equal(load_idx(copied.parents[1], "MNIST", "train")[0], load_idx(digits_dir, "MNIST", "train")[0])
+
+
+def test_name_of_a_packed_file_may_be_that_of_an_unpacked_one(digits_dir: Path, copied: Path) -> None:
+    for name in IDX_NAMES:
+        path = copied / f"{name}.gz"
+        path.write_bytes(gzip.decompress(path.read_bytes()))
+    assert torch.equal(load_idx(copied.parents[1], "MNIST", "train")[0], load_idx(digits_dir, "MNIST", "train")[0])
+
+
+def test_good_file_beside_a_truncated_one_is_read(digits_dir: Path, copied: Path) -> None:
+    for name in IDX_NAMES:
+        path = copied / f"{name}.gz"
+        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+        path.write_bytes(path.read_bytes()[:100])
+    assert torch.equal(load_idx(copied.parents[1], "MNIST", "train")[0], load_idx(digits_dir, "MNIST", "train")[0])
+
+
+@pytest.mark.parametrize("own_checksums", [True, False])
+@pytest.mark.parametrize(
+    ("images", "labels", "kind", "said"),
+    [
+        ((5, 28, 28), 26, 8, "labels up to 26, and the networks take ten classes, 0 to 9"),
+        ((5, 32, 32), 9, 8, r"shape \(5, 32, 32\), and the networks take pictures of 28x28"),
+        ((5, 784), 9, 8, r"shape \(5, 784\), and the networks take pictures of 28x28"),
+        ((5, 28, 28, 3), 9, 8, r"shape \(5, 28, 28, 3\), and the networks take pictures of 28x28"),
+        ((5, 28, 28), 9, 9, "values of type 0x9.*in bytes"),
+    ],
+)
+def test_what_the_networks_do_not_take_is_named(
+    tmp_path: Path, images: tuple[int, ...], labels: int, kind: int, said: str, own_checksums: bool
+) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte").write_bytes(idx_file(np.zeros(images, np.uint8), kind))
+    (raw / "train-labels-idx1-ubyte").write_bytes(idx_file(np.full(5, labels, np.uint8)))
+    if own_checksums:
+        sums = [f"{hashlib.md5(path.read_bytes()).hexdigest()}  {path.name}\n" for path in raw.iterdir()]
+        (raw / CHECKSUMS).write_text("".join(sums))
+    with pytest.raises(UserError, match=said) as caught:
+        load_idx(tmp_path, "MNIST", "train")
+    assert "delete" not in str(caught.value)
+    assert "damaged" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"\0\0\x08", b"\0\0\x08\x03\0\0", b"label,pixel\n7,0\n", b"\0\0\x08\0", b"\0\0\x07\x01\0\0\0\1a"),
+        idx_file(np.zeros((5, 28, 28), np.uint8))[:-1],
+        idx_file(np.zeros((5, 28, 28), np.uint8)) + b"\0",
+        b"\0\0\x08\x03" + b"\xff" * 12,
+    ],
+    ids=str,
+)
+def test_file_that_is_no_whole_idx_file_is_refused(copied: Path, content: bytes) -> None:
+    (copied / "train-images-idx3-ubyte.gz").write_bytes(content)
+    with open(copied / CHECKSUMS, "a") as file:
+        file.write(f"{hashlib.md5(content).hexdigest()}  train-images-idx3-ubyte\n")
+    assert_damaged(copied, "train-images-idx3-ubyte.gz")
+
+
+def test_checksums_of_the_packed_files_do_as_well(copied: Path) -> None:
+    lines = [f"{hashlib.md5(path.read_bytes()).hexdigest().upper()} *./{path.name}\n" for path in copied.glob("*.gz")]
+    (copied / CHECKSUMS).write_text("".join(lines))
+    assert len(load_idx(copied.parents[1], "MNIST", "train")[0]) == 1200
+
+
+@pytest.mark.parametrize("line", ["train-images-idx3-ubyte", "a b c", "12  train-images-idx3-ubyte"])
+def test_list_of_checksums_that_is_none_is_named(copied: Path, line: str) -> None:
+    with open(copied / CHECKSUMS, "a") as file:
+        file.write(f"\n{line}\n")
+    with pytest.raises(UserError, match=rf"{CHECKSUMS}, line \d: 'MD5 NAME' is wanted"):
+        load_idx(copied.parents[1], "MNIST", "train")
+
+
+def test_set_without_pictures_is_refused(tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    contents = {
+        "images-idx3": idx_file(np.zeros((0, 28, 28), np.uint8)),
+        "labels-idx1": idx_file(np.zeros(0, np.uint8)),
+    }
+    for name, content in contents.items():
+        (raw / f"train-{name}-ubyte").write_bytes(content)
+    sums = [f"{hashlib.md5(content).hexdigest()}  train-{name}-ubyte\n" for name, content in contents.items()]
+    (raw / CHECKSUMS).write_text("".join(sums))
+    with pytest.raises(UserError, match="0 pictures of train"):
+        load_idx(tmp_path, "MNIST", "train")
+
+
 # The download, from a server on this machine.
 
 

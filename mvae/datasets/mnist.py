@@ -5,6 +5,7 @@ Like all of mvae.datasets, it imports torch where it makes tensors, so that scri
 
 import gzip
 import hashlib
+import math
 import os
 import tempfile
 import zlib
@@ -39,6 +40,9 @@ CONTENT_MD5 = {
     },
 }
 """Checksums of the unpacked files, so that one check serves packed and unpacked ones."""
+
+IDX_BYTES = {0x08: 1, 0x09: 1, 0x0B: 2, 0x0C: 4, 0x0D: 4, 0x0E: 8}
+"""The size of a value of each type that an IDX file may have."""
 
 
 def training_data(
@@ -80,44 +84,102 @@ def _data(name: str, data_dir: Path, part: str) -> "Data":
 
 
 def load_idx(data_dir: Path, name: str, part: str) -> tuple["Tensor", "Tensor"]:
-    """Pictures (N, 28, 28) and labels (N,), both uint8, of `DATA_DIR/name/raw`, as torchvision lays them out.
+    """Pictures (N, 28, 28) and labels (N,) from 0 to 9, both uint8, of `DATA_DIR/name/raw` or `DATA_DIR/name`.
 
-    Files may be packed (.gz) or not, and the folder read-only; what is absent is downloaded with a progress bar. Every
-    file is checked by its checksum: the official one, or that in a `checksums.md5` beside the files.
+    The files have torchvision's names or Kaggle's (`train-images.idx3-ubyte`) and may be packed (.gz) or not, and the
+    folder read-only; what is absent is downloaded with a progress bar. Every file is checked by its checksum: the
+    official one, or that in a `checksums.md5` beside the files (lines `MD5 NAME`). Of several a good one is read.
 
     Args:
         name: "MNIST" or "FashionMNIST".
         part: "train" or "t10k" (test).
 
-    Raises UserError, naming the file, if it can't be had or is damaged.
+    Raises UserError, naming the file, if it can't be had, is damaged, or holds what the networks don't take.
     """
     import torch
 
     folder = data_dir / name / "raw"
-    paths = [folder / f"{part}-images-idx3-ubyte", folder / f"{part}-labels-idx1-ubyte"]
-    absent = [path.name + ".gz" for path in paths if not (path.exists() or path.with_name(path.name + ".gz").exists())]
+    stems = [f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"]
+    absent = [stem + ".gz" for stem in stems if not _candidates(folder, stem)]
     if absent:
         _download(folder, name, absent)
-    images, labels = (torch.from_numpy(_read_idx(path).copy()) for path in paths)
-    if images.dim() != 3 or labels.dim() != 1 or len(images) != len(labels):
+    found = [_first_good(_candidates(folder, stem), name, stem) for stem in stems]
+    for _, complaint in found:  # not before both are read: what the networks don't take is better known
+        if complaint:
+            raise UserError(complaint)
+    images, labels = (torch.from_numpy(values.copy()) for values, _ in found)
+    if not len(images) or len(images) != len(labels):
         raise UserError(f"{folder}: {len(images)} pictures of {part} don't fit {len(labels)} labels")
     return images, labels
 
 
-def _read_idx(path: Path) -> np.ndarray:
-    packed = path.with_name(path.name + ".gz")
-    source = packed if packed.exists() else path
-    sums = path.with_name("checksums.md5")
+def _candidates(folder: Path, stem: str) -> list[Path]:
+    """The files that may be meant: packed or not, by either name; Kaggle has them in folders of the same name, too."""
+    names = [stem, stem.replace("-idx", ".idx")]
+    files = [file for name in names for file in (f"{name}.gz", name, f"{name}/{name}")]
+    return [home / file for home in (folder, folder.parent) for file in files if (home / file).is_file()]
+
+
+def _first_good(paths: Sequence[Path], name: str, stem: str) -> tuple[np.ndarray, str]:
+    """What `_read_idx` gives of the first file without a complaint, else of the first that can be read."""
+    found, errors = [], []
+    for path in paths:
+        try:
+            found.append(_read_idx(path, name, stem))
+        except UserError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return min(found, key=lambda pair: pair[1] != "")
+
+
+def _read_idx(path: Path, name: str, stem: str) -> tuple[np.ndarray, str]:
+    """Pictures (N, 28, 28) or labels (N,), as `stem` says; and what is wrong if their checksum isn't right, else "".
+
+    Raises UserError if the file is damaged, or holds what the networks don't take.
+    """
+    remedy = "delete it to have it downloaded again"
     try:
-        content = gzip.decompress(packed.read_bytes()) if source == packed else path.read_bytes()
-        known = dict(line.split()[::-1] for line in sums.read_text().splitlines()) if sums.exists() else None
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise UserError(f"{source} can't be read ({error}): delete it to have it downloaded again") from None
-    known = CONTENT_MD5[path.parent.parent.name] if known is None else known
-    if hashlib.md5(content).hexdigest() != known.get(path.name):
-        raise UserError(f"{source} is damaged (its checksum is wrong): delete it to have it downloaded again")
-    shape = np.frombuffer(content, ">i4", count=content[3], offset=4)  # after two zero bytes, the type, the rank
-    return np.frombuffer(content, np.uint8, offset=4 + shape.nbytes).reshape(shape)
+        stored = path.read_bytes()
+        content = gzip.decompress(stored) if stored.startswith(b"\x1f\x8b") else stored
+    except (OSError, EOFError, zlib.error) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"can't read {path}: {error.strerror}") from None
+        raise UserError(f"{path} can't be unpacked ({error}): {remedy}") from None
+    # An IDX file: two zero bytes, the values' type (8: bytes), the rank, each dimension in four bytes, the values.
+    rank = content[3] if len(content) > 3 else 0
+    shape = tuple(np.frombuffer(content, ">u4", count=rank, offset=4).tolist()) if len(content) >= 4 + 4 * rank else ()
+    if content[:2] != b"\0\0" or not shape or content[2] not in IDX_BYTES:
+        raise UserError(f"{path} is no IDX file, or a damaged one: {remedy}")
+    if len(content) != 4 + 4 * rank + IDX_BYTES[content[2]] * math.prod(shape):
+        raise UserError(f"{path} is damaged: its size isn't that of the {shape} values which it begins with; {remedy}")
+    event = (28, 28) if "images" in stem else ()
+    if content[2] != 8 or len(shape) != 1 + len(event) or shape[1:] != event:
+        takes = f"the networks take {'pictures of 28x28' if event else 'one label for each picture'}, in bytes"
+        raise UserError(f"{path} holds values of type {content[2]:#x} and shape {shape}, and {takes}")
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    if not event and values.max(initial=0) > 9:
+        raise UserError(f"{path} holds labels up to {values.max()}, and the networks take ten classes, 0 to 9")
+    sums = path.with_name("checksums.md5")
+    known = _checksums(sums) if sums.exists() else {stem: CONTENT_MD5[name][stem]}
+    if known.get(stem) == hashlib.md5(content).hexdigest() or known.get(path.name) == hashlib.md5(stored).hexdigest():
+        return values, ""
+    if sums.exists():
+        return values, f"{path} is damaged: its checksum isn't in {sums}; {remedy}"
+    own = f"for a set of your own write its checksums into {sums}"
+    return values, f"{path} is damaged, or isn't that of {name}, by its checksum: {remedy}; {own}"
+
+
+def _checksums(path: Path) -> dict[str, str]:
+    """The checksums by the files' names, as the command md5sum writes them."""
+    try:
+        lines = [line.split() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror or error}") from None
+    wrong = [number for number, words in enumerate(lines, 1) if len(words) != 2 or len(words[0]) != 32]
+    if wrong:
+        raise UserError(f"{path}, line {wrong[0]}: 'MD5 NAME' is wanted, as the command md5sum writes it")
+    return {Path(words[1].lstrip("*")).name: words[0].lower() for words in lines}
 
 
 def _download(folder: Path, name: str, files: Sequence[str]) -> None:
