@@ -132,6 +132,111 @@ def test_columns_are_found_by_their_names(data_dir: Path) -> None:
         assert (one == other).all()
 
 
+# The set as people have it: each of these changes its folder, and it is found all the same.
+
+
+def as_csv(folder: Path) -> None:
+    attributes = folder / "list_attr_celeba.txt"
+    rows = [",".join(line.split()) for line in attributes.read_text().splitlines()[1:]]
+    attributes.with_suffix(".csv").write_text("\n".join(["image_id," + rows[0], *rows[1:]]) + "\n")
+    partition = folder / "list_eval_partition.txt"
+    lines = ["image_id,partition", *(line.replace(" ", ",") for line in partition.read_text().splitlines())]
+    partition.with_suffix(".csv").write_text("\r\n".join(lines))
+    attributes.unlink()
+    partition.unlink()
+
+
+def nested(folder: Path) -> None:
+    (folder / "img_align_celeba").rename(folder / "inner")
+    (folder / "img_align_celeba").mkdir()
+    (folder / "inner").rename(folder / "img_align_celeba" / "img_align_celeba")
+    (folder / "img_align_celeba" / ".DS_Store").write_text("")
+
+
+def as_png(folder: Path) -> None:
+    for path in (folder / "img_align_celeba").iterdir():
+        Image.open(path).save(path.with_suffix(".png"))
+        path.unlink()
+    (folder / "img_align_celeba").rename(folder / "img_align_celeba_png")
+
+
+def with_an_empty_folder_beside_the_zip(folder: Path) -> None:
+    shutil.make_archive(str(folder / "img_align_celeba"), "zip", folder, "img_align_celeba")
+    shutil.rmtree(folder / "img_align_celeba")
+    (folder / "img_align_celeba").mkdir()
+
+
+def with_byte_order_marks(folder: Path) -> None:
+    for path in folder.glob("list_*"):
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+
+
+def in_utf_16(folder: Path) -> None:
+    for path in folder.glob("list_*"):
+        path.write_text(path.read_text(), encoding="utf-16")
+
+
+def in_two_folders(folder: Path) -> None:
+    (folder / "img_align_celeba").rename(folder.parent / "img_align_celeba")
+
+
+@pytest.mark.parametrize("marks", [None, with_byte_order_marks, in_utf_16])
+@pytest.mark.parametrize("lists", [None, as_csv])
+@pytest.mark.parametrize("layout", [None, nested, as_png, with_an_empty_folder_beside_the_zip, in_two_folders])
+def test_set_is_found_as_people_have_it(
+    data_dir: Path, *, layout: Callable[[Path], None] | None, lists: Callable[[Path], None] | None,
+    marks: Callable[[Path], None] | None,
+) -> None:  # fmt: skip
+    before = celeba.find(data_dir)
+    for change in (layout, lists, marks):
+        if change:
+            change(data_dir / "celeba")
+    after = celeba.find(data_dir)
+    assert after.counts == before.counts == after.named
+    assert (after.attributes == before.attributes).all()
+    assert after.columns == before.columns
+    stems = [[Path(entry.member).stem for entry in faces.entries] for faces in (before, after)]
+    assert stems[0] == stems[1]
+
+
+def test_empty_folder_is_named(data_dir: Path, images: Path) -> None:
+    shutil.rmtree(images)
+    images.mkdir()
+    assert_not_found(data_dir, images, "holds no pictures", "img_align_celeba.zip")
+
+
+def test_images_of_other_names_are_named_and_no_flag_is_advised(data_dir: Path, images: Path) -> None:
+    for number, path in enumerate(sorted(images.iterdir())):
+        path.rename(images / f"face{number}.jpg")
+    with pytest.raises(UserError, match=r"which has face0\.jpg, face1\.jpg and others, and not 000001\.jpg") as caught:
+        celeba.find(data_dir)
+    assert "allow_missing" not in str(caught.value)
+
+
+def test_too_few_images_are_named_before_a_flag_is_advised(data_dir: Path, images: Path) -> None:
+    for name in NAMES[:100]:
+        (images / name).unlink()
+    with pytest.raises(UserError, match="too few are left") as caught:
+        celeba.find(data_dir)
+    assert "allow_missing" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "said"),
+    [
+        ("list_attr_celeba.csv", "Bald,", "", "line 1: doesn't name the column Bald"),
+        ("list_attr_celeba.csv", "000002.jpg,", "000002.jpg,7,", "line 3: 42 words"),
+        ("list_eval_partition.csv", "000002.jpg,1", "000002.jpg,3", r"line 3 \(000002.jpg\): '3' where 0 or 1 or 2"),
+    ],
+)
+def test_line_of_a_csv_that_is_wrong_is_named(data_dir: Path, name: str, old: str, new: str, said: str) -> None:
+    as_csv(data_dir / "celeba")
+    path = data_dir / "celeba" / name
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(UserError, match=f"{name}, {said}"):
+        celeba.find(data_dir)
+
+
 def test_lists_with_carriage_returns_are_read(data_dir: Path) -> None:
     for name in ("list_attr_celeba.txt", "list_eval_partition.txt"):
         path = data_dir / "celeba" / name

@@ -163,8 +163,10 @@ def find(folders: Mapping[str, Path], data_dir: Path) -> Pictures:
         of_all = f"of the {len(names)} pictures in {folders['image']}"
         log.warning("%s, %s; going on with the %d that are in all four folders", of_all, lack, len(in_all))
     partition = _partition_list(folders["image"].parent, data_dir)
-    official = {} if partition is None else dict(zip(*celeba.read_partition(partition), strict=True))
-    parts = np.array([official.get(one, split_by_name(one)) for one in in_all])
+    official = {}
+    if partition:  # its 000001.jpg may be 000001.png here
+        official = {Path(name).stem: part for name, part in zip(*celeba.read_partition(partition), strict=True)}
+    parts = np.array([official.get(Path(one).stem, split_by_name(one)) for one in in_all])
     counts = tuple(np.bincount(parts, minlength=len(SPLITS)).tolist())
     if not all(counts):
         left = ", ".join(f"{n} for {split}" for split, n in zip(SPLITS, counts, strict=True))

@@ -1,6 +1,8 @@
 """CelebA on disk: pictures, lists and the official split, as `Data` of 64x64 pictures and 18 attributes."""
 
+import codecs
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -43,9 +45,18 @@ SPLITS = ("train", "validation", "test")  # 0, 1 and 2 of the official partition
 FEWEST = 50  # examples that a split must have when images are missing
 
 FOLDERS = ("", "celeba", "CelebA")
-IMAGES = ("img_align_celeba", "Img/img_align_celeba", "img_align_celeba.zip", "Img/img_align_celeba.zip")
-ATTRIBUTE_LIST = ("list_attr_celeba.txt", "Anno/list_attr_celeba.txt")
-PARTITION_LIST = ("list_eval_partition.txt", "Eval/list_eval_partition.txt")
+IMAGES = tuple(
+    folder + name
+    for name in (
+        "img_align_celeba",
+        "img_align_celeba/img_align_celeba",
+        "img_align_celeba_png",
+        "img_align_celeba.zip",
+    )
+    for folder in ("", "Img/")
+)
+ATTRIBUTE_LIST = ("list_attr_celeba.txt", "Anno/list_attr_celeba.txt", "list_attr_celeba.csv")
+PARTITION_LIST = ("list_eval_partition.txt", "Eval/list_eval_partition.txt", "list_eval_partition.csv")
 
 
 class Faces(NamedTuple):
@@ -109,9 +120,9 @@ def summary(faces: Faces) -> str:
 
 
 def find(data_dir: Path, allow_missing: bool = False) -> Faces:
-    """Finds CelebA below `data_dir`, in the official download's layout or torchvision's, and reads its lists.
+    """Finds CelebA below `data_dir`, in the official download's layout, torchvision's or Kaggle's, and reads its lists.
 
-    Images that the lists name and the folder lacks are counted, in a warning.
+    An image 000001.jpg of the lists may be 000001.png. Images that the folder lacks are counted, in a warning.
 
     Raises UserError if anything but images is missing, or a list is damaged; or images, without `allow_missing`.
     """
@@ -120,57 +131,85 @@ def find(data_dir: Path, allow_missing: bool = False) -> Faces:
     partition_names, partition = read_partition(partition_list)
     _check_same(attribute_list, names, 3, partition_list, partition_names, 1)
     files = listing(source)
-    here = np.array([name in files for name in names])
+    found = [files.get(name) or files.get(f"{Path(name).stem}.png") for name in names]
+    here = np.array([entry is not None for entry in found])
     named, counts = (tuple(np.bincount(some, minlength=3).tolist()) for some in (partition, partition[here]))
     n_missing = len(names) - sum(counts)
     missing = f"{n_missing} of the {len(names)} images that {attribute_list} names are not in {source}"
-    if n_missing and not allow_missing:
-        raise UserError(f"{missing}: `allow_missing` does with the others")
+    if not any(counts):
+        raise UserError(f"{missing}, which has {', '.join(sorted(files)[:2])} and others, and not {names[0]}")
     if min(counts) < (FEWEST if n_missing else 1):
         left = ", ".join(f"{n} for {split}" for split, n in zip(SPLITS, counts, strict=True))
         raise UserError(f"{missing}; too few are left: {left}" if n_missing else f"{partition_list} leaves {left}")
+    if n_missing and not allow_missing:
+        raise UserError(f"{missing}: `allow_missing` does with the others")
     if n_missing:
         log.warning("%s; going on with the others", missing)
     rows = here.nonzero()[0]
     rows = rows[partition[rows].argsort(kind="stable")]
-    return Faces(source, [files[names[row]] for row in rows], attributes[rows], columns, counts, named)
+    entries = [entry for row in rows if (entry := found[row])]
+    return Faces(source, entries, attributes[rows], columns, counts, named)
 
 
 def locate(data_dir: Path) -> tuple[Path, Path, Path]:
-    """The images (a folder or a zip), the list of attributes and the list of the partition. Raises UserError."""
+    """The images (a folder or a zip), the list of attributes and the list of the partition. Raises UserError.
+
+    They are taken from one of the folders where they may lie, as far as it has them, and else from another.
+    """
     wanted = ("img_align_celeba/ or img_align_celeba.zip", ATTRIBUTE_LIST[0], PARTITION_LIST[0])
-    best: list[Path | None] = [None] * 3
+    by_folder: list[list[Path | None]] = []
     for folder in FOLDERS:
         candidates = [
             [data_dir / folder / name for name in names] for names in (IMAGES, ATTRIBUTE_LIST, PARTITION_LIST)
         ]
-        found = [next((path for path in paths if path.exists()), None) for paths in candidates]
-        best = max(best, found, key=lambda paths: sum(path is not None for path in paths))
+        by_folder.append([next(filter(_is_there, paths), None) for paths in candidates])
+    by_folder.sort(key=lambda paths: paths.count(None))
+    best = [next((path for path in paths if path), None) for paths in zip(*by_folder, strict=True)]
     images, attributes, partition = best
     if images and attributes and partition:
         return images, attributes, partition
+    empty = [data_dir / folder / name for folder in FOLDERS for name in IMAGES if (data_dir / folder / name).is_dir()]
+    if empty and not images:
+        raise UserError(
+            f"{empty[0]} holds no pictures (.jpg or .png): unpack img_align_celeba.zip, or put it beside it"
+        )
     missing = " and ".join(name for name, path in zip(wanted, best, strict=True) if path is None)
     whence = "the official page of CelebA, mmlab.ie.cuhk.edu.hk/projects/CelebA.html (Align&Cropped Images, Anno, Eval)"
     raise UserError(
         f"CelebA in {data_dir} lacks {missing}: get them from {whence} and put img_align_celeba/ or its zip, "
-        f"list_attr_celeba.txt and list_eval_partition.txt in {data_dir / 'celeba'}, or name another `data_dir`"
+        "list_attr_celeba.txt and list_eval_partition.txt (or Kaggle's, .csv) in "
+        f"{data_dir / 'celeba'}, or name another `data_dir`"
     )
+
+
+def _is_there(path: Path) -> bool:
+    """Whether it is a file, or a folder that holds pictures."""
+    try:
+        if path.is_dir():
+            with os.scandir(path) as files:
+                return any(file.name.lower().endswith((".jpg", ".png")) for file in files)
+        return path.is_file()
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror or error}") from None
 
 
 def read_attributes(path: Path) -> tuple[list[str], list[str], np.ndarray]:
     """The images' names, the columns' names, and the values, (N, columns) int8 of 1 and -1, of list_attr_celeba.txt.
 
-    Its first line is the number of rows, its second names the columns. Raises UserError, naming file and line.
+    Its first line is the number of rows, its second names the columns. Kaggle's list_attr_celeba.csv begins with the
+    columns, after `image_id`. Raises UserError, naming file and line.
     """
-    content = _read(path)
+    content, is_csv = _read(path)
     number, _, rest = content.partition(b"\n")
-    header, _, rows = rest.partition(b"\n")
-    columns = header.decode(errors="replace").split()
+    header, _, rows = content.partition(b"\n") if is_csv else rest.partition(b"\n")
+    columns = header.decode(errors="replace").split()[int(is_csv) :]
+    first = 2 if is_csv else 3
     lacking = [name for name in ATTRIBUTES if columns.count(name) != 1]
     if lacking:
-        raise UserError(f"{path}, line 2: doesn't name the column {lacking[0]} once, as the list's header does")
-    names, values = _table(path, rows, 3, len(columns), (-1, 1))
-    if number.strip() != str(len(names)).encode():
+        where = f"{path}, line {first - 1}"
+        raise UserError(f"{where}: doesn't name the column {lacking[0]} once, as the list's header does")
+    names, values = _table(path, rows, first, len(columns), (-1, 1))
+    if not is_csv and number.strip() != str(len(names)).encode():
         said = number[:40].decode(errors="replace").strip()
         raise UserError(f"{path}, line 1: is '{said}' where the number of rows stands, and there are {len(names)}")
     return names, columns, values
@@ -179,9 +218,10 @@ def read_attributes(path: Path) -> tuple[list[str], list[str], np.ndarray]:
 def read_partition(path: Path) -> tuple[list[str], np.ndarray]:
     """The images' names and each one's part, (N,) int8 of 0, 1 and 2 as in `SPLITS`, of list_eval_partition.txt.
 
-    Raises UserError, naming file and line.
+    Kaggle's list_eval_partition.csv has a header. Raises UserError, naming file and line.
     """
-    names, values = _table(path, _read(path), 1, 1, (0, 1, 2))
+    content, is_csv = _read(path)
+    names, values = _table(path, content.partition(b"\n")[2] if is_csv else content, 1 + is_csv, 1, (0, 1, 2))
     return names, values[:, 0]
 
 
@@ -205,11 +245,20 @@ def pictures(faces: Faces, cache_dir: Path, workers: int) -> "Tensor":
     return decoded(faces.source, faces.entries, cache_dir / "celeba-64.pictures", workers=workers)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path) -> tuple[bytes, bool]:
+    """A list's lines of words with spaces between them; and whether it has commas between them, as CSV files do.
+
+    A byte-order mark is left out.
+    """
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror or error}") from None
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        content = content.decode("utf-16", errors="replace").encode()
+    content = content.removeprefix(codecs.BOM_UTF8)
+    is_csv = b"," in content.partition(b"\n")[0]
+    return content.replace(b",", b" ") if is_csv else content, is_csv
 
 
 def _table(
