@@ -3,6 +3,7 @@
 The 18 attributes' networks are alike, and run together: each layer of all of them is one batched matrix product.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -111,7 +112,9 @@ class MVAE19(MVAE):
         here = [i for i, name in enumerate(ATTRIBUTES) if name in batch]
         if here:
             mu, logvar = self.attribute_encoders(values_of(batch))
-            parts.append((float32_at_least(mu[here]), float32_at_least(logvar[here])))
+            if len(here) < len(ATTRIBUTES):
+                mu, logvar = mu[here], logvar[here]
+            parts.append((float32_at_least(mu), float32_at_least(logvar)))
         mu, logvar = (torch.cat(part) for part in zip(*parts, strict=True))
         return mu, logvar
 
@@ -127,22 +130,33 @@ class MVAE19(MVAE):
     def log_prob(self, z: Tensor, batch: Batch, scored: Sequence[Sequence[str]], mask: Tensor | None = None) -> Tensor:
         """As MVAE's, with one call for all attributes."""
         image = super().log_prob(z, batch, [[name for name in names if name == "image"] for names in scored], mask)
-        wanted = torch.tensor([[name in names for names in scored] for name in ATTRIBUTES])  # (attributes, terms)
-        n = int(wanted.sum(dim=1).max())
-        if n == 0:
+        order, counts, every = orders(tuple(map(tuple, scored)), z.device)
+        if not order.shape[1]:
             return image
-        # Each attribute decodes the terms that score it, and others after them up to the most that any has, so that all
-        # attributes have as many rows and go through their layers together.
-        order = wanted.int().argsort(dim=1, descending=True, stable=True)[:, :n].to(z.device)  # (attributes, n)
-        rows = z.expand(len(ATTRIBUTES), *z.shape) if wanted.all() else z[order]  # (attributes, n, batch, latents)
+        rows = z.expand(len(ATTRIBUTES), *z.shape) if every else z[order]  # (attributes, n, batch, latents)
         logits = self.attribute_decoders(rows.flatten(1, 2)).view(rows.shape[:-1])
         values = values_of(batch).unsqueeze(1).expand_as(logits)
         nats = -F.binary_cross_entropy_with_logits(logits, values, reduction="none")
         # Back to their terms' places; then the padding and what the mask leaves out become zeros.
         nats = torch.zeros_like(nats[:, :1]).expand(-1, len(z), -1).scatter(1, order.unsqueeze(2).expand_as(nats), nats)
-        counts = wanted.T.unsqueeze(2).to(z.device)
         counts = counts if mask is None else counts & mask[:, 1:]
         return torch.cat([image[:, :1], torch.where(counts, nats.transpose(0, 1), 0.0)], dim=1)
+
+
+@torch.compiler.assume_constant_result
+@functools.lru_cache(maxsize=64)
+def orders(scored: tuple[tuple[str, ...], ...], device: torch.device) -> tuple[Tensor, Tensor, bool]:
+    """The terms that each attribute decodes, (attributes, n); those that count, bool (terms, attributes, 1); if all do.
+
+    They are those that score the attribute, and others after them up to the most that any attribute has, so that all
+    attributes have as many rows and go through their layers together. They are made once for each composition: so on a
+    GPU no step has a copy to wait for.
+    """
+    wanted = [[name in names for names in scored] for name in ATTRIBUTES]
+    n = max(map(sum, wanted))
+    order = [sorted(range(len(scored)), key=[not score for score in scores].__getitem__)[:n] for scores in wanted]
+    counts = torch.tensor(wanted).T.unsqueeze(2)
+    return torch.tensor(order, dtype=torch.long).to(device), counts.to(device), all(map(all, wanted))
 
 
 def values_of(batch: Batch) -> Tensor:

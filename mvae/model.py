@@ -74,13 +74,13 @@ class MVAE(nn.Module):
             if present is None:
                 mu, logvar = self.encoders[name](x)
             else:
-                rows = present[len(mus)].nonzero().squeeze(1)
+                here = present[len(mus)]
+                rows = shown(here)
                 mu, logvar = torch.zeros(2, len(x), self.n_latents, device=x.device)
                 if len(rows):
                     with lone_example(self.encoders[name], len(rows)):
-                        some_mu, some_logvar = self.encoders[name](x[rows])
-                    mu = mu.to(some_mu.dtype).index_copy(0, rows, some_mu)
-                    logvar = logvar.to(some_mu.dtype).index_copy(0, rows, some_logvar)
+                        some = self.encoders[name](x[rows])
+                    mu, logvar = (placed(part, rows, here) for part in some)
             mus.append(mu)
             logvars.append(logvar)
         mu, logvar = torch.stack(mus), torch.stack(logvars)
@@ -210,18 +210,46 @@ class MVAE(nn.Module):
             if mask is None:  # one call of the decoder for all its terms
                 scores = self.likelihood(name).log_prob(wanted, batch[name])
             else:  # one call for all its terms' examples that count
-                which, rows = mask[terms, m].nonzero(as_tuple=True)
+                counts = torch.stack([mask[t, m] for t in terms]).flatten()
+                rows = shown(counts)
                 scores = z.new_zeros(wanted.shape[:2])
                 if len(rows):
+                    x = batch[name][rows % z.shape[1]]
                     with lone_example(self.likelihood(name), len(rows)):
-                        some = self.likelihood(name).log_prob(wanted[which, rows], batch[name][rows])
-                    scores = scores.index_put((which, rows), some)
+                        some = self.likelihood(name).log_prob(wanted.flatten(0, 1)[rows], x)
+                    scores = placed(some, rows, counts).view(scores.shape)
             if len(terms) < len(z):  # back to their terms' places, with zeros between them
                 gaps = [after - t - 1 for t, after in itertools.pairwise([-1, *terms, len(z)])]
                 zeros = [nothing.expand(gap, -1) for gap in gaps]
                 scores = torch.cat([zeros[0], *itertools.chain(*zip(scores.split(1), zeros[1:], strict=True))])
             columns.append(scores)
         return torch.stack(columns, dim=1)
+
+
+def shown(here: Tensor) -> Tensor:
+    """The rows that a network is to be run on, (rows,), of those where `here`, bool (n,), is True.
+
+    On a CPU they are those rows. Elsewhere to know them would make the host wait for the device, and in a compiled step
+    it would change the shapes: there are always n rows, and one where `here` is False is another where it is True, each
+    of these in turn. So batch norm sees no others, in whatever way they are counted.
+    """
+    if not has_fixed_shapes(here.device):
+        return here.nonzero().squeeze(1)
+    there_first = (~here).byte().argsort(stable=True)
+    turn = ((~here).cumsum(0) - 1) % here.sum().clamp(min=1)
+    return torch.where(here, torch.arange(len(here), device=here.device), there_first[turn])
+
+
+def placed(values: Tensor, rows: Tensor, here: Tensor) -> Tensor:
+    """The values (rows, ...) of the rows that `shown` gave, at their places: (n, ...), zeros where `here` is False."""
+    if not has_fixed_shapes(here.device):
+        return values.new_zeros(len(here), *values.shape[1:]).index_copy(0, rows, values)
+    return torch.where(here.view(-1, *[1] * (values.dim() - 1)), values, 0.0)
+
+
+def has_fixed_shapes(device: torch.device) -> bool:
+    """Whether shapes may not depend on values: on a GPU, which is asked for nothing, and in a compiled step."""
+    return device.type != "cpu" or torch.compiler.is_compiling()
 
 
 @contextlib.contextmanager

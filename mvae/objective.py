@@ -56,6 +56,7 @@ class Objective(nn.Module):
 
     given: Tensor
     scored: Tensor
+    also: Tensor
     weights: Tensor
     keys: Tensor
 
@@ -89,7 +90,8 @@ class Objective(nn.Module):
         if len(set(self.names)) < len(self.names) or SUBSET in self.names:
             raise UsageError(f"the terms are given {', '.join(self.names)}: each needs a name unlike the others'")
         for field in ("given", "scored"):
-            self.register_buffer(field, self._mask(getattr(term, field) for term in self.terms), persistent=False)
+            self.register_buffer(field, self.mask(getattr(term, field) for term in self.terms), persistent=False)
+        self.register_buffer("also", self.mask([tuple(self.extra)]), persistent=False)
         λ = torch.tensor([float((weights or {}).get(name, 1.0)) for name in modalities])
         for name, weight in zip(modalities, λ.tolist(), strict=True):
             if not 0 <= weight < math.inf:
@@ -109,7 +111,8 @@ class Objective(nn.Module):
         in_order = self.model.modalities
         return Term(tuple(n for n in in_order if n in given), tuple(n for n in in_order if n in scored))
 
-    def _mask(self, subsets: Iterable[Sequence[str]]) -> Tensor:
+    def mask(self, subsets: Iterable[Sequence[str]]) -> Tensor:
+        """Which modalities are in which subset: bool (subsets, modalities)."""
         return torch.tensor([[name in subset for name in self.model.modalities] for subset in subsets])
 
     def _posteriors(
@@ -136,15 +139,23 @@ class Objective(nn.Module):
             present = given if given is None else torch.stack([given[pair] for pair in pairs]).view(1, *size)
             fused = self.model.fuse(some_mu, some_logvar, present)
             found.append([part.view(len(members), *mu.shape[1:]) for part in fused])
-        back = np.argsort([t for members in alike.values() for t in members]).tolist()
+        made = [t for members in alike.values() for t in members]
+        back = sorted(range(len(made)), key=made.__getitem__)
         mu, logvar = (_taken(torch.cat(parts), back) for parts in zip(*found, strict=True))
         return mu, logvar
+
+    def noise(self, n: int, n_subsets: int = 0) -> Tensor:
+        """Standard normal numbers for a batch of n examples, in the shape that `forward` takes."""
+        several = [self.iw_samples] if self.iw_samples > 1 else []
+        weight = next(self.model.parameters())
+        shape = [*several, len(self.terms) + n_subsets, n, self.model.n_latents]
+        return torch.randn(shape, dtype=weight.dtype, device=weight.device)
 
     def forward(
         self,
         batch: Batch,
         beta: Tensor | float = 1.0,
-        subsets: Sequence[Sequence[str]] = (),
+        subsets: Sequence[Sequence[str]] | Tensor = (),
         present: Mapping[str, Tensor] | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Totals]:
@@ -157,17 +168,21 @@ class Objective(nn.Module):
         Args:
             batch: tensors by modality, each (batch, *event); an absent example's row may hold any finite value.
             beta: the weight of the KL divergence.
-            subsets: the modalities that further terms are given and score (see `random_subsets`).
+            subsets: the modalities that further terms are given and score (see `random_subsets`). As a mask, bool
+                (subsets, modalities), any subsets have the same shapes.
             present: bool (batch,) by modality: which examples have it; a modality that isn't named is always there.
             noise: standard normal, (terms, batch, latents), and one more dimension (iw_samples, ...) before them if
                 there are several; drawn when None.
         """
         given, scored, terms = self.given, self.scored, self.terms
-        if subsets:
+        if isinstance(subsets, Tensor):
+            terms = terms + [Term(self.model.modalities, self.model.modalities)] * len(subsets)
+            given, scored = torch.cat([given, subsets]), torch.cat([scored, subsets | self.also])
+        elif subsets:
             more = [self._in_order(Term(tuple(subset), tuple(subset))) for subset in subsets]
             terms = terms + more
-            given = torch.cat([given, self._mask(t.given for t in more).to(given.device)])
-            scored = torch.cat([scored, self._mask(t.scored for t in more).to(given.device)])
+            given = torch.cat([given, self.mask(t.given for t in more).to(given.device)])
+            scored = torch.cat([scored, self.mask(t.scored for t in more).to(given.device)])
         # Two masks say all of it: which experts a term's posterior takes, and which log-probabilities it counts.
         given, scored, mask = given.unsqueeze(-1), scored.unsqueeze(-1), None
         n = len(next(iter(batch.values())))
@@ -175,6 +190,10 @@ class Objective(nn.Module):
         if lacking:
             raise UsageError(f"this batch lacks {', '.join(lacking)}; an example may lack a modality by `present`")
         here = self.model.which(batch, present)
+        # Each modality is encoded once for all terms.
+        mu, logvar = self.model.encode(batch, here)
+        if here is None and isinstance(subsets, Tensor):
+            here = torch.ones(len(mu), n, dtype=torch.bool, device=mu.device)
         if here is not None:  # an expert or a score counts for the examples that have the modality
             lost = (given & ~here).any(dim=1)
             given = given & here
@@ -183,11 +202,10 @@ class Objective(nn.Module):
             given, scored = given & fresh, scored & fresh
             mask = scored
 
-        # Each modality is encoded once for all terms.
-        mu, logvar = self._posteriors(terms, *self.model.encode(batch, here), None if here is None else given)
+        mu, logvar = self._posteriors(terms, mu, logvar, None if here is None else given)
         k = self.iw_samples
         if noise is None:
-            noise = torch.randn((k, *mu.shape) if k > 1 else mu.shape, dtype=mu.dtype, device=mu.device)
+            noise = self.noise(n, len(subsets))
         z = experts.draw(mu, logvar, noise).flatten(0, -3)  # (k * terms, batch, latents)
         # Each term decodes just what it scores; a modality's terms (and draws) go through its decoder together.
         mask = mask if mask is None else mask.repeat(k, 1, 1)

@@ -26,7 +26,7 @@ from .data import Data, consecutive_rows, seed_of
 from .errors import UsageError, UserError, is_out_of_memory
 from .estimators import listed
 from .metrics import Metric
-from .model import Batch, Precision, check_precision, running_in
+from .model import Batch, Precision, check_precision, has_fixed_shapes, running_in
 from .objective import Objective, random_subsets
 from .processes import Processes, signals
 from .run import Run
@@ -47,8 +47,7 @@ class Options:
     `out_dir` and `device` may be given as strings. The latest state is saved at the end of each epoch, when a signal
     asks the run to stop, and every `save_every` minutes.
 
-    Raises UsageError for a value that can't be, and if `compile` meets random subsets, as it needs the same terms at
-    every step, or a CPU without a C++ compiler.
+    Raises UsageError for a value that can't be, and if `compile` meets a CPU without a C++ compiler.
     """
 
     epochs: int
@@ -80,8 +79,6 @@ class Options:
                 raise UsageError(f"`{name}` is {getattr(self, name)!r}, and {wanted} is wanted") from None
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise UsageError(f"`device` is {self.device}, and there is no CUDA device that torch can use")
-        if self.compile and self.approx_m:
-            raise UsageError("`compile` needs the same terms at every step: it goes with `approx_m` 0")
         compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
         if self.compile and self.device.type == "cpu" and not shutil.which(compiler):
             remedy = "install one, name yours in the variable CXX, or go without `compile`"
@@ -103,7 +100,8 @@ def train_step(
     present: Mapping[str, Tensor] | None = None,
     *,
     beta: Tensor | float = 1.0,
-    subsets: Sequence[Sequence[str]] = (),
+    subsets: Sequence[Sequence[str]] | Tensor = (),
+    noise: Tensor | None = None,
     precision: Precision = "fp32",
     share: float = 1.0,
 ) -> Totals:
@@ -114,13 +112,13 @@ def train_step(
     Args:
         objective: an Objective, or one that is wrapped or compiled.
         optimizer: of its parameters, with zero gradients (as this function leaves them).
-        batch, present, beta, subsets: as `Objective.forward` takes them.
+        batch, present, beta, subsets, noise: as `Objective.forward` takes them.
         precision: "bf16" runs the networks in bfloat16, and all log-probabilities and sums in float32.
         share: of several processes, this one's examples divided by the mean number of all processes'.
     """
     # Encode each modality once, fuse the experts of every term, draw one z for each, decode what each term scores.
     with running_in(precision, _device_of(batch)):
-        loss, totals = objective(batch, beta, subsets, present)
+        loss, totals = objective(batch, beta, subsets, present, noise)
     # The gradient of the batch's mean. DistributedDataParallel averages it over the processes meanwhile.
     (loss * share).backward()
     # A loss that isn't finite must not reach the weights. On a GPU nobody looks: the look would make every step wait.
@@ -209,8 +207,10 @@ def fit(
             if run.epoch > options.epochs:
                 print(f"nothing is left to do: {options.out_dir} holds a run of {run.epoch - 1} epochs", flush=True)
         step_module: Callable[..., tuple[Tensor, Totals]] = objective
+        fixed = options.compile or has_fixed_shapes(options.device)
         if processes.world > 1:
-            step_module = DistributedDataParallel(objective, find_unused_parameters=train.present is not None)
+            unused = train.present is not None and not fixed
+            step_module = DistributedDataParallel(objective, find_unused_parameters=unused)
         if options.compile:
             step_module = torch.compile(step_module, mode="reduce-overhead" if options.device.type == "cuda" else None)
         beta_now = torch.zeros((), device=options.device)
@@ -236,11 +236,19 @@ def fit(
             rates, batch_size = run.begin_epoch()
             options = dataclasses.replace(options, batch_size=batch_size)
             batches = composed_rows(train, batch_size, options.pairs_per_batch, seed_of(options.seed, run.epoch))
+            subsets = [_subsets(objective, options, run.epoch, step) for step in range(len(batches))]
+            # As masks they have the same shapes at every step, and are on the device before the first.
+            masks = torch.stack([*map(objective.mask, subsets)]).to(options.device) if fixed and subsets[0] else None
             started = time.perf_counter() - run.seconds
             for rows in _bar(batches[run.step :], run, len(batches), options, processes.rank, caught.say):
+                # Of several processes each takes its examples' share of the noise that one alone would draw.
+                noise = None
+                if processes.world > 1:
+                    torch.manual_seed(seed_of(options.seed, run.epoch, run.step, 0))
+                    noise = objective.noise(len(rows), len(subsets[run.step]))
+                    noise = noise[..., processes.rank :: processes.world, :]
                 torch.manual_seed(seed_of(options.seed, run.epoch, run.step, processes.rank))
-                subset_rng = np.random.default_rng(seed_of(options.seed, run.epoch, run.step))
-                subsets = random_subsets(objective.model.modalities, options.approx_m, subset_rng)
+                more = subsets[run.step] if masks is None else masks[run.step]
                 mine = rows[processes.rank :: processes.world]
                 batch, present = train.batch(mine)
                 run.step += 1
@@ -252,7 +260,7 @@ def fit(
                 with _explained(objective, batch, present):
                     totals = train_step(
                         step_module, optimizer, batch, present,
-                        beta=beta_now, subsets=subsets, precision=options.precision,
+                        beta=beta_now, subsets=more, noise=noise, precision=options.precision,
                         share=len(mine) * processes.world / len(rows),
                     )  # fmt: skip
                 sums = totals.vector()
@@ -329,12 +337,12 @@ class _Watch:
     def __init__(self, run: Run):
         self.run = run
         self.first: Tensor | None = None
-        self.start = run.history[0]["train/loss"] if run.history else None
+        self.start: float | Tensor | None = run.history[0]["train/loss"] if run.history else None
 
     def look(self, sums: Tensor, *, raise_now: bool) -> None:
         """Remembers a step's sums unless an earlier step's were bad; those raise UserError if `raise_now`."""
         if self.first is None and self.start is None:
-            self.start = (sums[0] / sums[1]).item()
+            self.start = sums[0] / sums[1]
         self.first = sums if self.first is None else torch.where(self.first.isfinite().all(), sums, self.first)
         if raise_now and not self.first.isfinite().all():
             self.check_weights()
@@ -358,8 +366,9 @@ class _Watch:
 
         It is held against the loss of the run's first step, or after resuming that of its first epoch.
         """
-        if self.start is not None and loss > DIVERGED * max(abs(self.start), 100.0):
-            self._stop(f"the run diverges: validation loss {loss:.3g}", f", after {self.start:.3g} at its start")
+        start = math.inf if self.start is None else float(self.start)
+        if loss > DIVERGED * max(abs(start), 100.0):
+            self._stop(f"the run diverges: validation loss {loss:.3g}", f", after {start:.3g} at its start")
 
     def stop(self, what: list[str]) -> None:
         more = " and more" if len(what) > 4 else ""
@@ -387,6 +396,12 @@ def _explained(objective: Objective, batch: Batch, present: Mapping[str, Tensor]
             reason = str(error).splitlines()[0]
             raise UserError(f"torch can't compile the step on this machine: go without `compile` ({reason})") from error
         raise
+
+
+def _subsets(objective: Objective, options: Options, epoch: int, step: int) -> list[tuple[str, ...]]:
+    """The random subsets of a step."""
+    rng = np.random.default_rng(seed_of(options.seed, epoch, step))
+    return random_subsets(objective.model.modalities, options.approx_m, rng)
 
 
 def _device_of(batch: Batch) -> torch.device:

@@ -18,7 +18,7 @@ from celeba19.model import MVAE19, build_model
 from mvae import MVAE, Bernoulli, Objective, checkpoint, random_subsets
 from mvae.datasets.celeba import ATTRIBUTES
 
-from helpers import RunHere, assert_ended, assert_refused, environment, run_warm, stats
+from helpers import RunHere, assert_ended, environment, run_warm, stats
 
 ALL = ("image", *ATTRIBUTES)
 N, LATENTS = 5, 6
@@ -463,12 +463,6 @@ def test_reconstruct_attrs_scores_all_attributes_in_every_term(trained: Path) ->
         beginning = f"train/{term}/log_prob/"
         scored = {name.removeprefix(beginning) for name in record if name.startswith(beginning)}
         assert scored == {term, *ATTRIBUTES}
-
-
-def test_subsets_and_compiling_exclude_each_other(run_here: RunHere, tmp_path: Path) -> None:
-    done = run_here("celeba19/train.py", "--approx-m", 1, "--compile", "--out-dir", "new")
-    assert_refused(done, 2, "--compile", "--approx-m 0")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_approx_m_is_one_unless_it_is_told(run_here: RunHere) -> None:
