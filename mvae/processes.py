@@ -1,5 +1,6 @@
 """The processes of one run, as torchrun starts them, and the signals that ask them to stop."""
 
+import atexit
 import dataclasses
 import itertools
 import os
@@ -40,7 +41,10 @@ class Processes:
 
     @classmethod
     def join(cls, device: torch.device) -> "Processes":
-        """Joins the group that torchrun's variables name. Raises UsageError if they don't name one."""
+        """Joins the group that torchrun's variables name. Raises UsageError if they don't name one.
+
+        Runs of a process one after the other share its group: to found another one would wait for what is gone.
+        """
         found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
         if (found.get("WORLD_SIZE", "1"), found.get("RANK", "0")) == ("1", "0"):
             return cls(0, 1)
@@ -57,8 +61,10 @@ class Processes:
             )
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        with _named_if_lost():
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        if not distributed.is_initialized():
+            with _named_if_lost():
+                distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            atexit.register(distributed.destroy_process_group)
         launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         return cls(distributed.get_rank(), distributed.get_world_size(), launcher)
 
@@ -68,13 +74,12 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Leaves the group at the end. Raises UserError in place of what torch raises where another process is gone."""
+        """Raises UserError in place of what torch raises where another process is gone."""
         if self.world == 1:
             yield
             return
         with _named_if_lost():
             yield
-        distributed.destroy_process_group()
 
     def sum(self, sums: Tensor) -> Tensor:
         """The sums of all processes."""

@@ -272,6 +272,7 @@ def fit_as(
     normed: bool,
     present: dict[str, Tensor] | None,
     seeds: tuple[int, int],
+    stages: int,
     options: dict[str, Any],
 ) -> None:
     """Fits the small model to n examples as one of `world` processes; saves what this one has seen, drawn and made.
@@ -299,6 +300,8 @@ def fit_as(
     model.likelihood("image").decoder.register_forward_hook(
         lambda module, inputs, output: scored.append(len(output)) if module.training else None
     )
+    for stage in range(1, stages):
+        fit_small(folder / f"stage {stage}" / str(rank), batch_size=4, epochs=1)
     try:
         records = fit_small(
             folder / ("run" if rank == 0 else f"disk {rank}"),
@@ -333,6 +336,7 @@ def fit_in(
     normed: bool = False,
     present: dict[str, Tensor] | None = None,
     seeds: tuple[int, int] = (0, 0),
+    stages: int = 1,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """What processes that fit the small model together have seen, drawn and made."""
@@ -341,7 +345,7 @@ def fit_in(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = range(n_processes)
-    arguments = (n_processes, port, folder, stop, n, normed, present, seeds, options)
+    arguments = (n_processes, port, folder, stop, n, normed, present, seeds, stages, options)
     processes = [FORKED.Process(target=fit_as, args=(rank, *arguments)) for rank in ranks]
     for process in processes:
         process.start()
@@ -451,6 +455,11 @@ def test_two_processes_train_on_examples_that_lack_modalities(tmp_path: Path) ->
 def test_two_processes_need_an_example_each(tmp_path: Path) -> None:
     for process in fit_in(2, tmp_path, batch_size=1):
         assert "`batch_size` is to give each process 1 examples or more" in process["refused"]
+
+
+def test_two_processes_may_make_one_run_after_the_other(two: Two, tmp_path: Path) -> None:
+    fit_in(2, tmp_path, stages=2, approx_m=1)
+    assert_same_run(tmp_path / "run", two.folder / "run", "small")
 
 
 def test_two_processes_that_are_asked_for_different_runs_are_refused(tmp_path: Path) -> None:
