@@ -184,9 +184,9 @@ def test_home_is_found_in_a_condition(tmp_path: Path, monkeypatch: pytest.Monkey
     assert Picture("L", 28).values("~/picture.png") == [tmp_path / "picture.png"]
 
 
-@pytest.mark.parametrize("text", ["", "~nobody-is-called-so/x"])
+@pytest.mark.parametrize("text", ["", "~nobody-is-called-so/x", "a\udcff"])
 def test_path_to_nothing_is_refused(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match=r"names no file|no such home"):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"names no file|no such home|not UTF-8"):
         flags.path(text)
 
 

@@ -624,11 +624,15 @@ def progress(items: Iterable[T], total: int | None = None) -> Iterable[T]:
 def path(text: str) -> Path:
     """A file or a folder; ~ is the user's home."""
     try:
-        if text:
-            return Path(text).expanduser()
+        text.encode()
+        found = Path(text).expanduser()
+    except UnicodeEncodeError:  # torch and TensorBoard don't take such names
+        raise argparse.ArgumentTypeError(f"the name {text!r} is not UTF-8") from None
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text!r}: there is no such home") from None
-    raise argparse.ArgumentTypeError("'' names no file or folder")
+    if not text:
+        raise argparse.ArgumentTypeError("'' names no file or folder")
+    return found
 
 
 def output(text: str) -> Path:
