@@ -360,15 +360,33 @@ def _read(canvas_dir: Path) -> dict[str, Any]:
 
     path = canvas_dir / FILE
     try:
-        content = torch.load(path, weights_only=True)
-        sound = content["digest"] == _digest(content)
+        file = open(path, "rb")  # noqa: SIM115 (what is wrong with its content is another error)
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror or error}") from None
-    except Exception:  # torch.load fails in many ways on a damaged file; each means the same to the user
-        sound = False
+    with file:
+        try:
+            content = torch.load(file, weights_only=True)
+            sound = content["digest"] == _digest(content) and _fits(content)
+        except Exception:  # torch.load fails in many ways on a damaged file; each means the same to the user
+            sound = False
     if not sound:
-        raise UserError(f"{path} is damaged (its digest is wrong): delete it to have it made again")
+        remedy = (
+            "`python datasets.py`, with the flags that it was made with, makes it anew; delete it for the default set"
+        )
+        raise UserError(f"{path} is damaged: {remedy}")
     return content
+
+
+def _fits(content: Mapping[str, Any]) -> bool:
+    """Whether the canvases and texts are as many as the recipe says, and of the right types and shapes."""
+    import torch
+
+    recipe = Recipe.of(content["recipe"])
+    return all(
+        (x.dtype, x.shape) == (torch.uint8, (n, *event))
+        for part, n in (("train", recipe.train), ("test", recipe.test))
+        for x, event in ((content[f"{part}_image"], (CANVAS, CANVAS)), (content[f"{part}_text"], (LENGTH,)))
+    )
 
 
 def _data(canvas_dir: Path, part: str) -> "Data":

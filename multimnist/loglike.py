@@ -61,8 +61,10 @@ def main() -> None:
     right = (read_texts(model, examples) == texts).double()
     measures = {
         "accuracy of the text read off the image, whole strings": right.prod(dim=1),
-        "accuracy of the text read off the image, per digit": right[texts != datasets.FILL],
     }
+    digits = texts != datasets.FILL
+    if digits.any():
+        measures["accuracy of the text read off the image, per digit"] = right[digits]
     report(found, measures, args, trained)
 
 

@@ -215,8 +215,39 @@ def test_a_damaged_file_is_refused(digits_dir: Path, tmp_path: Path, where: str)
     else:
         del content[-100:]
     path.write_bytes(content)
+    with pytest.raises(UserError, match=r"canvases.pt is damaged: `python datasets.py`.* makes it anew"):
+        datasets.prepare(digits_dir, tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"recipe": {}}, {"train_text": torch.zeros(2, 4)}, {"test_image": torch.zeros(1)}])
+def test_a_file_of_other_canvases_than_it_says_is_refused(
+    digits_dir: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    datasets.make(digits_dir, tmp_path, Recipe(**SMALL))
+    content = torch.load(tmp_path / datasets.FILE) | change
+    torch.save({**content, "digest": datasets._digest(content)}, tmp_path / datasets.FILE)
     with pytest.raises(UserError, match=r"canvases.pt is damaged"):
         datasets.prepare(digits_dir, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no canvases", b"\x80\x02."])
+def test_a_file_that_is_none_is_refused(digits_dir: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / datasets.FILE).write_bytes(content)
+    with pytest.raises(UserError, match=r"canvases.pt is damaged: `python datasets.py`.* makes it anew"):
+        datasets.prepare(digits_dir, tmp_path)
+
+
+def test_set_without_a_digit_has_no_accuracy_per_digit(digits_dir: Path, tmp_path: Path) -> None:
+    recipe = Recipe(**SMALL, max_digits=0)
+    datasets.make(digits_dir, tmp_path, recipe)
+    settings = {"canvases": dataclasses.asdict(recipe), "n_val": 5}
+    content = {"model": networks.build_model(4).state_dict(), "n_latents": 4, "settings": settings}
+    checkpoint.save(tmp_path / "model.pth.tar", "multimnist", content)
+    arguments = ["--canvas-dir", tmp_path, "--limit", 5, "--n-samples", 2, "--json", tmp_path / "numbers.json"]
+    done = run_warm("multimnist/loglike.py", tmp_path / "model.pth.tar", *arguments, cwd=tmp_path)
+    assert_ended(done)
+    assert "per digit" not in done.stdout
+    assert "nan" not in (done.stdout + (tmp_path / "numbers.json").read_text()).lower()
 
 
 def test_runs_that_make_it_at_once_leave_one_whole_file(digits_dir: Path, tmp_path: Path) -> None:
