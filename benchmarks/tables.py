@@ -1,12 +1,14 @@
 """Make the tables in the READMEs and docs/ from results/*.json.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; this command rewrites it. NAME is summary, an
-experiment (mnist, fashionmnist, multimnist, celeba, celeba19, vision), speed, memory, batch_norm, ablation,
-long, or weak_ and an experiment. The files:
+experiment (mnist, fashionmnist, multimnist, celeba, celeba19, vision), speed, memory, loglike, growth, batch_norm,
+ablation, long, or weak_ and an experiment. The files:
 
     results/EXPERIMENT-RECIPE-SEED.json             what loglike.py --json wrote; several seeds of a recipe are averaged
     results/coherence-EXPERIMENT-RECIPE-SEED.json   what benchmarks/coherence.py --json wrote of the same model
     results/step-*.json                             what benchmarks/step.py --json wrote
+    results/loglike-*.json                          what benchmarks/loglike.py --json wrote
+    results/growth.json                             what benchmarks/growth.py --json wrote
     results/batch_norm/*.json                       what benchmarks/batch_norm.py wrote
     results/{ablation,long}/*                       what benchmarks/recipes.py left
     results/weak/*.json                             what benchmarks/weak_supervision.py wrote
@@ -428,6 +430,45 @@ def _quartiles(values: Sequence[float], digits: str) -> str:
     return f"{middle:{digits}} ({low:{digits}} to {high:{digits}})"
 
 
+def loglike(root: Path, document: Path) -> str:
+    """A row for each other way to estimate log-likelihoods, and a line on bfloat16."""
+    files = [read(path) for path in sorted(root.glob("results/loglike-*.json"))]
+    if not files:
+        return NOTHING
+    ways = [name for name in files[0]["ratios"] if name != "ours"]
+    rows = [[file["experiment"], *(_quartiles(file["ratios"][way], ".2f") for way in ways)] for file in files]
+    about = [
+        "*Each way's time of the processor divided by that of loglike.py: median (lower to upper quartile) of turns."
+    ]
+    for file in files:
+        for row in file.get("bf16 less fp32", []):
+            if row["quantity"] in ("log p(image)", "log p(image, text)") and row["proposal"] == "q(z | image)":
+                found = f"{row['mean']:.4f} ± {row['standard_error']:.4f}"
+                moved = f"{file['experiment']}: bfloat16 moves {row['quantity']} of a trained model by {found} nats"
+                about.append(f"{moved}, a mean over {row['n_examples']} examples.")
+    commands = "```\n" + "\n".join(file["command"] for file in files) + "\n```"
+    return "\n\n".join([table(["", *(f"{way} / ours" for way in ways)], rows), f"{' '.join(about)}*", commands])
+
+
+def growth(root: Path, document: Path) -> str:
+    """A row for each size of a step that grows: how steeply time and memory do, beside the arithmetic."""
+    path = root / "results" / "growth.json"
+    if not path.exists():
+        return NOTHING
+    content = read(path)
+    rows = []
+    for name, found in content["growth"].items():
+        values = [row["value"] for row in found["rows"]]
+        slopes = [f"{found['slopes'][column]:.2f}" for column in ("ms", "flops", "held_bytes", "numbers")]
+        rows.append([name, f"{values[0]} to {values[-1]}", *slopes])
+    columns = ["what grows", "values", "time", "of the arithmetic", "memory", "of the numbers to be made"]
+    about = (
+        "*Slopes of the logarithm of a step's time and of what it keeps for its backward pass, over the larger half of "
+        "the values: 1 is as steep as what grows. Beside each, that of the multiplications and of the numbers.*"
+    )
+    return "\n\n".join([table(columns, rows), about, f"```\n{content['command']}\n```"])
+
+
 def batch_norm(root: Path, document: Path) -> str:
     """A row for each experiment and objective: batch norm's joint statistics against those of each term."""
     files = [read(path) for path in sorted(root.glob("results/batch_norm/*.json"))]
@@ -478,6 +519,8 @@ TABLES: dict[str, Callable[[Path, Path], str]] = {
     **{name: of_experiment(name) for name in EXPERIMENTS},
     "speed": speed,
     "memory": memory,
+    "loglike": loglike,
+    "growth": growth,
     "batch_norm": batch_norm,
     **{name: paired(name) for name in GRIDS},
     **{f"weak_{name}": weak(name) for name in ("mnist", "fashionmnist", "multimnist", "celeba")},

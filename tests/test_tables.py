@@ -10,7 +10,19 @@ import pytest
 
 from helpers import ROOT, assert_ended, assert_refused, run
 
-NAMES = ("summary", "mnist", "celeba19", "vision", "speed", "memory", "batch_norm", "weak_mnist", "ablation")
+NAMES = (
+    "summary",
+    "mnist",
+    "celeba19",
+    "vision",
+    "speed",
+    "memory",
+    "loglike",
+    "growth",
+    "batch_norm",
+    "weak_mnist",
+    "ablation",
+)
 TRAINED = {"validation_loss": 200.0, "training_seconds": 1500.0}
 IMAGE, BOTH, LABEL = "q(z | image)", "q(z | image, text)", "accuracy of the label predicted from the image"
 
@@ -83,6 +95,13 @@ def root(tmp_path: Path) -> Path:
     machine = {"command": "python benchmarks/step.py", "processor": "Xeon", "gpu": None, "torch": "2.14"}
     waited = {"experiment": "mnist", "device": "cpu", "threads": 1, "minutes": [2.25, 2.5, 2.75]}
     write(results / "step-mnist.json", {**machine, "steps": [timed], "memory": [memory], "loglike": [waited]})
+    ratios = {"ours": [1.0, 1.0, 1.0], "each by itself": [2.0, 2.25, 2.5]}
+    moved = {"quantity": "log p(image)", "proposal": IMAGE, "mean": -0.25, "standard_error": 0.125, "n_examples": 7}
+    shared = {"command": "python benchmarks/loglike.py mnist", "experiment": "mnist", "ratios": ratios}
+    write(results / "loglike-mnist.json", {**shared, "bf16 less fp32": [moved]})
+    slopes = {"ms": 0.75, "flops": 0.8125, "held_bytes": 1.0, "numbers": 1.0}
+    grown = {"latents": {"rows": [{"value": 16}, {"value": 512}], "slopes": slopes}}
+    write(results / "growth.json", {"command": "python benchmarks/growth.py", "growth": grown})
     for seed, (joint_loss, term_loss) in enumerate([(100.0, 110.0), (101.0, 113.0)]):
         for statistics, loss in (("joint", joint_loss), ("term", term_loss)):
             found = {"seed": seed, "experiment": "celeba", "reconstruct": "attrs", "statistics": statistics}
@@ -135,6 +154,8 @@ def test_a_changed_digit_is_found(root: Path) -> None:
     [
         ("mnist-fast-1.json", "-90.75", "-90.85", "summary"),
         ("celeba19-fast-0.json", "accuracy of Male", "accuracy of Bald", "celeba19"),
+        ("loglike-mnist.json", "[2.0, 2.25, 2.5]", "[2.0, 2.35, 2.5]", "loglike"),
+        ("growth.json", "0.75", "0.85", "growth"),
         ("step-mnist.json", "[1.9, 2.0, 2.1]", "[1.9, 2.05, 2.1]", "speed"),
         ("batch_norm/celeba-attrs-term-1.json", "113.0", "114.0", "batch_norm"),
         ("ablation/mnist-iw-2-1.csv", "-89", "-88", "ablation"),
@@ -189,6 +210,12 @@ def test_celeba19s_attributes_have_one_name_and_a_table(root: Path) -> None:
     rows = rows_of(root, "celeba19")
     assert ["log p(image, attrs)", "q(z | image, attrs)", "-6350.00 ± 0.25", ""] in rows
     assert ["Male", "87.5 ± 0.1 %", "87.5 ± 0.1 %"] in rows
+
+
+def test_ratios_and_slopes_are_those_of_their_files(root: Path) -> None:
+    assert rows_of(root, "loglike")[2] == ["mnist", "2.25 (2.00 to 2.50)"]
+    assert "moves log p(image) of a trained model by -0.2500 ± 0.1250 nats, a mean" in (root / "README.md").read_text()
+    assert rows_of(root, "growth")[2] == ["latents", "16 to 512", "0.75", "0.81", "1.00", "1.00"]
 
 
 def test_batch_norms_difference_is_paired(root: Path) -> None:
