@@ -241,7 +241,8 @@ def fit(
             masks = torch.stack([*map(objective.mask, subsets)]).to(options.device) if fixed and subsets[0] else None
             started = time.perf_counter() - run.seconds
             for rows in _bar(batches[run.step :], run, len(batches), options, processes.rank, caught.say):
-                # Of several processes each takes its examples' share of the noise that one alone would draw.
+                # Of several processes each takes its examples' share of the noise that one alone would draw. What else
+                # a step draws, pixels and dropout, is each one's own.
                 noise = None
                 if processes.world > 1:
                     torch.manual_seed(seed_of(options.seed, run.epoch, run.step, 0))
