@@ -353,7 +353,6 @@ STATE_OF_A_WEIGHT = ("optimizer", "state", 0)
         (("sums",), torch.Tensor.float),
         (("sums",), lambda sums: sums / 0),
     ],
-    ids=str,
 )
 def test_state_that_is_not_whole_is_refused(
     stopped: Path, tmp_path: Path, path: tuple[Any, ...], change: Callable[[Any], Any] | None

@@ -211,7 +211,6 @@ def written(image: Image.Image, kind: str, **options: Any) -> io.BytesIO:
         (written(Image.fromarray(GREY).convert("RGB").convert("CMYK"), "TIFF"), GREY),
         (written(Image.fromarray(GREY).convert("RGB"), "BMP"), GREY),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_every_mode_and_depth_gives_the_right_eight_bits(
