@@ -44,7 +44,7 @@ def save(path: Path, experiment: str, content: dict[str, Any]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def load(path: Path, experiment: str) -> dict[str, Any]:
+def load(path: Path | str, experiment: str) -> dict[str, Any]:
     """Reads what `save` wrote, onto the CPU.
 
     Raises UserError, naming the file, if it is absent, truncated or damaged, holds anything but tensors and plain
@@ -52,6 +52,7 @@ def load(path: Path, experiment: str) -> dict[str, Any]:
     """
     import zipfile  # not before it is needed: that takes a while
 
+    path = Path(path)
     try:
         size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
@@ -198,7 +199,7 @@ def _after_a_step(optimizer: torch.optim.Optimizer) -> dict[int, Any] | None:
 
 
 def load_model(
-    path: Path, experiment: str, build: Callable[[int], MVAE], device: torch.device
+    path: Path | str, experiment: str, build: Callable[[int], MVAE], device: torch.device
 ) -> tuple[MVAE, dict[str, Any]]:
     """Rebuilds the model from its file: `build(n_latents)` with the saved weights, in evaluation mode on `device`.
 

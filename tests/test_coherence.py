@@ -129,4 +129,4 @@ def test_the_command_writes_what_it_prints_and_keeps_its_classifier(
 def test_another_experiments_checkpoint_is_refused(trained: Trained, tmp_path: Path) -> None:
     model = trained.out_dir / "model_best.pth.tar"
     done = run("benchmarks/coherence.py", "fashionmnist", "--model", model, cwd=tmp_path, env=environment())
-    assert_refused(done, 1, "a checkpoint of mnist, not of fashionmnist")
+    assert_refused(done, 1, "a checkpoint of 'mnist', not of 'fashionmnist'")

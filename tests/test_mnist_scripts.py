@@ -332,7 +332,8 @@ def test_loglike_writes_every_quantity_under_every_proposal(
         assert {(quantity, "q(z | image)"), (quantity, "q(z | image, text)")} <= found
     assert ("log p(text)", "p(z)") in found
     for row in numbers["log_likelihood"]:
-        assert set(row) == {"quantity", "proposal", "mean", "standard_error", "log_weight_variance"}
+        assert set(row) == {"quantity", "proposal", "n_examples", "mean", "standard_error", "log_weight_variance"}
+        assert row["n_examples"] == 60
         assert row["mean"] < 0 < row["standard_error"]
         assert row["log_weight_variance"] > 0
     (accuracy,) = numbers["measures"].values()
@@ -540,7 +541,7 @@ def test_threads_are_in_the_checkpoint(trained: Trained) -> None:
 PEAK = """
 import contextlib, io, resource, runpy, sys, torch
 torch.empty(32 * 2**20 - 2**16, dtype=torch.uint8)  # as loading a large set does: from now on glibc keeps freed blocks
-with contextlib.redirect_stdout(io.StringIO()):
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
     runpy.run_path(sys.argv[0], run_name="__main__")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
