@@ -99,7 +99,7 @@ def test_run_that_a_signal_stopped_is_resumed_bit_for_bit(
 
 
 def test_run_killed_at_random_moments_goes_on_to_be_the_straight_run(digits_dir: Path, tmp_path: Path) -> None:
-    """The processes are forked from one that has imported torch, so that 24 of them start in a moment each."""
+    """The processes are forked from one that has imported torch, so that 12 of them start in a moment each."""
     log, killed = tmp_path / "log", tmp_path / "killed"
     flags = ["--data-dir", digits_dir, "--n-val", "100", "--limit", "100", "--batch-size", "50", "--resume"]
 
@@ -129,7 +129,7 @@ def test_run_killed_at_random_moments_goes_on_to_be_the_straight_run(digits_dir:
     kill(process)
 
     epoch, rng = 0, np.random.default_rng(0)
-    for _ in range(24):
+    for _ in range(12):
         saved = checkpoint.load(killed / checkpoint.LATEST, "mnist")
         checkpoint.load(killed / checkpoint.BEST, "mnist")
         assert saved["epoch"] >= epoch
