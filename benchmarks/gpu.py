@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import Setting, our_step
+from step import Setting, our_step, seconds_of, synchronize
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
@@ -139,21 +139,10 @@ def scripts(device: str, quick: bool) -> dict[str, Any]:
         return {"resumed less straight": dict(zip(asked(quick), found, strict=True))}
 
 
-def seconds_of(step: Callable[[], object], device: str, n: int) -> float:
-    """Seconds of a call, a mean over n of them, the device's work included."""
-    for _ in range(min(n, 5)):
-        step()
-    synchronize(device)
-    started = time.perf_counter()
-    for _ in range(n):
-        step()
-    synchronize(device)
-    return (time.perf_counter() - started) / n
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def warm_seconds(step: Callable[[], object], device: str, n: int) -> float:
+    """Seconds of a call, a mean over n of them, after some that aren't counted."""
+    seconds_of(step, min(n, 5), torch.device(device))
+    return seconds_of(step, n, torch.device(device))
 
 
 def rates(device: str, quick: bool) -> dict[str, float]:
@@ -162,9 +151,9 @@ def rates(device: str, quick: bool) -> dict[str, float]:
     found: dict[str, float] = {}
     for precision, dtype in zip(PRECISIONS, (torch.float32, torch.bfloat16), strict=True):
         a = torch.randn(n, n, device=device).to(dtype)
-        found[precision] = 2 * n**3 / seconds_of(functools.partial(torch.mm, a, a), device, 5)
+        found[precision] = 2 * n**3 / warm_seconds(functools.partial(torch.mm, a, a), device, 5)
     x = torch.empty(n * n, device=device)
-    found["bytes"] = 2 * x.nbytes / seconds_of(lambda: x.clone(), device, 5)
+    found["bytes"] = 2 * x.nbytes / warm_seconds(lambda: x.clone(), device, 5)
     return found
 
 
@@ -179,7 +168,7 @@ def steps(device: str, quick: bool) -> dict[str, Any]:
                 if compiled and quick:
                     continue
                 step = our_step(name, data, Setting(torch.device(device), 1, precision, compiled))
-                took = seconds_of(step, device, 2 if quick else 100)
+                took = warm_seconds(step, device, 2 if quick else 100)
                 row[f"{kind}_ms"], row[f"{kind}_busy"] = 1e3 * took, busy(step, device, took, 2 if quick else 10)
                 if not compiled:
                     with FlopCounterMode(display=False) as counter:
@@ -201,7 +190,7 @@ def busy(step: Callable[[], object], device: str, took: float, n: int) -> float 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(n):
             step()
-        synchronize(device)
+        synchronize(torch.device(device))
     kernels = sum(event.self_device_time_total for event in found.key_averages())
     return 1e-6 * kernels / n / took
 

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from speed_tables import step_files
 from weak_tables import METHODS, found
 
 from mvae.errors import UserError
 from mvae.files import write_atomically
 from mvae.scripts import flags
 
-from tables import EXPERIMENTS, HERE, Average, measures, runs, step_files
+from tables import EXPERIMENTS, HERE, Average, measures, runs
 
 try:
     import matplotlib
@@ -210,7 +211,9 @@ def speed(root: Path) -> Figure | None:
 
 def weak(root: Path) -> Figure | None:
     """A panel for each experiment and measure: right labels against the number of pairs, a line for each method."""
-    panels = [(one, name, by) for one in EXPERIMENTS for name, by in found(root, one).items() if "weak" in by]
+    panels = [
+        (one, name, by) for one in EXPERIMENTS for name, by in found(root, one).items() if len(by.get("weak", ())) > 1
+    ]
     if not panels:
         return None
     columns = min(len(panels), 2)

@@ -239,7 +239,7 @@ def _time(name: str, data: Data, setting: Setting, seconds: float) -> dict[str, 
         "data": lambda: data.batch(next(rows)[1]),
     }
     times = _in_turns(steps, seconds, setting.device)
-    shuffling = min(_seconds(lambda: permuted_rows(data, batch_size, 0), 1, setting.device) for _ in range(3))
+    shuffling = min(seconds_of(lambda: permuted_rows(data, batch_size, 0), 1, setting.device) for _ in range(3))
     fetching = float(np.median(times["data"])) + shuffling / (len(data) // batch_size)
     return {"times": times, "data_share": fetching / float(np.median(times["ours"]))}
 
@@ -247,30 +247,30 @@ def _time(name: str, data: Data, setting: Setting, seconds: float) -> dict[str, 
 def _in_turns(steps: Mapping[str, Callable], seconds: float, device: torch.device) -> dict[str, list[float]]:
     """Seconds per call of each step in every round; a round runs a block of each, in an order that turns about."""
     for step in steps.values():
-        _seconds(step, 3, device)
-    slowest = max(_seconds(step, 1, device) for step in steps.values())
+        seconds_of(step, 3, device)
+    slowest = max(seconds_of(step, 1, device) for step in steps.values())
     n = max(1, round(BLOCK_SECONDS / slowest))
     times: dict[str, list[float]] = {name: [] for name in steps}
     started = time.perf_counter()
     order = list(steps)
     while time.perf_counter() - started < seconds or len(times[order[0]]) < 5:
         for name in order:
-            times[name].append(_seconds(steps[name], n, device))
+            times[name].append(seconds_of(steps[name], n, device))
         order.reverse()
     return times
 
 
-def _seconds(step: Callable[[], Any], n: int, device: torch.device) -> float:
+def seconds_of(step: Callable[[], Any], n: int, device: torch.device) -> float:
     """Seconds per call of n calls in a row, the device's work included."""
-    _synchronize(device)
+    synchronize(device)
     started = time.perf_counter()
     for _ in range(n):
         step()
-    _synchronize(device)
+    synchronize(device)
     return (time.perf_counter() - started) / n
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -406,8 +406,8 @@ def _time_loglike(name: str, device: torch.device) -> list[float]:
     def run() -> None:
         evaluate(model, data, quantities=experiment.quantities, predictions=experiment.predictions, n_samples=1000)
 
-    _seconds(run, 1, device)
-    return [_seconds(run, 1, device) for _ in range(5)]
+    seconds_of(run, 1, device)
+    return [seconds_of(run, 1, device) for _ in range(5)]
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 from markdown import NOTHING, over_seeds, read, table
 from paired_tables import paired
 from recipes import GRIDS
+from speed_tables import growth, loglike, memory, speed
 from weak_tables import weak
 
 from mvae.errors import UserError
@@ -349,124 +350,6 @@ def about_recipe(recipe: str, some: Sequence[Run]) -> str:
         about.insert(3, f"the classifier reads {100 * also['classifier']['mean']:.1f} % of held-out pictures right")
     listed = "\n".join(dict.fromkeys(command for command in commands if command))
     return f"*`{recipe}`: {'; '.join(about)}.*\n\n```\n{listed}\n```"
-
-
-def step_files(root: Path) -> list[dict[str, Any]]:
-    return [read(path) for path in sorted(root.glob("results/step-*.json"))]
-
-
-def speed(root: Path, document: Path) -> str:
-    """A row for each timing of a step."""
-    files = step_files(root)
-    timed = [(file, step) for file in files for step in file["steps"]]
-    if not timed:
-        return NOTHING
-    timed.sort(key=lambda pair: (pair[1]["device"], list(EXPERIMENTS).index(pair[1]["experiment"])))
-    rows = [
-        [
-            step["experiment"],
-            str(step["batch_size"]),
-            _device(file, step, files),
-            step["precision"],
-            "yes" if step["compiled"] else "no",
-            *(_quartiles(step[name], ".1f") for name in ("plain_ms", "ours_ms")),
-            *(_quartiles(step[name], ".2f") for name in ("plain / ours", "given only / ours")),
-            f"{100 * step['data_share']:.1f} %",
-        ]
-        for file, step in timed
-    ]
-    columns = ["", "examples", "device", "precision", "compiled", "plain, ms", "ours, ms", "plain / ours"]
-    columns += ["given only / ours", "share of the batch"]
-    about = "*Milliseconds a step: median (lower to upper quartile) of blocks that take turns in one process."
-    return "\n\n".join([table(columns, rows), f"{about} {_machines(files)}*", _commands(files)])
-
-
-def memory(root: Path, document: Path) -> str:
-    """A row for each experiment: peak memory of a step, and the time that loglike.py takes."""
-    files = step_files(root)
-    rows = []
-    for file in files:
-        minutes = {(row["experiment"], row["device"]): row["minutes"] for row in file["loglike"]}
-        for row in file["memory"]:
-            cells = []
-            for kind in ("plain", "ours", "ours, compiled"):
-                found = row.get(kind)
-                before = f" ({found['before_mib']:.0f})" if found and "before_mib" in found else ""
-                cells.append(f"{found['peak_mib']:.0f}{before}" if found else "–")
-            key = (row["experiment"], row["device"])
-            device = _device(file, {"device": row["device"], "threads": 1}, files)
-            cells.append(_quartiles(minutes[key], ".1f") if key in minutes else "–")
-            rows.append([row["experiment"], device, row["precision"], *cells])
-    if not rows:
-        return NOTHING
-    rows.sort(key=lambda row: list(EXPERIMENTS).index(row[0]))
-    columns = ["", "device", "precision", "plain, MiB", "ours, MiB", "ours compiled, MiB", "loglike.py, minutes"]
-    about = (
-        "*Peak memory of a process that takes 10 steps; in brackets, Python and torch alone. loglike.py on 1,000 "
-        "examples with 1,000 importance samples, extrapolated from 10; median (lower to upper quartile)."
-    )
-    return "\n\n".join([table(columns, rows), f"{about} {_machines(files)}*", _commands(files)])
-
-
-def _device(file: Mapping[str, Any], step: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> str:
-    """Where a step ran; with the processor's name, if not all files are of one."""
-    if step["device"] != "cpu":
-        return file["gpu"]
-    several = len({one["processor"] for one in files}) > 1
-    threads = f"{step['threads']} thread{'s' * (step['threads'] > 1)}"
-    return f"{file['processor'] if several else 'CPU'}, {threads}"
-
-
-def _machines(files: Sequence[Mapping[str, Any]]) -> str:
-    return " ".join(dict.fromkeys(f"{file['processor']}, torch {file['torch']}." for file in files))
-
-
-def _commands(files: Sequence[Mapping[str, Any]]) -> str:
-    return "```\n" + "\n".join(dict.fromkeys(file["command"] for file in files)) + "\n```"
-
-
-def _quartiles(values: Sequence[float], digits: str) -> str:
-    low, middle, high = values
-    return f"{middle:{digits}} ({low:{digits}} to {high:{digits}})"
-
-
-def loglike(root: Path, document: Path) -> str:
-    """A row for each other way to estimate log-likelihoods, and a line on bfloat16."""
-    files = [read(path) for path in sorted(root.glob("results/loglike-*.json"))]
-    if not files:
-        return NOTHING
-    ways = [name for name in files[0]["ratios"] if name != "ours"]
-    rows = [[file["experiment"], *(_quartiles(file["ratios"][way], ".2f") for way in ways)] for file in files]
-    about = [
-        "*Each way's time of the processor divided by that of loglike.py: median (lower to upper quartile) of turns."
-    ]
-    for file in files:
-        for row in file.get("bf16 less fp32", []):
-            if row["quantity"] in ("log p(image)", "log p(image, text)") and row["proposal"] == "q(z | image)":
-                found = f"{row['mean']:.4f} ± {row['standard_error']:.4f}"
-                moved = f"{file['experiment']}: bfloat16 moves {row['quantity']} of a trained model by {found} nats"
-                about.append(f"{moved}, a mean over {row['n_examples']} examples.")
-    commands = "```\n" + "\n".join(file["command"] for file in files) + "\n```"
-    return "\n\n".join([table(["", *(f"{way} / ours" for way in ways)], rows), f"{' '.join(about)}*", commands])
-
-
-def growth(root: Path, document: Path) -> str:
-    """A row for each size of a step that grows: how steeply time and memory do, beside the arithmetic."""
-    path = root / "results" / "growth.json"
-    if not path.exists():
-        return NOTHING
-    content = read(path)
-    rows = []
-    for name, found in content["growth"].items():
-        values = [row["value"] for row in found["rows"]]
-        slopes = [f"{found['slopes'][column]:.2f}" for column in ("ms", "flops", "held_bytes", "numbers")]
-        rows.append([name, f"{values[0]} to {values[-1]}", *slopes])
-    columns = ["what grows", "values", "time", "of the arithmetic", "memory", "of the numbers to be made"]
-    about = (
-        "*Slopes of the logarithm of a step's time and of what it keeps for its backward pass, over the larger half of "
-        "the values: 1 is as steep as what grows. Beside each, that of the multiplications and of the numbers.*"
-    )
-    return "\n\n".join([table(columns, rows), about, f"```\n{content['command']}\n```"])
 
 
 def batch_norm(root: Path, document: Path) -> str:

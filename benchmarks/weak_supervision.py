@@ -33,18 +33,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from coherence import EXPERIMENTS, Experiment
 from recipes import call
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from celeba import datasets as faces
-from celeba.model import build_model as build_faces
 from fashionmnist import datasets as garments
-from fashionmnist.model import build_model as build_garments
 from mnist import datasets as digits
-from mnist.model import build_model as build_digits
 from multimnist import datasets as canvases
-from multimnist.model import build_model as build_canvases
 from mvae import MVAE, Data, load_model, metrics
 from mvae.checkpoint import BEST, LATEST
 from mvae.data import consecutive_rows
@@ -55,62 +52,23 @@ from mvae.scripts import faces as face_flags
 from mvae.scripts import flags
 from mvae.supervision import neighbour_graph, spread
 
+from experiments import EXPERIMENTS as SETTINGS
 
-class Experiment(NamedTuple):
-    """What is learnt of an experiment.
-
-    build_model: of its model.py.
-    data: its training, validation and test examples.
-    n_latents: of its model.
-    label: the modality that is read off the image.
-    shape: of a label's logits, the classes last; None for yes and no, with a logit for each.
-    flags: of its train.py, for where the data are.
-    """
-
-    build_model: Callable[[int], MVAE]
-    data: Callable[[argparse.Namespace], tuple[Data, Data, Data]]
-    n_latents: int
-    label: str
-    shape: tuple[int, ...] | None
-    flags: Callable[[argparse.Namespace], list[str]] = lambda args: []
-
-
-def of_digits(module: Any) -> Callable[[argparse.Namespace], tuple[Data, Data, Data]]:
-    return lambda args: (
-        *module.training_data(args.data_dir, n_val=5000, binarize=False),
-        module.test_data(args.data_dir, binarize=False),
-    )
-
-
-def of_canvases(args: argparse.Namespace) -> tuple[Data, Data, Data]:
-    return (*canvases.training_data(args.canvas_dir, n_val=5000), canvases.test_data(args.canvas_dir))
-
-
-def of_faces(args: argparse.Namespace) -> tuple[Data, Data, Data]:
-    how = {"allow_missing": args.allow_missing, "workers": args.workers}
-    return (
-        *faces.training_data(args.data_dir, args.cache_dir, **how),
-        faces.test_data(args.data_dir, args.cache_dir, **how),
-    )
-
-
-def face_words(args: argparse.Namespace) -> list[str]:
-    return ["--cache-dir", str(args.cache_dir), *(["--allow-missing"] if args.allow_missing else [])]
-
-
-EXPERIMENTS = {
-    "mnist": Experiment(build_digits, of_digits(digits), 64, "text", (10,)),
-    "fashionmnist": Experiment(build_garments, of_digits(garments), 64, "text", (10,)),
-    "multimnist": Experiment(
-        build_canvases,
-        of_canvases,
-        100,
-        "text",
-        (canvases.LENGTH, canvases.FILL + 1),
-        lambda args: ["--canvas-dir", str(args.canvas_dir)],
+TEST: dict[str, Callable[[argparse.Namespace], Data]] = {
+    "mnist": lambda args: digits.test_data(args.data_dir),
+    "fashionmnist": lambda args: garments.test_data(args.data_dir),
+    "multimnist": lambda args: canvases.test_data(args.canvas_dir),
+    "celeba": lambda args: faces.test_data(
+        args.data_dir, args.cache_dir, allow_missing=args.allow_missing, workers=args.workers
     ),
-    "celeba": Experiment(build_faces, of_faces, 100, "attrs", None, face_words),
 }
+"""The test examples by experiment; `coherence.EXPERIMENTS` has the others."""
+
+WORDS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
+    "multimnist": lambda args: ["--canvas-dir", str(args.canvas_dir)],
+    "celeba": lambda args: ["--cache-dir", str(args.cache_dir), *["--allow-missing"] * args.allow_missing],
+}
+"""Flags of a train.py for where its data are, beside --data-dir."""
 
 PAPER = ["--epochs", "12", "--annealing-epochs", "5", "--pairs-per-batch", "0"]
 
@@ -162,7 +120,7 @@ def read_by(model: MVAE, task: Task) -> Tensor:
     for batch in batches(task.test):
         mu, _ = model.posterior({"image": batch["image"]})
         mean = model.mean(mu, [name])[name]
-        found.append(mean > 0.5 if task.kind.shape is None else mean.argmax(dim=-1))
+        found.append(mean > 0.5 if task.kind.binary else mean.argmax(dim=-1))
     return torch.cat(found)
 
 
@@ -170,7 +128,7 @@ def trained(task: Task, method: str, *words: str) -> Tensor:
     """The test labels by train.py."""
     out_dir = task.args.runs_dir / f"{task.experiment}-{method}-{task.n}-{task.seed}"
     common = ["--n-paired", str(task.n), "--seed", str(task.seed), "--out-dir", str(out_dir), "--resume"]
-    where = ["--data-dir", str(task.args.data_dir), *task.kind.flags(task.args)]
+    where = ["--data-dir", str(task.args.data_dir), *WORDS.get(task.experiment, lambda args: [])(task.args)]
     call(f"{task.experiment}/train.py", *words, *common, *where, "--log-interval", "1000")
     return read_by(load_model(out_dir / BEST, task.experiment, task.kind.build_model, torch.device("cpu"))[0], task)
 
@@ -187,19 +145,15 @@ def paper(task: Task) -> Tensor:
     return trained(task, "paper", *PAPER)
 
 
-def loss_of(logits: Tensor, labels: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+def loss_of(logits: Tensor, labels: Tensor, kind: Experiment) -> Tensor:
     """The mean cross-entropy of a label's places."""
-    if shape is None:
+    if kind.binary:
         return F.binary_cross_entropy_with_logits(logits, labels.float())
     return F.cross_entropy(logits.flatten(0, -2), labels.long().flatten())
 
 
-def guess(logits: Tensor, shape: tuple[int, ...] | None) -> Tensor:
-    return logits > 0 if shape is None else logits.argmax(dim=-1)
-
-
-def outputs(task: Task) -> tuple[int, ...]:
-    return task.kind.shape or (len(ATTRIBUTES),)
+def guess(logits: Tensor, kind: Experiment) -> Tensor:
+    return logits > 0 if kind.binary else logits.argmax(dim=-1)
 
 
 def supervised(task: Task, dropout: float = 0.0, *, favoured: bool = False) -> Tensor:
@@ -208,8 +162,8 @@ def supervised(task: Task, dropout: float = 0.0, *, favoured: bool = False) -> T
     Of weights that make as many, those with the lower loss are kept.
     """
     torch.manual_seed(task.seed)
-    encoder: Any = task.kind.build_model(task.kind.n_latents).encoders["image"]
-    shape = outputs(task)
+    encoder: Any = task.kind.build_model(SETTINGS[task.experiment].n_latents).encoders["image"]
+    shape = task.kind.shape
     layers = [[layer, *[nn.Dropout(dropout)] * isinstance(layer, nn.SiLU)] for layer in encoder.hidden]
     network = nn.Sequential(
         *(part for parts in layers for part in parts),
@@ -226,7 +180,7 @@ def supervised(task: Task, dropout: float = 0.0, *, favoured: bool = False) -> T
     best, kept = (math.inf, math.inf), {}
     for step in range(1, steps + 1):
         rows = torch.randint(len(x), (size,))
-        loss_of(network(x[rows]), y[rows], task.kind.shape).backward()
+        loss_of(network(x[rows]), y[rows], task.kind).backward()
         optimizer.step()
         optimizer.zero_grad()
         if step % max(20, steps // 50) == 0:
@@ -236,20 +190,20 @@ def supervised(task: Task, dropout: float = 0.0, *, favoured: bool = False) -> T
                 errors, loss = 0.0, 0.0
                 for some_x, some_y in parts:
                     logits = network(some_x)
-                    errors += (guess(logits, task.kind.shape) != some_y).sum().item()
-                    loss += loss_of(logits, some_y, task.kind.shape).item() * len(some_x)
+                    errors += (guess(logits, task.kind) != some_y).sum().item()
+                    loss += loss_of(logits, some_y, task.kind).item() * len(some_x)
             network.train()
             if (errors, loss) < best:
                 best, kept = (errors, loss), {name: value.clone() for name, value in network.state_dict().items()}
     network.load_state_dict(kept)
     network.eval()
     with torch.no_grad():
-        return torch.cat([guess(network(batch["image"]), task.kind.shape) for batch in batches(task.test)])
+        return torch.cat([guess(network(batch["image"]), task.kind) for batch in batches(task.test)])
 
 
 def regression(x: Tensor, y: Tensor, task: Task) -> nn.Module:
     """Logistic regression: the sum of the cross-entropies and half the squares of the weights is minimised."""
-    shape = outputs(task)
+    shape = task.kind.shape
     linear = nn.Linear(x[0].numel(), torch.Size(shape).numel())
     network = nn.Sequential(nn.Flatten(), linear, nn.Unflatten(1, shape))
     nn.init.zeros_(linear.weight)
@@ -258,7 +212,7 @@ def regression(x: Tensor, y: Tensor, task: Task) -> nn.Module:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = loss_of(network(x), y, task.kind.shape) * places + linear.weight.square().sum() / (2 * len(x))
+        loss = loss_of(network(x), y, task.kind) * places + linear.weight.square().sum() / (2 * len(x))
         loss.backward()
         return loss
 
@@ -270,7 +224,7 @@ def regression(x: Tensor, y: Tensor, task: Task) -> nn.Module:
 def logistic(task: Task) -> Tensor:
     with torch.enable_grad():
         network = regression(*task.pairs(task.train), task)
-    return torch.cat([guess(network(batch["image"]), task.kind.shape) for batch in batches(task.test)])
+    return torch.cat([guess(network(batch["image"]), task.kind) for batch in batches(task.test)])
 
 
 @torch.no_grad()
@@ -281,7 +235,7 @@ def m1(task: Task) -> Tensor:
     with torch.enable_grad():
         network = regression(means, y, task)
     found = (network(model.posterior({"image": batch["image"]})[0]) for batch in batches(task.test))
-    return torch.cat([guess(logits, task.kind.shape) for logits in found])
+    return torch.cat([guess(logits, task.kind) for logits in found])
 
 
 @torch.no_grad()
@@ -296,7 +250,7 @@ def spread_to_test(task: Task) -> Tensor:
     labels = torch.cat([task.train.tensors[name], task.test.tensors[name]])
     known = torch.cat([task.train.present[name], torch.zeros(len(task.test), dtype=torch.bool)])
     found = spread(GRAPHS[key], labels, known)[len(task.train) :].argmax(dim=-1)
-    return found.bool() if task.kind.shape is None else found
+    return found.bool() if task.kind.binary else found
 
 
 GRAPHS: dict[tuple[str, int], Tensor] = {}
@@ -320,7 +274,7 @@ METHODS: dict[str, Callable[[Task], Tensor]] = {
 def measured(found: Tensor, task: Task) -> dict[str, tuple[float, float]]:
     """How many labels are right, with the standard error over the test examples."""
     truth = torch.cat([batch[task.kind.label] for batch in batches(task.test)])
-    if task.kind.shape is None:
+    if task.kind.binary:
         names = ("accuracy of an attribute predicted from the image", "balanced accuracy of an attribute")
         values = metrics.accuracies(found.float(), truth, ATTRIBUTES)
         return {name: mean_and_error(values[name]) for name in names}
@@ -346,7 +300,8 @@ def main() -> None:
     args = parser.parse_args()
     flags.device(args)
     kind = EXPERIMENTS[args.experiment]
-    train, validation, test = kind.data(args)
+    train, validation = kind.data(args, 5000)
+    test = TEST[args.experiment](args)
     for seed in args.seeds:
         for n in args.n:
             how = argparse.Namespace(n_paired=n, paired_fraction=None, unpaired="image", seed=seed)
