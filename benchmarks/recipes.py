@@ -102,7 +102,7 @@ def run(experiment: str, grid_name: str, recipe: str, seed: int, runs_dir: Path)
 
 def call(script: str, *words: str) -> None:
     """Runs a script on one thread. Raises UserError if it fails."""
-    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
     done = subprocess.run([sys.executable, str(ROOT / script), *words], env=environment, check=False)
     if done.returncode:
         raise UserError(f"{script} {' '.join(words)} ended with status {done.returncode}")

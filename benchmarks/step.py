@@ -81,7 +81,7 @@ def main() -> None:
     content: dict[str, Any] = {
         **flags.origin(),
         "device": ", ".join(devices),
-        "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "processor": f"{processor()}, {os.cpu_count()} cores",
         "gpu": gpu,
         "torch": torch.__version__,
         "threads": args.threads,
@@ -191,7 +191,7 @@ def _spread(quartiles: Sequence[float], digits: str) -> str:
     return f"{middle:{digits}} ({low:{digits}} to {high:{digits}})"
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

@@ -17,9 +17,13 @@ if TYPE_CHECKING:
     from .objective import Objective, Term, random_subsets
     from .training import Options, fit, train_step
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-"""OpenMP reads it when torch is loaded. By default its threads spin while they wait for each other, and so keep a core
-from those that they wait for, where other processes compute too."""
+OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "300"}
+"""How OpenMP's threads wait for each other: awake for a moment, a few microseconds, and then asleep. By default they
+spin for milliseconds, and so keep a core from those that they wait for where other processes compute, too. Threads that
+sleep at once are slow to wake where none do. benchmarks/threads.py measures the three."""
+
+if not OPENMP.keys() & os.environ.keys():
+    os.environ.update(OPENMP)  # read when torch is loaded; a user's choice stands
 
 _HOMES = {
     "checkpoint": ["load_model"],
