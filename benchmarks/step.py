@@ -228,9 +228,7 @@ def _time(name: str, data: Data, setting: Setting, seconds: float) -> dict[str, 
     _check(name, data, setting)
     batch_size = EXPERIMENTS[name].batch_size
     if setting.device.type == "cpu":
-        # glibc hands big freed blocks back to the system, and every step would fault them in anew, unless a block of
-        # nearly 32 MiB has been freed once; in a real run, loading the data does that.
-        torch.empty(32 * MIB - 2**16, dtype=torch.uint8)
+        as_after_loading()
     rows = _rows(data, batch_size)
     steps = {
         "plain": _plain_step(name, data, setting),
@@ -242,6 +240,15 @@ def _time(name: str, data: Data, setting: Setting, seconds: float) -> dict[str, 
     shuffling = min(seconds_of(lambda: permuted_rows(data, batch_size, 0), 1, setting.device) for _ in range(3))
     fetching = float(np.median(times["data"])) + shuffling / (len(data) // batch_size)
     return {"times": times, "data_share": fetching / float(np.median(times["ours"]))}
+
+
+def as_after_loading() -> None:
+    """Has glibc keep memory as it does in a real run.
+
+    It hands big freed blocks back to the system, and every step would fault them in anew, unless a block of nearly
+    32 MiB has been freed once; loading the data does that.
+    """
+    torch.empty(32 * MIB - 2**16, dtype=torch.uint8)
 
 
 def _in_turns(steps: Mapping[str, Callable], seconds: float, device: torch.device) -> dict[str, list[float]]:
