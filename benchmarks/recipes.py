@@ -59,6 +59,11 @@ GRIDS = {
         },
         ["--n-samples", "1000"],
     ),
+    "precision": Grid(
+        ["--preset", "fast", "--epochs", "5", "--annealing-epochs", "2"],
+        {"fp32": [], "bf16": ["--precision", "bf16"]},
+        ["--limit", "1000", "--n-samples", "200"],
+    ),
 }
 """The grids by name. A grid's first recipe is the base that its table compares the others with."""
 

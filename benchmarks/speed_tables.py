@@ -1,4 +1,4 @@
-"""The tables of how fast it is: what step.py, loglike.py and growth.py of this folder wrote."""
+"""The tables of how fast it is: what step.py, loglike.py, growth.py, threads.py, peer.py and gpu.py wrote."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -126,3 +126,61 @@ def growth(root: Path, document: Path) -> str:
         "the values: 1 is as steep as what grows. Beside each, that of the multiplications and of the numbers.*"
     )
     return "\n\n".join([table(columns, rows), about, f"```\n{content['command']}\n```"])
+
+
+def threads(root: Path, document: Path) -> str:
+    """A row for each experiment and number of other processes, a column for each way to run a step."""
+    path = root / "results" / "threads.json"
+    if not path.exists():
+        return NOTHING
+    content = read(path)
+    ways = list(dict.fromkeys(row["way"] for row in content["rows"]))
+    rates = {(row["experiment"], row["busy"], row["way"]): row["rate"] for row in content["rows"]}
+    keys = list(dict.fromkeys((row["experiment"], row["busy"]) for row in content["rows"]))
+    rows = [[name, str(busy), *(f"{rates[name, busy, way][1]:.2f}" for way in ways)] for name, busy in keys]
+    about = (
+        "*Examples a second, by those of one thread with nothing beside: medians of turns. The other processes are "
+        f"loops. {_machines([content])}*"
+    )
+    return "\n\n".join([table(["", "other processes", *ways], rows), about, _commands([content])])
+
+
+def peer(root: Path, document: Path) -> str:
+    """A row for each thing that both can do."""
+    path = root / "results" / "peer.json"
+    if not path.exists():
+        return NOTHING
+    content = read(path)
+    rows = [[name, _quartiles(ratio, ".2f")] for name, ratio in content["ratios"].items()]
+    about = (
+        f"*The processor's time of MultiVae {content['multivae']}, divided by ours: median (lower to upper quartile) of "
+        f"turns on one thread, in float32. {_machines([content])}*"
+    )
+    return "\n\n".join([table(["mnist", "MultiVae / ours"], rows), about, _commands([content])])
+
+
+def gpu(root: Path, document: Path) -> str:
+    """A row for each experiment and precision: a step as launched and as captured, beside the device's floors."""
+    path = root / "results" / "gpu.json"
+    if not path.exists():
+        return NOTHING
+    content = read(path)
+    rows = [
+        [
+            row["experiment"],
+            row["precision"],
+            *(f"{row[name]:.2f}" for name in ("eager_ms", "captured_ms")),
+            f"{row['eager_ms'] / row['captured_ms']:.2f}",
+            *(f"{100 * row[name]:.0f} %" for name in ("eager_busy", "captured_busy")),
+            *(f"{100 * row[f'{floor}_floor_ms'] / row['captured_ms']:.0f} %" for floor in ("products", "weights")),
+        ]
+        for row in content["steps"]["rows"]
+    ]
+    columns = ["", "precision", "launched, ms", "captured, ms", "launched / captured", "busy, launched"]
+    columns += ["busy, captured", "share of the products", "share of the weights' traffic"]
+    about = (
+        "*A step's time, as its kernels are launched one by one and as they are captured; the share of the time in "
+        "which some kernel runs; and what share of a captured step the matrix products and the weights' traffic would "
+        f"take at the device's best rates. {content['gpu']}, torch {content['torch']}.*"
+    )
+    return "\n\n".join([table(columns, rows), about, _commands([content])])

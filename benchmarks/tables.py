@@ -1,16 +1,19 @@
 """Make the tables in the READMEs and docs/ from results/*.json.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; this command rewrites it. NAME is summary, an
-experiment (mnist, fashionmnist, multimnist, celeba, celeba19, vision), speed, memory, loglike, growth, batch_norm,
-ablation, long, or weak_ and an experiment. The files:
+experiment (mnist, fashionmnist, multimnist, celeba, celeba19, vision), speed, memory, loglike, growth, threads, peer,
+gpu, batch_norm, ablation, long, precision, or weak_ and an experiment. The files:
 
     results/EXPERIMENT-RECIPE-SEED.json             what loglike.py --json wrote; several seeds of a recipe are averaged
     results/coherence-EXPERIMENT-RECIPE-SEED.json   what benchmarks/coherence.py --json wrote of the same model
     results/step-*.json                             what benchmarks/step.py --json wrote
     results/loglike-*.json                          what benchmarks/loglike.py --json wrote
     results/growth.json                             what benchmarks/growth.py --json wrote
+    results/threads.json                            what benchmarks/threads.py --json wrote
+    results/peer.json                               what benchmarks/peer.py --json wrote
+    results/gpu.json                                what benchmarks/gpu.py wrote
     results/batch_norm/*.json                       what benchmarks/batch_norm.py wrote
-    results/{ablation,long}/*                       what benchmarks/recipes.py left
+    results/{ablation,long,precision}/*             what benchmarks/recipes.py left
     results/weak/*.json                             what benchmarks/weak_supervision.py wrote
     benchmarks/paper.json                           the paper's numbers
 
@@ -29,7 +32,7 @@ from typing import Any, NamedTuple
 from markdown import NOTHING, over_seeds, read, table
 from paired_tables import paired
 from recipes import GRIDS
-from speed_tables import growth, loglike, memory, speed
+from speed_tables import gpu, growth, loglike, memory, peer, speed, threads
 from weak_tables import weak
 
 from mvae.errors import UserError
@@ -404,6 +407,9 @@ TABLES: dict[str, Callable[[Path, Path], str]] = {
     "memory": memory,
     "loglike": loglike,
     "growth": growth,
+    "threads": threads,
+    "peer": peer,
+    "gpu": gpu,
     "batch_norm": batch_norm,
     **{name: paired(name) for name in GRIDS},
     **{f"weak_{name}": weak(name) for name in ("mnist", "fashionmnist", "multimnist", "celeba")},

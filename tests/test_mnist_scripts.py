@@ -492,13 +492,17 @@ def test_train_on_binary_pictures(digits_dir: Path, tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / checkpoint.BEST, "mnist")["settings"]["binarize"] is True
 
 
-@pytest.mark.parametrize("policy", ["PASSIVE", "ACTIVE"])
-def test_threads_wait_asleep_unless_the_user_has_it_otherwise(policy: str, tmp_path: Path) -> None:
-    env = environment(OMP_DISPLAY_ENV="true", OMP_WAIT_POLICY=policy)
-    if policy == "PASSIVE":
-        del env["OMP_WAIT_POLICY"]
-    said = run("mnist/sample.py", "absent.pth.tar", cwd=tmp_path, env=env).stderr
-    assert f"OMP_WAIT_POLICY = '{policy}'" in said
+@pytest.mark.parametrize(
+    ("chosen", "policy", "spins"),
+    [({}, "PASSIVE", "300"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE", ""), ({"GOMP_SPINCOUNT": "7"}, "", "7")],
+)
+def test_threads_wait_a_moment_and_then_sleep_unless_the_user_has_it_otherwise(
+    chosen: dict[str, str], policy: str, spins: str, tmp_path: Path
+) -> None:
+    env = {key: value for key, value in environment(OMP_DISPLAY_ENV="verbose").items() if key not in mvae.OPENMP}
+    said = run("mnist/sample.py", "absent.pth.tar", cwd=tmp_path, env=env | chosen).stderr
+    assert f"OMP_WAIT_POLICY = '{policy}" in said
+    assert f"GOMP_SPINCOUNT = '{spins}" in said
 
 
 def test_threads_are_those_asked_for_and_else_few(monkeypatch: pytest.MonkeyPatch) -> None:

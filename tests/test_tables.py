@@ -19,6 +19,9 @@ NAMES = (
     "memory",
     "loglike",
     "growth",
+    "threads",
+    "peer",
+    "gpu",
     "batch_norm",
     "weak_mnist",
     "ablation",
@@ -102,6 +105,13 @@ def root(tmp_path: Path) -> Path:
     slopes = {"ms": 0.75, "flops": 0.8125, "held_bytes": 1.0, "numbers": 1.0}
     grown = {"latents": {"rows": [{"value": 16}, {"value": 512}], "slopes": slopes}}
     write(results / "growth.json", {"command": "python benchmarks/growth.py", "growth": grown})
+    waits = [{"experiment": "mnist", "busy": 1, "way": way, "rate": [0.5, rate, 1.5]} for way, rate in
+             (("1 thread", 1.0), ("2 threads", 1.25))]  # fmt: skip
+    write(results / "threads.json", {**machine, "rows": waits})
+    write(results / "peer.json", {**machine, "multivae": "1.0.3", "ratios": {"a step": [1.25, 1.5, 1.75]}})
+    captured = {"experiment": "mnist", "precision": "fp32", "eager_ms": 3.0, "captured_ms": 2.0, "eager_busy": 0.5}
+    captured |= {"captured_busy": 0.75, "products_floor_ms": 0.5, "weights_floor_ms": 0.25}
+    write(results / "gpu.json", {**machine, "gpu": "H100", "steps": {"rows": [captured]}})
     for seed, (joint_loss, term_loss) in enumerate([(100.0, 110.0), (101.0, 113.0)]):
         for statistics, loss in (("joint", joint_loss), ("term", term_loss)):
             found = {"seed": seed, "experiment": "celeba", "reconstruct": "attrs", "statistics": statistics}
@@ -156,6 +166,9 @@ def test_a_changed_digit_is_found(root: Path) -> None:
         ("celeba19-fast-0.json", "accuracy of Male", "accuracy of Bald", "celeba19"),
         ("loglike-mnist.json", "[2.0, 2.25, 2.5]", "[2.0, 2.35, 2.5]", "loglike"),
         ("growth.json", "0.75", "0.85", "growth"),
+        ("threads.json", "1.25", "1.35", "threads"),
+        ("peer.json", "1.5", "1.6", "peer"),
+        ("gpu.json", "3.0", "4.0", "gpu"),
         ("step-mnist.json", "[1.9, 2.0, 2.1]", "[1.9, 2.05, 2.1]", "speed"),
         ("batch_norm/celeba-attrs-term-1.json", "113.0", "114.0", "batch_norm"),
         ("ablation/mnist-iw-2-1.csv", "-89", "-88", "ablation"),
@@ -216,6 +229,9 @@ def test_ratios_and_slopes_are_those_of_their_files(root: Path) -> None:
     assert rows_of(root, "loglike")[2] == ["mnist", "2.25 (2.00 to 2.50)"]
     assert "moves log p(image) of a trained model by -0.2500 ± 0.1250 nats, a mean" in (root / "README.md").read_text()
     assert rows_of(root, "growth")[2] == ["latents", "16 to 512", "0.75", "0.81", "1.00", "1.00"]
+    assert rows_of(root, "threads")[2] == ["mnist", "1", "1.00", "1.25"]
+    assert rows_of(root, "peer")[2] == ["a step", "1.50 (1.25 to 1.75)"]
+    assert rows_of(root, "gpu")[2][2:] == ["3.00", "2.00", "1.50", "50 %", "75 %", "25 %", "12 %"]
 
 
 def test_batch_norms_difference_is_paired(root: Path) -> None:
