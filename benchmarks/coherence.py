@@ -30,7 +30,7 @@ from mvae.data import consecutive_rows, permuted_rows
 from mvae.estimators import mean_and_error
 from mvae.files import write_atomically
 from mvae.scripts import faces as face_flags
-from mvae.scripts import flags
+from mvae.scripts import flags, machine, running, types
 
 
 class Experiment(NamedTuple):
@@ -103,19 +103,19 @@ def main() -> None:
     started = time.perf_counter()
     parser = flags.parser(__doc__)
     parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--model", type=flags.path, required=True, metavar="FILE", help="the checkpoint to measure")
-    parser.add_argument("--n-labels", type=flags.two_or_more, default=100, help="strings or vectors of attributes")
-    parser.add_argument("--n-pictures", type=flags.positive_int, default=200, help="sampled for each label")
-    parser.add_argument("--n-prior", type=flags.two_or_more, default=2000, help="sampled from the prior")
+    parser.add_argument("--model", type=types.path, required=True, metavar="FILE", help="the checkpoint to measure")
+    parser.add_argument("--n-labels", type=types.two_or_more, default=100, help="strings or vectors of attributes")
+    parser.add_argument("--n-pictures", type=types.positive_int, default=200, help="sampled for each label")
+    parser.add_argument("--n-prior", type=types.two_or_more, default=2000, help="sampled from the prior")
     parser.add_argument(
-        "--classifier", type=flags.path, metavar="FILE", help="where it is kept; made where it is absent"
+        "--classifier", type=types.path, metavar="FILE", help="where it is kept; made where it is absent"
     )
-    parser.add_argument("--classifier-epochs", type=flags.positive_int, default=4, help="to train the classifier for")
-    parser.add_argument("--json", type=flags.output, metavar="FILE", help="write the numbers to this file, too")
+    parser.add_argument("--classifier-epochs", type=types.positive_int, default=4, help="to train the classifier for")
+    parser.add_argument("--json", type=types.output, metavar="FILE", help="write the numbers to this file, too")
     canvases.add_canvas_dir(parser)
     face_flags.add_flags(parser)
     args = parser.parse_args()
-    device = flags.device(args)
+    device = machine.device(args)
     experiment = EXPERIMENTS[args.experiment]
     model, trained = load_model(args.model, args.experiment, experiment.build_model, device)
     parts = experiment.data(args, trained["settings"].get("n_val", 0))
@@ -160,7 +160,7 @@ def main() -> None:
         print(f"{name}: {mean:.4f} ± {error:.4f}")
     if args.json:
         content = {
-            **flags.origin(),
+            **running.origin(),
             "experiment": args.experiment,
             "checkpoint": str(args.model),
             "seed": args.seed,
@@ -195,7 +195,7 @@ def trained_classifier(train: Data, experiment: Experiment, epochs: int, seed: i
     steps = [rows for epoch in range(epochs) for rows in permuted_rows(train, 100, epoch)]
     optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=len(steps))
-    for rows in flags.progress(steps):
+    for rows in running.progress(steps):
         batch, _ = train.batch(rows)
         logits, label = classifier(batch["image"]), batch[experiment.label]
         if experiment.binary:
@@ -210,4 +210,4 @@ def trained_classifier(train: Data, experiment: Experiment, epochs: int, seed: i
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

@@ -35,7 +35,7 @@ from mvae import Objective, evaluate, train_step
 from mvae.checkpoint import LATEST, load
 from mvae.files import write_atomically
 from mvae.model import Precision
-from mvae.scripts import flags
+from mvae.scripts import flags, running
 
 from experiments import EXPERIMENTS, build_model
 
@@ -57,7 +57,12 @@ def main() -> None:
         print(json.dumps(PARTS[args.part](args.device, args.quick)))
         return
     started = time.perf_counter()
-    content: dict[str, Any] = {**flags.origin(), "device": args.device, "quick": args.quick, "torch": torch.__version__}
+    content: dict[str, Any] = {
+        **running.origin(),
+        "device": args.device,
+        "quick": args.quick,
+        "torch": torch.__version__,
+    }
     content["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else None
     for part in PARTS:
         begun = time.perf_counter()
@@ -268,4 +273,4 @@ PARTS: dict[str, Callable[[str, bool], dict[str, Any]]] = {
 }
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

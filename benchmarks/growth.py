@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mvae import MVAE, Gaussian, Objective, random_subsets, train_step
 from mvae.files import write_atomically
-from mvae.scripts import flags
+from mvae.scripts import running, types
 
 N_INPUTS, HIDDEN = 32, 64
 EXCESS = 0.1  # how much steeper than the arithmetic's a slope may be
@@ -135,13 +135,13 @@ def slope(rows: Sequence[dict[str, Any]], column: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--seconds", type=flags.positive_float, default=1.0, help="of the processor, for each size")
+    parser.add_argument("--seconds", type=types.positive_float, default=1.0, help="of the processor, for each size")
     parser.add_argument("--quick", action="store_true", help="three small sizes of each, to try it out")
-    parser.add_argument("--json", type=flags.output, metavar="FILE", help="write the numbers to this file, too")
+    parser.add_argument("--json", type=types.output, metavar="FILE", help="write the numbers to this file, too")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    content: dict[str, Any] = {**flags.origin(), "processor": platform.processor() or platform.machine()}
+    content: dict[str, Any] = {**running.origin(), "processor": platform.processor() or platform.machine()}
     content |= {"torch": torch.__version__, "excess": EXCESS, "growth": {}}
     for name, values in GROWING.items():
         rows = measure(name, values[:3] if args.quick else values, args.seconds)
@@ -163,4 +163,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

@@ -24,7 +24,7 @@ import torch
 from mvae import MVAE, Data, evaluate
 from mvae.estimators import mean_and_error
 from mvae.files import write_atomically
-from mvae.scripts import flags
+from mvae.scripts import running, types
 
 from experiments import EXPERIMENTS, Experiment, build_model
 
@@ -72,9 +72,9 @@ def times(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=EXPERIMENTS, help="which")
-    parser.add_argument("--examples", type=flags.positive_int, default=2, help="to evaluate in a turn (default: 2)")
-    parser.add_argument("--n-samples", type=flags.two_or_more, default=1000, help="draws for each (default: 1000)")
-    parser.add_argument("--rounds", type=flags.positive_int, default=7, help="turns of each (default: 7)")
+    parser.add_argument("--examples", type=types.positive_int, default=2, help="to evaluate in a turn (default: 2)")
+    parser.add_argument("--n-samples", type=types.two_or_more, default=1000, help="draws for each (default: 1000)")
+    parser.add_argument("--rounds", type=types.positive_int, default=7, help="turns of each (default: 7)")
     parser.add_argument(
         "--bf16", nargs=2, type=Path, metavar=("FP32", "BF16"), help="what loglike.py --per-example wrote in each"
     )
@@ -85,7 +85,7 @@ def main() -> None:
     experiment = EXPERIMENTS[args.experiment]
     model = build_model(args.experiment, experiment.n_latents).eval()
     took = times(variants(experiment, model, experiment.data()[: args.examples], args.n_samples), args.rounds)
-    content: dict[str, Any] = {**flags.origin(), "experiment": args.experiment, "torch": torch.__version__}
+    content: dict[str, Any] = {**running.origin(), "experiment": args.experiment, "torch": torch.__version__}
     content |= {"processor": platform.processor() or platform.machine(), "ratios": {}}
     for name, seconds in took.items():
         ratios = np.quantile(np.divide(seconds, took["ours"]), [0.25, 0.5, 0.75]).tolist()
@@ -104,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

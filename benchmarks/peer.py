@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from mvae import MVAE, Objective, log_likelihood, train_step
 from mvae.errors import UserError
 from mvae.files import write_atomically
-from mvae.scripts import flags
+from mvae.scripts import running, types
 
 from experiments import EXPERIMENTS, build_model
 
@@ -57,8 +57,9 @@ def peer_of(model: MVAE) -> Any:
         def forward(self, z: Tensor) -> Any:
             return base.ModelOutput(reconstruction=self.ours(z))
 
-    likelihoods: Any = model.likelihoods
-    image, text = (model.encoders[name] for name in NAMES)
+    encoders: Any = model.encoders
+    likelihoods: Any = model.decoders
+    image, text = (encoders[name] for name in NAMES)
     one_hot = nn.Linear(10, 512, bias=False)
     one_hot.weight = nn.Parameter(text.embedding.weight.T.clone())
     config = models.MVAEConfig(
@@ -79,17 +80,17 @@ def peer_of(model: MVAE) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=flags.positive_int, default=9, help="turns of each (default: 9)")
-    parser.add_argument("--examples", type=flags.positive_int, default=4, help="of a log-likelihood (default: 4)")
-    parser.add_argument("--steps", type=flags.positive_int, default=10, help="of training, in a turn (default: 10)")
-    parser.add_argument("--json", type=flags.output, metavar="FILE", help="write the numbers to this file, too")
+    parser.add_argument("--rounds", type=types.positive_int, default=9, help="turns of each (default: 9)")
+    parser.add_argument("--examples", type=types.positive_int, default=4, help="of a log-likelihood (default: 4)")
+    parser.add_argument("--steps", type=types.positive_int, default=10, help="of training, in a turn (default: 10)")
+    parser.add_argument("--json", type=types.output, metavar="FILE", help="write the numbers to this file, too")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = build_model("mnist", MNIST.n_latents)
     peer = peer_of(model)
     content: dict[str, Any] = {
-        **flags.origin(),
+        **running.origin(),
         "processor": processor(),
         "torch": torch.__version__,
         "multivae": version("multivae"),
@@ -109,6 +110,7 @@ def batch_of(n: int) -> tuple[dict[str, Tensor], Any]:
     from multivae.data.datasets import MultimodalBaseDataset
 
     batch, _ = MNIST.data().batch(torch.arange(n))
+    batch["image"] = (batch["image"] > 0.5).float()  # MultiVae's Bernoulli takes no grey
     return batch, MultimodalBaseDataset({"image": batch["image"], "text": F.one_hot(batch["text"].long(), 10).float()})
 
 
@@ -166,4 +168,4 @@ def in_turns(ours: Callable[[], float], theirs: Callable[[], float], n: int, rou
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

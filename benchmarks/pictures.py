@@ -19,7 +19,7 @@ import torch
 from mvae import Data, UserError
 from mvae.data import permuted_rows
 from mvae.datasets import celeba, picture_cache
-from mvae.scripts import flags
+from mvae.scripts import running, types
 from mvae.synthetic import __main__ as synthetic
 from vision import setup
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("MVAE_DATA_DIR", ROOT / "data")))
-    parser.add_argument("--n", type=flags.positive_int, default=1000, help="pictures to decode")
+    parser.add_argument("--n", type=types.positive_int, default=1000, help="pictures to decode")
     parser.add_argument("--predictor", type=Path, help="a 68-point predictor of dlib, for the masks")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -100,4 +100,4 @@ def row(what: str, n: float, unit: str, action: Callable[[], object]) -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

@@ -22,7 +22,7 @@ from weak_tables import METHODS, found
 
 from mvae.errors import UserError
 from mvae.files import write_atomically
-from mvae.scripts import flags
+from mvae.scripts import running
 
 from tables import EXPERIMENTS, HERE, Average, measures, runs
 
@@ -240,4 +240,4 @@ def weak(root: Path) -> Figure | None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mvae.errors import UserError
-from mvae.scripts import flags
+from mvae.scripts import running, types
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,8 +73,8 @@ def main() -> None:
     parser.add_argument("experiment", choices=["mnist", "fashionmnist", "multimnist", "celeba", "celeba19", "vision"])
     parser.add_argument("grid", choices=GRIDS)
     parser.add_argument("--recipes", nargs="+", help="these recipes of the grid only")
-    parser.add_argument("--seeds", nargs="+", type=flags.seed_number, default=[0, 1, 2])
-    parser.add_argument("--jobs", type=flags.positive_int, default=os.cpu_count(), help="runs at the same time")
+    parser.add_argument("--seeds", nargs="+", type=types.seed_number, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=types.positive_int, default=os.cpu_count(), help="runs at the same time")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of the runs' own folders")
     args = parser.parse_args()
     grid = GRIDS[args.grid]
@@ -114,4 +114,4 @@ def call(script: str, *words: str) -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

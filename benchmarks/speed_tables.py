@@ -153,8 +153,8 @@ def peer(root: Path, document: Path) -> str:
     content = read(path)
     rows = [[name, _quartiles(ratio, ".2f")] for name, ratio in content["ratios"].items()]
     about = (
-        f"*The processor's time of MultiVae {content['multivae']}, divided by ours: median (lower to upper quartile) of "
-        f"turns on one thread, in float32. {_machines([content])}*"
+        f"*The processor's time of MultiVae {content['multivae']}, divided by ours: median (lower to upper quartile) "
+        f"of turns on one thread, in float32. {_machines([content])}*"
     )
     return "\n\n".join([table(["mnist", "MultiVae / ours"], rows), about, _commands([content])])
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from mvae import MVAE, Data, Objective, Term, evaluate, random_subsets, train_step
 from mvae.data import permuted_rows, seed_of
 from mvae.files import write_atomically
-from mvae.scripts import flags
+from mvae.scripts import running, types
 from mvae.training import Precision
 
 import plain
@@ -65,11 +65,11 @@ class Setting(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="which")
-    parser.add_argument("--seconds", type=flags.positive_float, default=5.0, help="to measure per row, after a warm-up")
-    parser.add_argument("--threads", nargs="+", type=flags.positive_int, default=[1], help="CPU threads")
+    parser.add_argument("--seconds", type=types.positive_float, default=5.0, help="to measure per row, after a warm-up")
+    parser.add_argument("--threads", nargs="+", type=types.positive_int, default=[1], help="CPU threads")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="of the networks")
     parser.add_argument("--eager", action="store_true", help="leave out the compiled steps")
-    parser.add_argument("--json", type=flags.output, metavar="FILE", help="write the numbers to this file, too")
+    parser.add_argument("--json", type=types.output, metavar="FILE", help="write the numbers to this file, too")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -79,7 +79,7 @@ def main() -> None:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     gpu = torch.cuda.get_device_name() if "cuda" in devices else None
     content: dict[str, Any] = {
-        **flags.origin(),
+        **running.origin(),
         "device": ", ".join(devices),
         "processor": f"{processor()}, {os.cpu_count()} cores",
         "gpu": gpu,
@@ -418,4 +418,4 @@ def _time_loglike(name: str, device: torch.device) -> list[float]:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

@@ -37,7 +37,7 @@ from weak_tables import weak
 
 from mvae.errors import UserError
 from mvae.files import write_atomically
-from mvae.scripts import flags
+from mvae.scripts import running
 
 HERE = Path(__file__).resolve().parent
 PAPER = json.loads((HERE / "paper.json").read_text())
@@ -416,4 +416,4 @@ TABLES: dict[str, Callable[[Path, Path], str]] = {
 }
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

@@ -21,7 +21,7 @@ from step import Setting, as_after_loading, our_step, processor
 
 from mvae import OPENMP  # after torch, which has read its variables by now: mvae would set them
 from mvae.files import write_atomically
-from mvae.scripts import flags
+from mvae.scripts import running, types
 
 from experiments import EXPERIMENTS
 
@@ -39,10 +39,10 @@ WAYS: dict[str, tuple[int, dict[str, str]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="which")
-    parser.add_argument("--busy", nargs="+", type=flags.non_negative_int, default=[0, 1, 2], help="other processes")
-    parser.add_argument("--seconds", type=flags.positive_float, default=2.0, help="of a turn, one step at least")
-    parser.add_argument("--rounds", type=flags.positive_int, default=3, help="turns of each")
-    parser.add_argument("--json", type=flags.output, metavar="FILE", help="write the numbers to this file, too")
+    parser.add_argument("--busy", nargs="+", type=types.non_negative_int, default=[0, 1, 2], help="other processes")
+    parser.add_argument("--seconds", type=types.positive_float, default=2.0, help="of a turn, one step at least")
+    parser.add_argument("--rounds", type=types.positive_int, default=3, help="turns of each")
+    parser.add_argument("--json", type=types.output, metavar="FILE", help="write the numbers to this file, too")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -57,7 +57,7 @@ def main() -> None:
             rows.append({"experiment": name, "busy": busy, "way": way, "rate": rate})
             print(f"{name}, beside {busy}: {way}: {rate[1]:.2f} ({rate[0]:.2f} to {rate[2]:.2f})", flush=True)
     content = {
-        **flags.origin(),
+        **running.origin(),
         "device": "cpu",
         "processor": f"{processor()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
@@ -75,7 +75,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[tuple[int, str], list[f
         for busy in args.busy:
             with ExitStack() as others:
                 for _ in range(busy):
-                    others.enter_context(running([sys.executable, "-c", "while True: pass"]))
+                    others.enter_context(process_of([sys.executable, "-c", "while True: pass"]))
                 order = list(WAYS)
                 for _ in range(args.rounds):
                     for way in order:
@@ -85,7 +85,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[tuple[int, str], list[f
 
 
 @contextmanager
-def running(command: list[str], **how: object) -> Iterator[subprocess.Popen]:
+def process_of(command: list[str], **how: object) -> Iterator[subprocess.Popen]:
     """A process that ends with the block."""
     process = subprocess.Popen(command, **how)  # type: ignore[call-overload]
     try:
@@ -101,7 +101,7 @@ def child(name: str, threads: int, how: dict[str, str], seconds: float) -> Itera
     environment = {key: value for key, value in os.environ.items() if key not in OPENMP}
     environment |= {"OMP_NUM_THREADS": str(threads), **how}
     command = [sys.executable, __file__, "--seconds", str(seconds), "--child", name]
-    with running(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with process_of(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         turn(process)  # the first steps take longer
         yield process
 
@@ -130,4 +130,4 @@ def take_turns(name: str, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

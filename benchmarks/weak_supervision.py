@@ -49,7 +49,7 @@ from mvae.datasets.celeba import ATTRIBUTES
 from mvae.estimators import mean_and_error
 from mvae.files import write_atomically
 from mvae.scripts import faces as face_flags
-from mvae.scripts import flags
+from mvae.scripts import flags, machine, running, types
 from mvae.supervision import neighbour_graph, spread
 
 from experiments import EXPERIMENTS as SETTINGS
@@ -291,14 +291,14 @@ def main() -> None:
     parser = flags.parser(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--n", nargs="+", type=flags.two_or_more, default=[20, 100, 500, 2000, 10000, 60000])
-    parser.add_argument("--seeds", nargs="+", type=flags.seed_number, default=[0, 1, 2])
+    parser.add_argument("--n", nargs="+", type=types.two_or_more, default=[20, 100, 500, 2000, 10000, 60000])
+    parser.add_argument("--seeds", nargs="+", type=types.seed_number, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:8])
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/weak"), help="folder of the runs' own folders")
     canvases.add_canvas_dir(parser)
     face_flags.add_flags(parser)
     args = parser.parse_args()
-    flags.device(args)
+    machine.device(args)
     kind = EXPERIMENTS[args.experiment]
     train, validation = kind.data(args, 5000)
     test = TEST[args.experiment](args)
@@ -318,7 +318,7 @@ def run(task: Task, method: str, path: Path) -> None:
     started = time.perf_counter()
     found = measured(METHODS[method](task), task)
     content = {
-        **flags.origin(),
+        **running.origin(),
         "experiment": task.experiment,
         "method": method,
         "n": task.n,
@@ -337,4 +337,4 @@ def run(task: Task, method: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

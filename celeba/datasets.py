@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mvae.datasets import celeba
-from mvae.scripts import faces, flags
+from mvae.scripts import faces, running
 from mvae.scripts.kinds import Attributes, Picture
 
 if TYPE_CHECKING:
@@ -29,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

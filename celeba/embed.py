@@ -3,7 +3,7 @@
 The file has the examples' attributes, too; --plot draws a map, and colours it by them.
 """
 
-from mvae.scripts import faces, flags
+from mvae.scripts import faces, flags, running
 
 import datasets
 
@@ -22,4 +22,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

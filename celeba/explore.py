@@ -3,7 +3,7 @@
 It is served on this machine alone. It needs Dash: pip install -r requirements-explore.txt
 """
 
-from mvae.scripts import flags
+from mvae.scripts import flags, running
 
 
 def main() -> None:
@@ -17,4 +17,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

@@ -5,7 +5,7 @@ from an image are those more probable than not, by the mean of p(attrs | z) over
 """
 
 from mvae.datasets.celeba import ATTRIBUTES
-from mvae.scripts import faces, flags
+from mvae.scripts import faces, flags, machine, running
 
 import datasets
 
@@ -22,9 +22,9 @@ def main() -> None:
 
     from model import build_model
 
-    device = flags.device(args)
+    device = machine.device(args)
     model, trained = checkpoint.load_model(args.model_path, "celeba", build_model, device)
-    with flags.processes(args, device) as processes:
+    with machine.processes(args, device) as processes:
         found = evaluate(
             model,
             datasets.examples(args.split, args, trained["settings"])[: args.limit].to(device),
@@ -34,10 +34,10 @@ def main() -> None:
             seed=args.seed,
             precision=args.precision,
             processes=processes,
-            progress=flags.progress,
+            progress=running.progress,
         )
     report(found, metrics.accuracies(found.predictions["attrs"], found.truth["attrs"], ATTRIBUTES), args, trained)
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

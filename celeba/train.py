@@ -3,7 +3,7 @@
 The loss is the negative sum of ELBO(image, attrs), ELBO(image) and ELBO(attrs), in nats per example.
 """
 
-from mvae.scripts import faces, flags, stages
+from mvae.scripts import faces, flags, running, stages
 
 import datasets
 
@@ -84,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mvae.datasets import celeba
 from mvae.datasets.celeba import ATTRIBUTES
-from mvae.scripts import faces, flags
+from mvae.scripts import faces, running
 from mvae.scripts.kinds import Attributes, Picture
 
 if TYPE_CHECKING:
@@ -54,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

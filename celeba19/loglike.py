@@ -5,7 +5,7 @@ from an image are those more probable than not, by the mean of p(attribute | z) 
 """
 
 from mvae.datasets.celeba import ATTRIBUTES
-from mvae.scripts import faces, flags
+from mvae.scripts import faces, flags, machine, running
 
 import datasets
 
@@ -24,9 +24,9 @@ def main() -> None:
 
     from model import build_model
 
-    device = flags.device(args)
+    device = machine.device(args)
     model, trained = checkpoint.load_model(args.model_path, "celeba19", build_model, device)
-    with flags.processes(args, device) as processes:
+    with machine.processes(args, device) as processes:
         found = evaluate(
             model,
             datasets.examples(args.split, args, trained["settings"])[: args.limit].to(device),
@@ -36,7 +36,7 @@ def main() -> None:
             seed=args.seed,
             precision=args.precision,
             processes=processes,
-            progress=flags.progress,
+            progress=running.progress,
         )
     predicted, truth = (
         torch.stack([part[name] for name in ATTRIBUTES], dim=1) for part in (found.predictions, found.truth)
@@ -45,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

@@ -4,7 +4,7 @@ Writes sample_image.png, a grid of the pictures' means, and sample_attrs.txt, a 
 attributes in the same order. Those that --condition-on-attrs doesn't name are inferred.
 """
 
-from mvae.scripts import faces, flags
+from mvae.scripts import faces, flags, running
 
 import datasets
 
@@ -24,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

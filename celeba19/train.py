@@ -5,7 +5,7 @@ in nats per example.
 """
 
 from mvae.datasets.celeba import ATTRIBUTES
-from mvae.scripts import faces, flags, stages
+from mvae.scripts import faces, flags, running, stages
 
 import datasets
 
@@ -90,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

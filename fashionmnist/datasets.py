@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mvae.datasets import mnist
-from mvae.scripts import flags
+from mvae.scripts import flags, running
 from mvae.scripts.kinds import Label, Picture
 
 if TYPE_CHECKING:
@@ -38,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

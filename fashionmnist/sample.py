@@ -4,7 +4,7 @@ Writes sample_image.png, a grid of the pictures' means, and sample_text.txt, the
 each, in the same order.
 """
 
-from mvae.scripts import flags
+from mvae.scripts import flags, running
 
 import datasets
 
@@ -23,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

@@ -4,7 +4,7 @@ Grey pixels are scored by the Bernoulli cross-entropy, which is not a normalised
 --binarize is scored on binary pixels, drawn once, which is one.
 """
 
-from mvae.scripts import flags
+from mvae.scripts import flags, machine, running
 
 import datasets
 
@@ -19,9 +19,9 @@ def main() -> None:
 
     from model import build_model
 
-    device = flags.device(args)
+    device = machine.device(args)
     model, trained = checkpoint.load_model(args.model_path, "mnist", build_model, device)
-    with flags.processes(args, device) as processes:
+    with machine.processes(args, device) as processes:
         found = evaluate(
             model,
             datasets.examples(args.split, args, trained["settings"])[: args.limit].to(device),
@@ -31,11 +31,11 @@ def main() -> None:
             seed=args.seed,
             precision=args.precision,
             processes=processes,
-            progress=flags.progress,
+            progress=running.progress,
         )
     right = (found.predictions["text"].argmax(dim=1) == found.truth["text"]).double()
     report(found, {"accuracy of the label predicted from the image": right}, args, trained)
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

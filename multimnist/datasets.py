@@ -21,7 +21,7 @@ import numpy as np
 from mvae.datasets import mnist
 from mvae.errors import UsageError, UserError
 from mvae.files import write_atomically
-from mvae.scripts import flags
+from mvae.scripts import flags, running, types
 from mvae.scripts.kinds import Kind, Picture
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def add_canvas_dir(parser: argparse.ArgumentParser) -> None:
     """The flag --canvas-dir, which every script has."""
     default = Path("./data/MultiMNIST")
     parser.add_argument(
-        "--canvas-dir", type=flags.path, default=default, help="folder of the canvases, made from MNIST"
+        "--canvas-dir", type=types.path, default=default, help="folder of the canvases, made from MNIST"
     )
 
 
@@ -414,8 +414,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scramble", action="store_true", help="the text has the digits in random order")
     parser.add_argument("--reverse", action="store_true", help="every other text, at random, is read backwards")
     parser.add_argument("--no-repeat", action="store_true", help="the digits of a canvas are all different")
-    parser.add_argument("--train", type=flags.whole_number(1, 10**6), default=Recipe.train, help="training canvases")
-    parser.add_argument("--test", type=flags.whole_number(1, 10**6), default=Recipe.test, help="test canvases")
+    parser.add_argument("--train", type=types.whole_number(1, 10**6), default=Recipe.train, help="training canvases")
+    parser.add_argument("--test", type=types.whole_number(1, 10**6), default=Recipe.test, help="test canvases")
     return parser
 
 
@@ -427,4 +427,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

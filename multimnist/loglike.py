@@ -7,7 +7,7 @@ right at their place.
 
 from typing import TYPE_CHECKING
 
-from mvae.scripts import flags
+from mvae.scripts import flags, machine, running
 
 import datasets
 
@@ -43,10 +43,10 @@ def main() -> None:
     from model import build_model
 
     torch.set_grad_enabled(False)
-    device = flags.device(args)
+    device = machine.device(args)
     model, trained = checkpoint.load_model(args.model_path, "multimnist", build_model, device)
     examples = datasets.examples(args.split, args, trained["settings"])[: args.limit].to(device)
-    with flags.processes(args, device) as processes:
+    with machine.processes(args, device) as processes:
         found = evaluate(
             model,
             examples,
@@ -55,7 +55,7 @@ def main() -> None:
             seed=args.seed,
             precision=args.precision,
             processes=processes,
-            progress=flags.progress,
+            progress=running.progress,
         )
     texts = examples.tensors["text"]
     right = (read_texts(model, examples) == texts).double()
@@ -69,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

@@ -4,7 +4,7 @@ Writes sample_image.png, a grid of the canvases' means, and sample_text.txt, a l
 decoded greedily, or drawn with --draw. The empty canvas's line is empty.
 """
 
-from mvae.scripts import flags
+from mvae.scripts import flags, running
 
 import datasets
 
@@ -24,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

@@ -3,7 +3,7 @@
 The loss is the negative sum of ELBO(image, text), ELBO(image) and ELBO(text), in nats per example.
 """
 
-from mvae.scripts import flags, stages
+from mvae.scripts import flags, running, stages
 
 import datasets
 
@@ -85,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

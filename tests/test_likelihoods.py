@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mvae.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 
@@ -60,6 +61,41 @@ def test_extreme_logits_are_scored_without_overflow() -> None:
     identity, z = nn.Identity(), torch.tensor([[300.0, -300.0]])
     assert Bernoulli(identity).log_prob(z, torch.tensor([[0.0, 0.0]])).item() == -300
     assert Categorical(identity).log_prob(z, torch.tensor([1])).item() == -600
+
+
+def cross_entropy(logits: Tensor, x: Tensor) -> Tensor:
+    return -functional.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none").sum(dim=-1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 15, 16, 17, 784])
+@pytest.mark.parametrize("scale", [0.1, 10.0, 1000.0])
+def test_bernoulli_scores_and_their_gradients_are_the_cross_entropys(n: int, scale: float) -> None:
+    torch.manual_seed(0)
+    z, x = torch.randn(2, 3, n) * scale, torch.rand(3, n)
+    x[0] = x[0].round()
+    z[0, 1] = 0.0
+    found, gradients = [], []
+    for dtype, score in (
+        (torch.float32, Bernoulli(nn.Identity()).log_prob),
+        (torch.float64, cross_entropy),
+    ):
+        latents = z.clone().to(dtype).requires_grad_()
+        log_p = score(latents, x.to(dtype))
+        (log_p * torch.tensor([[1.0], [-2.0]])).sum().backward()
+        assert log_p.dtype == dtype
+        found.append(log_p.detach().double())
+        assert latents.grad is not None
+        gradients.append(latents.grad.double())
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_bernoulli_scores_gradients_are_right_in_float64_and_twice() -> None:
+    torch.manual_seed(0)
+    z, x = torch.randn(2, 3, 20, dtype=torch.float64, requires_grad=True), torch.rand(3, 20, dtype=torch.float64)
+    score = Bernoulli(nn.Identity()).log_prob
+    assert torch.autograd.gradcheck(lambda z: score(z, x), z)
+    assert torch.autograd.gradgradcheck(lambda z: score(z, x), z)
 
 
 @pytest.mark.parametrize("kind", KINDS)

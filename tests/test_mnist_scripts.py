@@ -19,10 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mnist.datasets import examples
 from mnist.datasets import test_data as mnist_test_data
 from mnist.model import build_model
-from mvae import checkpoint
+from mvae import OPENMP, checkpoint
 from mvae.errors import UsageError
 from mvae.estimators import Estimate, Evaluation, Quantity, evaluate
-from mvae.scripts import flags
+from mvae.scripts import flags, machine
 from mvae.scripts.flags import reconstruct, training_parser
 from mvae.scripts.report import report, write_per_example
 
@@ -499,7 +499,7 @@ def test_train_on_binary_pictures(digits_dir: Path, tmp_path: Path) -> None:
 def test_threads_wait_a_moment_and_then_sleep_unless_the_user_has_it_otherwise(
     chosen: dict[str, str], policy: str, spins: str, tmp_path: Path
 ) -> None:
-    env = {key: value for key, value in environment(OMP_DISPLAY_ENV="verbose").items() if key not in mvae.OPENMP}
+    env = {key: value for key, value in environment(OMP_DISPLAY_ENV="verbose").items() if key not in OPENMP}
     said = run("mnist/sample.py", "absent.pth.tar", cwd=tmp_path, env=env | chosen).stderr
     assert f"OMP_WAIT_POLICY = '{policy}" in said
     assert f"GOMP_SPINCOUNT = '{spins}" in said
@@ -508,7 +508,7 @@ def test_threads_wait_a_moment_and_then_sleep_unless_the_user_has_it_otherwise(
 def test_threads_are_those_asked_for_and_else_few(monkeypatch: pytest.MonkeyPatch) -> None:
     def taken(*words: str) -> int:
         args = flags.parser(None).parse_args(words)
-        assert flags.device(args).type == "cpu"
+        assert machine.device(args).type == "cpu"
         assert args.threads == torch.get_num_threads()
         return args.threads
 

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,9 +19,9 @@ from mvae import checkpoint
 from mvae.errors import UsageError, UserError, is_out_of_memory
 from mvae.files import locked, whole, write_atomically
 from mvae.processes import Processes
-from mvae.scripts import flags
-from mvae.scripts.flags import SMALLER
+from mvae.scripts import flags, machine, types
 from mvae.scripts.kinds import Picture
+from mvae.scripts.running import SMALLER
 from mvae.training import Options, Stopped
 
 from helpers import ROOT, assert_refused, assert_same_run, environment, fit_small, same
@@ -36,9 +37,8 @@ SCRIPTS = [
 
 def shell(main: str, redirections: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs a script train.py whose main has this body, by a shell that redirects its streams."""
-    code = (
-        f"import os, sys\nsys.argv = ['train.py']\nfrom mvae.scripts.flags import run\ndef main():\n {main}\nrun(main)"
-    )
+    start = "import os, sys\nsys.argv = ['train.py']\nfrom mvae.scripts.running import run"
+    code = f"{start}\ndef main():\n {main}\nrun(main)"
     return subprocess.run(
         ["bash", "-c", f'"$0" -c "$1" {redirections}', sys.executable, code],
         cwd=ROOT, env=environment(PYTHONUNBUFFERED="", **variables), capture_output=True, timeout=60, check=False,
@@ -51,7 +51,7 @@ def shell(main: str, redirections: str = "", **variables: str) -> subprocess.Com
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_script_has_the_one_entrance(script: Path) -> None:
-    assert script.read_text().endswith('if __name__ == "__main__":\n    flags.run(main)\n')
+    assert script.read_text().endswith('if __name__ == "__main__":\n    running.run(main)\n')
     assert len(SCRIPTS) > 35
 
 
@@ -187,7 +187,7 @@ def test_home_is_found_in_a_condition(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("text", ["", "~nobody-is-called-so/x", "a\udcff"])
 def test_path_to_nothing_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=r"names no file|no such home|not UTF-8"):
-        flags.path(text)
+        types.path(text)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_file_that_cannot_be_written_is_known_before_the_work(
     monkeypatch.chdir(tmp_path)
     os.mkfifo("fifo")
     Path("file").touch()
-    for write in (flags.output, lambda text: write_atomically(Path(text), b"")):
+    for write in (types.output, lambda text: write_atomically(Path(text), b"")):
         with pytest.raises(UserError, match=f"can't write .*{said}"):
             write(text)
     assert sorted(os.listdir()) == ["fifo", "file"]
@@ -222,7 +222,7 @@ def test_file_in_a_folder_of_somebody_else_is_refused_before_the_work(tmp_path: 
     if os.access(folder, os.W_OK):
         pytest.skip("this user may write anywhere")
     with pytest.raises(UserError, match=r"can't write .*Permission denied"):
-        flags.output(str(folder / "new" / "file.json"))
+        types.output(str(folder / "new" / "file.json"))
 
 
 def test_error_leaves_no_empty_folders(tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_number_too_large_to_be_meant_is_refused(flag: str, value: Any, capsys: 
     assert f"argument {flag}: '{value}' is not a " in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("kind", "text"), [(flags.whole_number(0, 65535), "65536"), (flags.concurrency, "1025")])
+@pytest.mark.parametrize(("kind", "text"), [(types.whole_number(0, 65535), "65536"), (types.concurrency, "1025")])
 def test_ports_and_processes_have_their_bounds(kind: Callable[[str], int], text: str) -> None:
     assert kind(str(int(text) - 1)) == int(text) - 1
     with pytest.raises(argparse.ArgumentTypeError, match="is not a whole number from"):
@@ -309,11 +309,31 @@ def test_half_of_torchruns_variables_is_refused(
 
 
 def test_a_process_has_a_device_of_those_there_are() -> None:
-    assert flags.cuda_device("1", 2) == torch.device("cuda", 1)
+    assert machine.cuda_device("1", 2) == torch.device("cuda", 1)
     with pytest.raises(UsageError, match="LOCAL_RANK is 2, and there are 2 CUDA devices"):
-        flags.cuda_device("2", 2)
+        machine.cuda_device("2", 2)
     with pytest.raises(UsageError, match="LOCAL_RANK is 'x'"):
-        flags.cuda_device("x", 2)
+        machine.cuda_device("x", 2)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc alone")
+@pytest.mark.parametrize("mine", [{}, {"MALLOC_TRIM_THRESHOLD_": "0"}])
+def test_freed_memory_is_kept_unless_the_user_has_it_otherwise(mine: dict[str, str]) -> None:
+    code = """
+import argparse, resource, torch
+from mvae.scripts import machine
+machine.device(argparse.Namespace(threads=1, cuda=False))
+for i in range(30):
+    if i == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**22)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(**mine), capture_output=True, text=True, check=True
+    )
+    each = 2**24 / resource.getpagesize()  # pages of a block
+    assert int(done.stdout) > 10 * each if mine else int(done.stdout) < each
 
 
 def test_compiling_without_a_compiler_is_refused_before_anything(

@@ -22,7 +22,7 @@ from mvae.datasets import celeba
 from mvae.datasets.celeba import SPLITS
 from mvae.datasets.picture_cache import Entry, decoded, listing
 from mvae.errors import UserError
-from mvae.scripts import flags
+from mvae.scripts import flags, running, types
 from mvae.scripts.kinds import Picture
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = flags.add_cache_flags(parser)
     for name, folder in FOLDERS.items():
         what = "the faces" if name == "image" else f"what `python setup.py {COMMANDS[name]}` made of them"
-        group.add_argument(f"--{name}-dir", type=flags.path, default=Path("./data", folder), help=f"folder of {what}")
+        group.add_argument(f"--{name}-dir", type=types.path, default=Path("./data", folder), help=f"folder of {what}")
 
 
 def folders(args: argparse.Namespace) -> dict[str, Path]:
@@ -226,4 +226,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

@@ -3,7 +3,7 @@
 A map that --plot draws has no colours: there are no labels.
 """
 
-from mvae.scripts import flags
+from mvae.scripts import flags, running
 
 import datasets
 
@@ -22,4 +22,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

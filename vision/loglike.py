@@ -3,7 +3,7 @@
 Pixels are scored by the Bernoulli cross-entropy, which is not a normalised density.
 """
 
-from mvae.scripts import flags
+from mvae.scripts import flags, machine, running
 
 import datasets
 from datasets import MODALITIES
@@ -28,9 +28,9 @@ def main() -> None:
         Quantity(MODALITIES): [image, MODALITIES],
         **{Quantity((name,), image, image): [image, MODALITIES] for name in MODALITIES if name != "image"},
     }
-    device = flags.device(args)
+    device = machine.device(args)
     model, trained = checkpoint.load_model(args.model_path, "vision", build_model, device)
-    with flags.processes(args, device) as processes:
+    with machine.processes(args, device) as processes:
         found = evaluate(
             model,
             datasets.examples(args.split, args, trained["settings"])[: args.limit].to(device),
@@ -39,10 +39,10 @@ def main() -> None:
             seed=args.seed,
             precision=args.precision,
             processes=processes,
-            progress=flags.progress,
+            progress=running.progress,
         )
     report(found, {}, args, trained)
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

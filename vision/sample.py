@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mvae.errors import UsageError
-from mvae.scripts import flags
+from mvae.scripts import flags, running, types
 
 import datasets
 from datasets import CONTROLS, MODALITIES, SIZE
@@ -26,7 +26,7 @@ N_ROWS = 8  # of the contact sheet
 def add_conditions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--condition-file",
-        type=flags.path,
+        type=types.path,
         action="append",
         metavar="FILE",
         help="a picture of any size and mode, with a --condition-type; may be repeated, and two of one type are rows",
@@ -94,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from mvae.datasets.picture_cache import eight_bit
 from mvae.errors import UsageError, UserError
-from mvae.scripts import flags
+from mvae.scripts import running, types
 
 if TYPE_CHECKING:  # only masks need dlib
     import dlib
@@ -304,13 +304,13 @@ def convert_all(args: argparse.Namespace, sources: Sequence[Path], predictor: Pa
 
 def parse_arguments() -> argparse.Namespace:
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("src", metavar="SRC", type=flags.path, help="folder of the pictures")
-    shared.add_argument("dst", metavar="DST", type=flags.path, help="folder to write into, made if it is absent")
+    shared.add_argument("src", metavar="SRC", type=types.path, help="folder of the pictures")
+    shared.add_argument("dst", metavar="DST", type=types.path, help="folder to write into, made if it is absent")
     shared.add_argument(
-        "--workers", type=flags.concurrency, default=os.cpu_count() or 1, help="processes (default: %(default)s)"
+        "--workers", type=types.concurrency, default=os.cpu_count() or 1, help="processes (default: %(default)s)"
     )
     shared.add_argument("--overwrite", action="store_true", help="make anew what is there, too")
-    shared.add_argument("--limit", type=flags.positive_int, metavar="N", help="the first N pictures only")
+    shared.add_argument("--limit", type=types.positive_int, metavar="N", help="the first N pictures only")
     description, usage = (__doc__ or "").split("\n\n", 1)
     parser = argparse.ArgumentParser(
         description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -321,7 +321,7 @@ def parse_arguments() -> argparse.Namespace:
     masks = commands.add_parser("mask", parents=[shared], help="regions of the face, black on white, by dlib")
     masks.add_argument(
         "--predictor",
-        type=flags.path,
+        type=types.path,
         default=PREDICTOR,
         metavar="FILE",
         help="dlib's 68-point predictor, .dat or .dat.bz2 (default: %(default)s)",
@@ -361,4 +361,4 @@ def _detector():
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

@@ -5,7 +5,7 @@ subsets, in nats per example. By default every term scores all six, so that each
 the paper's terms score what they are given (--reconstruct given).
 """
 
-from mvae.scripts import flags, stages
+from mvae.scripts import flags, running, stages
 
 import datasets
 from datasets import MODALITIES
@@ -77,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

@@ -7,7 +7,7 @@ watermark_removal.png. An output is the mean of p(output | z), where z is the me
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mvae.scripts import flags
+from mvae.scripts import flags, machine, running, types
 
 import datasets
 
@@ -36,8 +36,8 @@ def transformed(model: "MVAE", batch: "Batch", given: str, *drawn: str) -> "Tens
 
 def main() -> None:
     parser = flags.model_parser(__doc__)
-    parser.add_argument("--n-samples", type=flags.positive_int, default=8, help="faces, side by side")
-    parser.add_argument("--out-dir", type=flags.path, default=Path("./samples"), help="folder to write into")
+    parser.add_argument("--n-samples", type=types.positive_int, default=8, help="faces, side by side")
+    parser.add_argument("--out-dir", type=types.path, default=Path("./samples"), help="folder to write into")
     datasets.add_flags(parser)
     args = parser.parse_args()
 
@@ -49,7 +49,7 @@ def main() -> None:
     from model import build_model
 
     torch.set_grad_enabled(False)
-    device = flags.device(args)
+    device = machine.device(args)
     model, _ = checkpoint.load_model(args.model_path, "vision", build_model, device)
     _, validation = datasets.training_data(datasets.folders(args), args.data_dir, args.cache_dir, workers=args.workers)
     faces = torch.randperm(len(validation), generator=torch.Generator().manual_seed(args.seed))[: args.n_samples]
@@ -61,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from mvae.files import write_atomically
-from mvae.scripts import flags
+from mvae.scripts import running, types
 
 SIZE = 64
 FINER = 16
@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the watermark.")
     default = Path(__file__).with_name("watermark.png")
     parser.add_argument(
-        "file", metavar="FILE", nargs="?", type=flags.output, default=default, help="default: beside this file"
+        "file", metavar="FILE", nargs="?", type=types.output, default=default, help="default: beside this file"
     )
     path = parser.parse_args().file
     _, encoded = cv2.imencode(".png", cv2.cvtColor(watermark(), cv2.COLOR_RGBA2BGRA))
@@ -71,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)

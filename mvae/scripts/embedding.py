@@ -16,7 +16,7 @@ from ..data import consecutive_rows
 from ..errors import UsageError, UserError
 from ..files import made, npy, whole, write_atomically
 from ..model import MVAE, Batch
-from . import flags
+from . import machine, running
 from .kinds import Controls, Picture
 from .sampling import Examples
 
@@ -33,7 +33,7 @@ def embed(
 
     Raises UsageError for flags that don't go together; UserError if a file can't be read or written.
     """
-    device = flags.device(args)
+    device = machine.device(args)
     given = list(dict.fromkeys(args.given or [next(iter(controls))]))
     if args.files and (len(given) > 1 or not isinstance(controls[given[0]], Picture)):
         raise UsageError("`files` are pictures: `given` takes the name of one picture with them")
@@ -57,7 +57,7 @@ def embed(
         paths = {name: folder / f"{name}.npy" for name in ("mu", "logvar")}
         with contextlib.ExitStack() as both:
             append = {name: both.enter_context(npy(path, n)) for name, path in paths.items()}
-            for batch in flags.progress(batches, total=-(-n // BATCH)):
+            for batch in running.progress(batches, total=-(-n // BATCH)):
                 posterior = model.posterior({name: batch[name].to(device) for name in wanted})
                 for name, part in zip(paths, posterior, strict=True):
                     append[name](part.float().cpu().numpy())

@@ -22,7 +22,7 @@ from .. import checkpoint, maps, pictures
 from ..datasets.picture_cache import picture
 from ..errors import UserError
 from ..model import MVAE
-from . import flags
+from . import machine
 from .beliefs import N_DRAWS, Beliefs, believe, strongest
 from .kinds import Attributes, Controls, Label, Picture
 
@@ -64,7 +64,7 @@ section { background: #fff; border: 1px solid #ddd; border-radius: 6px; padding:
 
 def explore(args: argparse.Namespace, experiment: str, build: Callable[[int], MVAE], controls: Controls) -> None:
     """Serves the page until it is interrupted. Raises UserError if the model or the port can't be had."""
-    model, trained = checkpoint.load_model(args.model_path, experiment, build, flags.device(args))
+    model, trained = checkpoint.load_model(args.model_path, experiment, build, machine.device(args))
     app = page(model, controls, f"{experiment}, epoch {trained.get('epoch', '?')}")
     if args.host in ("127.0.0.1", "localhost", "::1"):  # who names this address otherwise is another site's page
         app.server.config["TRUSTED_HOSTS"] = LOCAL

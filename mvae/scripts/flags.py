@@ -1,143 +1,41 @@
-"""What the scripts share: flags, the device, and errors of one line."""
+"""The flags of the scripts, and what they ask for."""
 
 import argparse
-import contextlib
 import functools
-import io
-import logging
 import os
-import re
-import shlex
-import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from ..errors import UsageError, UserError, is_out_of_memory
-from ..files import check_writable
+from ..errors import UsageError, UserError
 from .kinds import Controls, Picture, described_by, endpoint, values
+from .machine import device
+from .running import origin
+from .types import (
+    concurrency,
+    csv_or_npz,
+    fraction,
+    host,
+    non_negative_float,
+    non_negative_int,
+    output,
+    path,
+    positive_float,
+    positive_int,
+    probability,
+    seed_number,
+    share,
+    two_or_more,
+    whole_number,
+)
 
 if TYPE_CHECKING:  # torch is imported where it's needed, so that -h doesn't wait for it
-    import torch
-
     from ..data import Data
-    from ..processes import Processes
     from ..schedules import Schedule
     from ..training import Options
 
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
 STEPS = 8
 """The rows of an interpolation, its two ends included."""
-
-
-SMALLER = {
-    "train.py": "--batch-size, --iw-samples or --n-latents",
-    "sample.py": "--n-samples",
-    "loglike.py": "--n-samples",
-    "transform.py": "--n-samples",
-    "embed.py": "--limit",
-    "setup.py": "--workers",
-    "datasets.py": "--workers, or the examples of what is made",
-}
-"""By script, the flags that lower what memory it takes."""
-
-
-def run(main: Callable[[], None]) -> None:
-    """Runs a script, and exits with its status: what a user can mend becomes one line on stderr, without a traceback.
-
-    That is a UserError, whose parameters in backticks are printed as flags; a file or a folder that the system refuses;
-    and memory that doesn't suffice. Output that the terminal can't show is escaped, and output that nobody reads ends
-    the script as SIGPIPE does. What the package logs is printed, too: warnings on stderr, the rest on stdout. Of
-    several processes the first alone prints it.
-    """
-    _open_streams()
-    if is_first():
-        said, warned = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
-        said.addFilter(_is_no_warning)
-        warned.setLevel(logging.WARNING)
-        logger = logging.getLogger("mvae")
-        logger.handlers = [said, warned]
-        logger.setLevel(logging.INFO)
-        logging.raiseExceptions = False  # else a line that can't be written is a traceback
-    status: Any = 0
-    try:
-        main()
-    except SystemExit as end:  # argparse's, after -h or a wrong flag
-        status = end.code
-    except UserError as error:
-        message = re.sub(r"`(\w+)`", lambda found: f"--{found[1].replace('_', '-')}", str(error))
-        status = _ended(message, error.status)
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:
-        status = SIGPIPE
-    except Exception as error:
-        if is_out_of_memory(error):
-            status = _ended(f"the memory doesn't suffice: lower {SMALLER.get(_name(), 'what it is to hold')}", 1)
-        elif isinstance(error, OSError):
-            what = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-            status = _ended(f"{what}{error.strerror or error}", 1)
-        else:
-            raise
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        # Nobody reads the output, as after `head`, or it has no room. What is left of it mustn't be tried at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            status = status or _ended(f"can't write what it prints: {error.strerror}", 1)
-        status = status or SIGPIPE
-    sys.exit(status)
-
-
-SIGPIPE = 128 + 13
-"""The status of a program that ends because nobody reads its output."""
-
-
-def _open_streams() -> None:
-    """Gives the script streams that take any text. One that was closed (`>&-`) leads nowhere.
-
-    Else a file that the script opens would take its number, and whatever writes to that stream would write into it.
-    """
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(number, True)
-    os.close(number)
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it stays open)
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _ended(message: str, status: int) -> int:
-    """Prints a line on stderr, if there is somebody to read it; gives the status."""
-    with contextlib.suppress(OSError):
-        print(f"{_name()}: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
-    return status
-
-
-def _name() -> str:
-    """The script's name, as a user calls it."""
-    module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`
-    return f"python -m {module.parent}" if module and module.name.endswith(".__main__") else Path(sys.argv[0]).name
-
-
-def is_first() -> bool:
-    """Whether this process is the one that speaks for those of a run."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _is_no_warning(record: logging.LogRecord) -> bool:
-    return record.levelno < logging.WARNING
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -526,173 +424,6 @@ def recorded(settings: Mapping[str, Any], name: str, kind: type) -> Any:
     return value
 
 
-def origin() -> dict[str, str | None]:
-    """The command that runs, named from the repository's root, and its commit: None if git doesn't tell."""
-    root = Path(__file__).resolve().parents[2]
-    script = Path(sys.argv[0]).resolve()
-    name = script.relative_to(root) if script.is_relative_to(root) else script.name
-    commit = None
-    with contextlib.suppress(OSError):  # there may be no git
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-        commit = found.stdout.strip() if found.returncode == 0 else None
-    return {"command": shlex.join(["python", str(name), *sys.argv[1:]]), "commit": commit}
-
-
-def device(args: argparse.Namespace) -> "torch.device":
-    """Has torch compute with --threads, and gives the device asked for.
-
-    Afterwards `args.threads` says how many there are, and `args.precision` what auto takes, which a line says, too.
-    Without a CUDA device --cuda warns in one line, and the CPU does the work.
-    """
-    import torch
-
-    usual = torch.get_num_threads()  # OMP_NUM_THREADS, else all cores: too many for networks of a hundred examples
-    shared = max(1, min(usual, 4) // getattr(args, "jobs", 1))
-    args.threads = args.threads or (usual if "OMP_NUM_THREADS" in os.environ else shared)
-    torch.set_num_threads(args.threads)
-    found = torch.device("cpu")
-    if args.cuda and torch.cuda.is_available():
-        found = cuda_device(os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count())
-    elif args.cuda:
-        log.warning("--cuda: this machine has no CUDA device that torch can use; going on with the CPU")
-    if getattr(args, "precision", None) == "auto":
-        having = _bf16_instructions(found)
-        args.precision = "bf16" if having else "fp32"
-        if is_first():
-            print(f"--precision auto: {args.precision}, as this processor has {having or 'no instructions for bf16'}")
-    return found
-
-
-def _bf16_instructions(device: "torch.device") -> str:
-    """The names of the processor's instructions for bf16; empty if it has none, or if nothing tells."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name() if torch.cuda.is_bf16_supported(including_emulation=False) else ""
-    try:
-        words = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return ""
-    return " and ".join(sorted({"amx_bf16", "avx512_bf16", "bf16", "svebf16"}.intersection(words)))
-
-
-@contextmanager
-def processes(args: argparse.Namespace, device: "torch.device") -> "Iterator[Processes]":
-    """The processes that share the work: torchrun's, or --jobs of them. The others run the same command beside this."""
-    from ..processes import Processes
-
-    children = []
-    if args.jobs > 1 and "WORLD_SIZE" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        os.environ.update(group, WORLD_SIZE=str(args.jobs))
-        for rank in map(str, range(1, args.jobs)):
-            environment = {**os.environ, "RANK": rank, "LOCAL_RANK": rank}
-            command = [sys.executable, *sys.argv]
-            children.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
-        os.environ["RANK"] = "0"
-    try:
-        found = Processes.join(device)
-        with found.together():
-            yield found
-    finally:
-        for child in children:
-            child.terminate()
-            child.wait()
-
-
-def cuda_device(local_rank: str, n: int) -> "torch.device":
-    """The CUDA device of a process, of `n`; torchrun gives each its LOCAL_RANK. Raises UsageError if there is none."""
-    import torch
-
-    if not local_rank.isdecimal():
-        raise UsageError(f"LOCAL_RANK is {local_rank!r}, and torchrun sets it to a number: unset it for one process")
-    if int(local_rank) >= n:
-        raise UsageError(f"LOCAL_RANK is {local_rank}, and there are {n} CUDA devices: have at most as many processes")
-    return torch.device("cuda", int(local_rank))
-
-
-def progress(items: Iterable[T], total: int | None = None) -> Iterable[T]:
-    """The items, with a progress bar where stderr is a terminal; `total` is their number if they have no length."""
-    return tqdm(items, total=total, leave=False, disable=not sys.stderr.isatty())
-
-
-# The types of flags.
-
-
-def path(text: str) -> Path:
-    """A file or a folder; ~ is the user's home."""
-    try:
-        text.encode()
-        found = Path(text).expanduser()
-    except UnicodeEncodeError:  # torch and TensorBoard don't take such names
-        raise argparse.ArgumentTypeError(f"the name {text!r} is not UTF-8") from None
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r}: there is no such home") from None
-    if not text:
-        raise argparse.ArgumentTypeError("'' names no file or folder")
-    return found
-
-
-def output(text: str) -> Path:
-    """A file to write. One that can't be written is known before the work and not after it: raises UserError."""
-    found = path(text)
-    check_writable(found)
-    return found
-
-
-def csv_or_npz(text: str) -> Path:
-    if not text.endswith((".csv", ".npz")):
-        raise argparse.ArgumentTypeError(f"{text!r} ends neither in .csv nor in .npz")
-    return output(text)
-
-
-def _number(kind: type, allowed: Callable, wanted: str, text: str):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not allowed(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {wanted}")
-    return value
-
-
-def host(text: str) -> str:
-    if not text:  # to a socket that is any address: the page would be open to other machines
-        raise argparse.ArgumentTypeError("'' is no address")
-    return text
-
-
-MOST = 10**9
-"""The largest number of anything that is counted: a larger one isn't meant."""
-
-
-def whole_number(least: int, most: int = MOST) -> Callable[[str], int]:
-    """The type of whole numbers from `least` to `most`."""
-    return functools.partial(_number, int, lambda value: least <= value <= most, f"whole number from {least} to {most}")
-
-
-positive_int, non_negative_int, two_or_more = whole_number(1), whole_number(0), whole_number(2)
-seed_number = whole_number(0, 2**63 - 1)
-concurrency = whole_number(1, 1024)
-"""Threads, or processes."""
-
-
-def real_number(least: float, most: float, wanted: str) -> Callable[[str], float]:
-    return functools.partial(_number, float, lambda value: least <= value <= most, wanted)
-
-
-LARGEST = 1e30
-"""Of real numbers: float32 ends at 3e38, and begins at 1e-38."""
-
-positive_float = real_number(1 / LARGEST, LARGEST, f"number above 0, from {1 / LARGEST:g} to {LARGEST:g}")
-non_negative_float = real_number(0, LARGEST, f"number from 0 to {LARGEST:g}")
-share = real_number(0, 1, "number from 0 to 1")
-fraction = real_number(1 / LARGEST, 1, "number above 0, and 1 at most")
-probability = real_number(0, 1 - 1e-9, "number from 0 to below 1")
-
-
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
@@ -702,13 +433,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         found = super().parse_args(*args, **kwargs)
-        read = [path for name in ("model_path", "files") for path in _listed(getattr(found, name, None))]
-        named = {os.path.realpath(path) for path in read}
+        read = [file for name in ("model_path", "files") for file in _listed(getattr(found, name, None))]
+        named = {os.path.realpath(file) for file in read}
         for name in ("json", "per_example", "out", "plot"):
-            for path in _listed(getattr(found, name, None)):
-                if os.path.realpath(path) in named:
-                    raise UsageError(f"`{name}` would write over {path}, which is named before: name another file")
-                named.add(os.path.realpath(path))
+            for file in _listed(getattr(found, name, None)):
+                if os.path.realpath(file) in named:
+                    raise UsageError(f"`{name}` would write over {file}, which is named before: name another file")
+                named.add(os.path.realpath(file))
         return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..estimators import Evaluation, listed, mean_and_error
 from ..files import whole, write_atomically
-from .flags import is_first, origin
+from .running import is_first, origin
 
 STARTED = time.perf_counter()
 

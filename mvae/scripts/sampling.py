@@ -19,7 +19,7 @@ from ..data import Data, random_example
 from ..errors import UsageError, UserError
 from ..files import npy, whole, write_atomically
 from ..model import MVAE
-from . import flags, kinds
+from . import flags, kinds, machine, running
 from .kinds import Controls, HeldOut, Picture
 
 BLOCK = 256
@@ -174,7 +174,7 @@ def sample(
 
     Returns the rows; of each picture the first samples of each row, (rows, n, *event); and what is said in the files.
     """
-    device = flags.device(args)
+    device = machine.device(args)
     model, trained = checkpoint.load_model(args.model_path, experiment, build, device)
     torch.manual_seed(args.seed)
     held_out = functools.cache(lambda: examples("validation", args, trained["settings"]))
@@ -213,7 +213,7 @@ def sample(
             write_atomically(args.out_dir / written[-1], (json.dumps(about, indent=2) + "\n").encode())
         options = {"n": n, "seed": args.seed, "temperature": args.temperature, "draw_x": args.draw}
         blocks = draw(model, rows, controls, device=device, **options)
-        for block in flags.progress(blocks, total=len(rows) * -(-n // BLOCK)):
+        for block in running.progress(blocks, total=len(rows) * -(-n // BLOCK)):
             for write in writers:
                 write(block)
             for name, values in block.values.items():

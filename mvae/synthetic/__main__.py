@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import UsageError
-from ..scripts import flags
+from ..scripts import running, types
 from .digits import digits
 from .faces import DRAWN, attributes, faces
 from .fashion import garments
@@ -176,13 +176,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             exit_on_error=False,
         )
-        command.add_argument("dir", metavar="DIR", type=flags.path, help="the data folder, made if it is absent")
+        command.add_argument("dir", metavar="DIR", type=types.path, help="the data folder, made if it is absent")
         for split, n in splits.items():
             command.add_argument(
-                f"--{split}", type=flags.whole_number(1, 10**6), default=n, help=f"images to draw for {WORDS[split]}"
+                f"--{split}", type=types.whole_number(1, 10**6), default=n, help=f"images to draw for {WORDS[split]}"
             )
         command.add_argument(
-            "--seed", type=flags.whole_number(0, 2**32 - 1), default=0, help="the same seed, the same bytes"
+            "--seed", type=types.whole_number(0, 2**32 - 1), default=0, help="the same seed, the same bytes"
         )
     cv2.setNumThreads(1)  # images this small gain nothing from threads, whose waiting costs others a core
     try:
@@ -197,4 +197,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    running.run(main)
