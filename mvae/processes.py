@@ -131,6 +131,56 @@ class Processes:
                 distributed.broadcast(buffer, src=0)
 
 
+class _SumOfAll(torch.autograd.Function):
+    """The sum of all processes' tensors. Each process's loss depends on each one's tensor: gradients add up, too."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor) -> Tensor:
+        total = mine.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _SumOfAll.forward(ctx, gradient)
+
+
+class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm that takes its statistics in training over the rows of all processes: as one with all rows does."""
+
+    @classmethod
+    def become(cls, module: nn.Module) -> None:
+        """Makes each batch norm in `module` one of these, with the weights and statistics that it has."""
+        for one in module.modules():
+            if isinstance(one, nn.modules.batchnorm._BatchNorm):
+                one.__class__ = cls
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Any with channels in dimension 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        dims, shape = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
+        values = x if x.dtype == torch.float64 else x.float()
+        n = values.new_tensor([x.numel() / x.shape[1]])
+        # Means first, and then squares about them: the difference of large squares would be rounded.
+        *sums, n = _SumOfAll.apply(torch.cat([values.sum(dims), n]))
+        mean = torch.stack(sums) / n
+        centred = values - mean.view(shape)
+        variance = _SumOfAll.apply(centred.square().sum(dims)) / n
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                rate = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
+                self.running_var.lerp_((variance * n / (n - 1)).to(self.running_var.dtype), rate)
+        scaled = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            scaled = scaled * self.weight.view(shape) + self.bias.view(shape)
+        return scaled.to(x.dtype)
+
+
 @contextmanager
 def _named_if_lost() -> Iterator[None]:
     try:

@@ -28,7 +28,7 @@ from .estimators import listed
 from .metrics import Metric
 from .model import Batch, Precision, check_precision, has_fixed_shapes, running_in
 from .objective import Objective, random_subsets
-from .processes import Processes, signals
+from .processes import Processes, SharedBatchNorm, signals
 from .run import Run
 from .schedules import Schedule, constant
 from .stats import Totals
@@ -43,6 +43,7 @@ class Options:
     """How a run goes. `batch_size` is the whole step's, over all processes; `approx_m` is the number of random subsets.
 
     pairs_per_batch: see `mvae.supervision.composed_rows`; 0 for batches of no fixed composition.
+    sync_batchnorm: under torchrun, batch norm takes its statistics over all processes' examples, not over each one's.
 
     `out_dir` and `device` may be given as strings. The latest state is saved at the end of each epoch, when a signal
     asks the run to stop, and every `save_every` minutes.
@@ -57,6 +58,7 @@ class Options:
     seed: int = 0
     precision: Precision = "fp32"
     compile: bool = False
+    sync_batchnorm: bool = False
     resume: bool = False
     log_interval: int = 100
     save_every: float = 10.0
@@ -79,6 +81,8 @@ class Options:
                 raise UsageError(f"`{name}` is {getattr(self, name)!r}, and {wanted} is wanted") from None
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise UsageError(f"`device` is {self.device}, and there is no CUDA device that torch can use")
+        if self.compile and self.sync_batchnorm:
+            raise UsageError("`compile` takes no step that processes share within: go without it or `sync_batchnorm`")
         compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
         if self.compile and self.device.type == "cpu" and not shutil.which(compiler):
             remedy = "install one, name yours in the variable CXX, or go without `compile`"
@@ -184,6 +188,10 @@ def fit(
             for name in ("batch_size", "approx_m", "pairs_per_batch", "seed", "precision", "compile")
         },
     }
+    if options.sync_batchnorm and processes.world > 1:
+        if train.present is not None:
+            raise UsageError("`sync_batchnorm` takes complete examples: a process may have none that has a modality")
+        SharedBatchNorm.become(objective)
     train, validation = train.to(options.device), validation.to(options.device)
     objective.to(options.device).train()
     for data, what in ((train, "training"), (validation, "validation")):

@@ -97,6 +97,7 @@ ELSEWHERE = {
     "--cuda": "test_mnist_scripts",
     "--threads": "test_mnist_scripts",
     "--compile": "test_training_files",
+    "--sync-batchnorm": "test_training",
 }
 """The other flags, and the tests of their effect."""
 
@@ -174,10 +175,11 @@ def test_every_option_of_a_run_is_its_flags() -> None:
     found = flags.options(parser.parse_args([*words, "--threads=1"]))
     assert {name: getattr(found, name) for name in wanted} == wanted
     assert flags.options(parser.parse_args(["--approx-m=3", "--threads=1"])).approx_m == 3
+    assert flags.options(parser.parse_args(["--sync-batchnorm", "--threads=1"])).sync_batchnorm
     few = [flags.options(parser.parse_args([*words, "--batch-size=31"])) for words in ([], ["--n-paired=5"])]
     assert [options.pairs_per_batch for options in few] == [0, 10]
     others = {field.name for field in dataclasses.fields(found)} - wanted.keys()
-    assert others == {"approx_m", "device"}  # the device is that of --cuda
+    assert others == {"approx_m", "sync_batchnorm", "device"}  # the device is that of --cuda
 
 
 @pytest.mark.parametrize("experiment", OWN)

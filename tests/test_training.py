@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mvae import checkpoint
 from mvae.data import Data, permuted_rows, seed_of
-from mvae.errors import UserError
+from mvae.errors import UsageError, UserError
 from mvae.model import MVAE, Batch
 from mvae.objective import Objective
 from mvae.processes import Processes
@@ -401,6 +401,26 @@ def test_two_processes_train_as_one_does_whatever_their_number_before(tmp_path: 
         torch.testing.assert_close(found["model"], alone["model"], rtol=1e-4, atol=1e-5)
         for record, expected in zip(found["records"], alone["records"], strict=True):
             assert record == pytest.approx(expected, rel=1e-4)
+
+
+def test_two_processes_share_the_statistics_of_batch_norm_if_asked_to(tmp_path: Path) -> None:
+    """They then train as one does, to rounding. It shows with SGD: Adam makes steps of a gradient that is none, too."""
+    how: dict[str, Any] = {"normed": True, "optimizer": torch.optim.SGD, "epochs": 1, "lr": 1e-3}
+    (alone,) = fit_in(1, tmp_path / "one", **how)
+    (first, second) = fit_in(2, tmp_path / "two", **how, sync_batchnorm=True)
+    (apart, _) = fit_in(2, tmp_path / "apart", **how)
+    assert same(first["model"], second["model"])
+    torch.testing.assert_close(first["model"], alone["model"], rtol=1e-4, atol=1e-5)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(apart["model"], alone["model"], rtol=1e-4, atol=1e-5)
+
+
+def test_shared_batch_norm_takes_complete_examples_and_no_compiler(tmp_path: Path) -> None:
+    present = {"image": torch.arange(24) % 2 == 0}
+    found = fit_in(2, tmp_path, normed=True, sync_batchnorm=True, present=present)
+    assert all("`sync_batchnorm` takes complete examples" in process["refused"] for process in found)
+    with pytest.raises(UsageError, match="`compile` takes no step that processes share"):
+        Options(epochs=1, batch_size=4, compile=True, sync_batchnorm=True)
 
 
 def test_two_processes_report_the_steps_of_both(two: Two) -> None:

@@ -143,6 +143,9 @@ def training_parser(
     )
     _add_precision(optimisation)
     optimisation.add_argument("--compile", action="store_true", help="compile the step; on CUDA, capture it as a graph")
+    optimisation.add_argument(
+        "--sync-batchnorm", action="store_true", help="under torchrun: batch norm over all processes' examples"
+    )
     supervision = result.add_argument_group("weak supervision")
     pairs = supervision.add_mutually_exclusive_group()
     pairs.add_argument(
@@ -337,6 +340,7 @@ def options(args: argparse.Namespace) -> "Options":
         seed=args.seed,
         precision=args.precision,
         compile=args.compile,
+        sync_batchnorm=args.sync_batchnorm,
         resume=args.resume,
         log_interval=args.log_interval,
         save_every=args.save_every,
