@@ -108,7 +108,9 @@ def root(tmp_path: Path) -> Path:
     waits = [{"experiment": "mnist", "busy": 1, "way": way, "rate": [0.5, rate, 1.5]} for way, rate in
              (("1 thread", 1.0), ("2 threads", 1.25))]  # fmt: skip
     write(results / "threads.json", {**machine, "rows": waits})
-    write(results / "peer.json", {**machine, "multivae": "1.0.3", "ratios": {"a step": [1.25, 1.5, 1.75]}})
+    write(
+        results / "peer.json", {**machine, "multivae": "1.0.3", "ratios": {"a step": {"MultiVae": [1.25, 1.5, 1.75]}}}
+    )
     captured = {"experiment": "mnist", "precision": "fp32", "eager_ms": 3.0, "captured_ms": 2.0, "eager_busy": 0.5}
     captured |= {"captured_busy": 0.75, "products_floor_ms": 0.5, "weights_floor_ms": 0.25}
     write(results / "gpu.json", {**machine, "gpu": "H100", "steps": {"rows": [captured]}})
@@ -230,7 +232,7 @@ def test_ratios_and_slopes_are_those_of_their_files(root: Path) -> None:
     assert "moves log p(image) of a trained model by -0.2500 ± 0.1250 nats, a mean" in (root / "README.md").read_text()
     assert rows_of(root, "growth")[2] == ["latents", "16 to 512", "0.75", "0.81", "1.00", "1.00"]
     assert rows_of(root, "threads")[2] == ["mnist", "1", "1.00", "1.25"]
-    assert rows_of(root, "peer")[2] == ["a step", "1.50 (1.25 to 1.75)"]
+    assert rows_of(root, "peer")[2] == ["a step", "1.50 (1.25 to 1.75)", "–"]
     assert rows_of(root, "gpu")[2][2:] == ["3.00", "2.00", "1.50", "50 %", "75 %", "25 %", "12 %"]
 
 
