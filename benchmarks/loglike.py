@@ -5,6 +5,7 @@
     each by itself      every quantity under every proposal, and every prediction, has an evaluation of its own
     predictions apart   log-likelihoods in one evaluation, and predictions in another
     larger chunks       four times the latents are decoded in one call
+    each logarithm      log(1 + exp(l)) is taken of each pixel, as torch's cross-entropy does
 
 A ratio is that of the processor's time in one round. `--bf16` takes what two commands loglike.py --per-example FILE.npz
 wrote, of the same examples and noise, with --precision fp32 and bf16, and compares them example by example.
@@ -12,19 +13,22 @@ wrote, of the same examples and noise, with --precision fp32 and bf16, and compa
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+from step import processor
+from torch import Tensor
+from torch.nn import functional as F
 
-from mvae import MVAE, Data, evaluate
+from mvae import MVAE, Data, evaluate, likelihoods
 from mvae.estimators import mean_and_error
 from mvae.files import write_atomically
-from mvae.scripts import running, types
+from mvae.scripts import machine, running, types
 
 from experiments import EXPERIMENTS, Experiment, build_model
 
@@ -48,12 +52,25 @@ def variants(experiment: Experiment, model: MVAE, data: Data, n_samples: int) ->
         run(experiment.quantities, {})
         run({}, experiment.predictions)
 
+    def each_logarithm() -> None:
+        with mock.patch.object(likelihoods, "_BernoulliScore", CrossEntropy):
+            run(experiment.quantities, experiment.predictions)
+
     return {
         "ours": lambda: run(experiment.quantities, experiment.predictions),
         "each by itself": each_by_itself,
         "predictions apart": predictions_apart,
         "larger chunks": lambda: run(experiment.quantities, experiment.predictions, 4 * chunk),
+        "each logarithm": each_logarithm,
     }
+
+
+class CrossEntropy:
+    """In place of ours, torch's."""
+
+    @staticmethod
+    def apply(logits: Tensor, x: Tensor) -> Tensor:
+        return -F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none").sum(dim=-1)
 
 
 def times(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -80,13 +97,13 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file, too")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    machine.device(argparse.Namespace(threads=1, cuda=False))
     torch.manual_seed(0)
     experiment = EXPERIMENTS[args.experiment]
     model = build_model(args.experiment, experiment.n_latents).eval()
     took = times(variants(experiment, model, experiment.data()[: args.examples], args.n_samples), args.rounds)
     content: dict[str, Any] = {**running.origin(), "experiment": args.experiment, "torch": torch.__version__}
-    content |= {"processor": platform.processor() or platform.machine(), "ratios": {}}
+    content |= {"processor": processor(), "ratios": {}}
     for name, seconds in took.items():
         ratios = np.quantile(np.divide(seconds, took["ours"]), [0.25, 0.5, 0.75]).tolist()
         content["ratios"][name] = ratios

@@ -109,6 +109,27 @@ def loglike(root: Path, document: Path) -> str:
     return "\n\n".join([table(["", *(f"{way} / ours" for way in ways)], rows), f"{' '.join(about)}*", commands])
 
 
+def loglike_full(root: Path, document: Path) -> str:
+    """A row for each run of loglike.py over a whole test split: how long it took, and what it found."""
+    files = [read(path) for path in sorted(root.glob("results/full/*.json"))]
+    if not files:
+        return NOTHING
+    rows = []
+    for file in files:
+        found = {(row["quantity"], row["proposal"]): row for row in file["log_likelihood"]}
+        cells = []
+        for name in ("log p(image)", "log p(image, text)"):
+            row = found[name, "q(z | image)"]
+            cells.append(f"{row['mean']:.3f} ± {row['standard_error']:.3f}")
+        rows.append([file["precision"], str(file["jobs"]), f"{file['seconds'] / 60:.1f}", *cells])
+    about = (
+        f"*A model of mnist, all {files[0]['n_examples']:,} test images, {files[0]['n_samples']:,} importance samples "
+        "of each quantity under each proposal.*"
+    )
+    columns = ["precision", "processes", "minutes", "log p(image)", "log p(image, text)"]
+    return "\n\n".join([table(columns, rows), about, _commands(files)])
+
+
 def growth(root: Path, document: Path) -> str:
     """A row for each size of a step that grows: how steeply time and memory do, beside the arithmetic."""
     path = root / "results" / "growth.json"
@@ -156,7 +177,7 @@ def peer(root: Path, document: Path) -> str:
         for name, ratios in content["ratios"].items()
     ]
     about = (
-        f"*The processor's time of MultiVae {content['multivae']}, which is always in float32, divided by ours; and that "
+        f"*The time of MultiVae {content['multivae']}, which is always in float32, divided by ours; and that "
         "of the decoders' matrix products alone, which is the least there can be: median (lower to upper quartile) of "
         f"turns on one thread. {_machines([content])}*"
     )

@@ -1,13 +1,14 @@
 """Make the tables in the READMEs and docs/ from results/*.json.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; this command rewrites it. NAME is summary, an
-experiment (mnist, fashionmnist, multimnist, celeba, celeba19, vision), speed, memory, loglike, growth, threads, peer,
-gpu, batch_norm, ablation, long, precision, or weak_ and an experiment. The files:
+experiment (mnist, fashionmnist, multimnist, celeba, celeba19, vision), speed, memory, loglike, loglike_full, growth,
+threads, peer, gpu, batch_norm, ablation, long, precision, or weak_ and an experiment. The files:
 
     results/EXPERIMENT-RECIPE-SEED.json             what loglike.py --json wrote; several seeds of a recipe are averaged
     results/coherence-EXPERIMENT-RECIPE-SEED.json   what benchmarks/coherence.py --json wrote of the same model
     results/step-*.json                             what benchmarks/step.py --json wrote
     results/loglike-*.json                          what benchmarks/loglike.py --json wrote
+    results/full/*.json                             what loglike.py --json wrote of a whole test split
     results/growth.json                             what benchmarks/growth.py --json wrote
     results/threads.json                            what benchmarks/threads.py --json wrote
     results/peer.json                               what benchmarks/peer.py --json wrote
@@ -32,7 +33,7 @@ from typing import Any, NamedTuple
 from markdown import NOTHING, over_seeds, read, table
 from paired_tables import paired
 from recipes import GRIDS
-from speed_tables import gpu, growth, loglike, memory, peer, speed, threads
+from speed_tables import gpu, growth, loglike, loglike_full, memory, peer, speed, threads
 from weak_tables import weak
 
 from mvae.errors import UserError
@@ -406,6 +407,7 @@ TABLES: dict[str, Callable[[Path, Path], str]] = {
     "speed": speed,
     "memory": memory,
     "loglike": loglike,
+    "loglike_full": loglike_full,
     "growth": growth,
     "threads": threads,
     "peer": peer,

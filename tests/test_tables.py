@@ -18,6 +18,7 @@ NAMES = (
     "speed",
     "memory",
     "loglike",
+    "loglike_full",
     "growth",
     "threads",
     "peer",
@@ -102,6 +103,7 @@ def root(tmp_path: Path) -> Path:
     moved = {"quantity": "log p(image)", "proposal": IMAGE, "mean": -0.25, "standard_error": 0.125, "n_examples": 7}
     shared = {"command": "python benchmarks/loglike.py mnist", "experiment": "mnist", "ratios": ratios}
     write(results / "loglike-mnist.json", {**shared, "bf16 less fp32": [moved]})
+    write(results / "full" / "mnist-bf16.json", {**mnist(0, -91.25), "precision": "bf16", "jobs": 2, "seconds": 270})
     slopes = {"ms": 0.75, "flops": 0.8125, "held_bytes": 1.0, "numbers": 1.0}
     grown = {"latents": {"rows": [{"value": 16}, {"value": 512}], "slopes": slopes}}
     write(results / "growth.json", {"command": "python benchmarks/growth.py", "growth": grown})
@@ -168,6 +170,7 @@ def test_a_changed_digit_is_found(root: Path) -> None:
         ("celeba19-fast-0.json", "accuracy of Male", "accuracy of Bald", "celeba19"),
         ("loglike-mnist.json", "[2.0, 2.25, 2.5]", "[2.0, 2.35, 2.5]", "loglike"),
         ("growth.json", "0.75", "0.85", "growth"),
+        ("full/mnist-bf16.json", "270", "277", "loglike_full"),
         ("threads.json", "1.25", "1.35", "threads"),
         ("peer.json", "1.5", "1.6", "peer"),
         ("gpu.json", "3.0", "4.0", "gpu"),
@@ -231,6 +234,8 @@ def test_ratios_and_slopes_are_those_of_their_files(root: Path) -> None:
     assert rows_of(root, "loglike")[2] == ["mnist", "2.25 (2.00 to 2.50)"]
     assert "moves log p(image) of a trained model by -0.2500 ± 0.1250 nats, a mean" in (root / "README.md").read_text()
     assert rows_of(root, "growth")[2] == ["latents", "16 to 512", "0.75", "0.81", "1.00", "1.00"]
+    full = ["bf16", "2", "4.5", "-91.250 ± 0.250", "-91.375 ± 0.250"]
+    assert rows_of(root, "loglike_full")[2] == full
     assert rows_of(root, "threads")[2] == ["mnist", "1", "1.00", "1.25"]
     assert rows_of(root, "peer")[2] == ["a step", "1.50 (1.25 to 1.75)", "–"]
     assert rows_of(root, "gpu")[2][2:] == ["3.00", "2.00", "1.50", "50 %", "75 %", "25 %", "12 %"]
