@@ -221,21 +221,31 @@ def weak(root: Path) -> Figure | None:
         -(-len(panels) // columns), columns, figsize=(WIDTH, 3.4 * -(-len(panels) // columns) + 0.9), squeeze=False,
         layout="constrained",
     )  # fmt: skip
+    looks: dict[str, tuple[str, str]] = {}  # the same in all panels
+    for panel in axes.flat[len(panels) :]:
+        panel.remove()
     for panel, (experiment, measure, by_method) in zip(axes.flat, panels, strict=False):
-        drawn = [method for method in METHODS if len(by_method.get(method, ())) > 1]
-        for i, method in enumerate(drawn):
+        for method in METHODS:
+            if len(by_method.get(method, ())) < 2:
+                continue
+            if method not in looks:
+                looks[method] = (COLOURS * 2)[len(looks)], STYLES[len(looks) // len(COLOURS)]
+            color, linestyle = looks[method]
             shares = {n: [100 * value for value in by_seed.values()] for n, by_seed in by_method[method].items()}
             numbers = sorted(shares)
             means = [statistics.fmean(shares[n]) for n in numbers]
             errors = [statistics.stdev(shares[n]) / len(shares[n]) ** 0.5 if len(shares[n]) > 1 else 0 for n in numbers]
             panel.errorbar(
-                numbers, means, errors, color=(COLOURS * 2)[i], linestyle=STYLES[i // len(COLOURS)], marker=".",
+                numbers, means, errors, color=color, linestyle=linestyle, marker=".",
                 linewidth=2.2 if method == "weak" else 1.2, capsize=2, label=METHODS[method].replace("`", ""),
             )  # fmt: skip
         panel.set_xscale("log")
         panel.set_title(f"{experiment}: {measure}, %", loc="left")
         panel.set_xlabel("examples with a label")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=2)
+    handles = {
+        label: handle for panel in figure.axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), frameon=False, loc="outside upper center", ncols=2)
     return figure
 
 
