@@ -98,7 +98,6 @@ def main() -> None:
         **running.origin(),
         "processor": processor(),
         "torch": torch.__version__,
-        "multivae": version("multivae"),
         "ratios": {},
     }
     for precision in PRECISIONS:
@@ -108,6 +107,7 @@ def main() -> None:
         content["ratios"][f"log p(image, text), {precision}"] = found
         ours, theirs = steps(precision)
         content["ratios"][f"a step, {precision}"] = in_turns(args.steps, args.rounds, ours, MultiVae=theirs)
+    content["multivae"] = version("multivae")
     for name, ratios in content["ratios"].items():
         for other, (low, middle, high) in ratios.items():
             print(f"{name}: {other} / ours {middle:.2f} ({low:.2f} to {high:.2f})")
