@@ -1,6 +1,6 @@
 """The tables of how fast it is: what step.py, loglike.py, growth.py, threads.py, peer.py and gpu.py wrote."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +130,19 @@ def loglike_full(root: Path, document: Path) -> str:
     return "\n\n".join([table(columns, rows), about, _commands(files)])
 
 
-def growth(root: Path, document: Path) -> str:
+def of_one_file(made: Callable[[dict[str, Any]], str]) -> Callable[[Path, Path], str]:
+    """The table that `made` makes of the results file of its name, if there is one."""
+
+    def whole(root: Path, document: Path) -> str:
+        path = root / "results" / f"{made.__name__}.json"
+        return made(read(path)) if path.exists() else NOTHING
+
+    return whole
+
+
+@of_one_file
+def growth(content: dict[str, Any]) -> str:
     """A row for each size of a step that grows: how steeply time and memory do, beside the arithmetic."""
-    path = root / "results" / "growth.json"
-    if not path.exists():
-        return NOTHING
-    content = read(path)
     rows = []
     for name, found in content["growth"].items():
         values = [row["value"] for row in found["rows"]]
@@ -149,12 +156,9 @@ def growth(root: Path, document: Path) -> str:
     return "\n\n".join([table(columns, rows), about, f"```\n{content['command']}\n```"])
 
 
-def threads(root: Path, document: Path) -> str:
+@of_one_file
+def threads(content: dict[str, Any]) -> str:
     """A row for each experiment and number of other processes, a column for each way to run a step."""
-    path = root / "results" / "threads.json"
-    if not path.exists():
-        return NOTHING
-    content = read(path)
     ways = list(dict.fromkeys(row["way"] for row in content["rows"]))
     rates = {(row["experiment"], row["busy"], row["way"]): row["rate"] for row in content["rows"]}
     keys = list(dict.fromkeys((row["experiment"], row["busy"]) for row in content["rows"]))
@@ -166,12 +170,9 @@ def threads(root: Path, document: Path) -> str:
     return "\n\n".join([table(["", "other processes", *ways], rows), about, _commands([content])])
 
 
-def peer(root: Path, document: Path) -> str:
+@of_one_file
+def peer(content: dict[str, Any]) -> str:
     """A row for each thing that both can do."""
-    path = root / "results" / "peer.json"
-    if not path.exists():
-        return NOTHING
-    content = read(path)
     rows = [
         [name, *(_quartiles(ratios[other], ".2f") if other in ratios else "–" for other in ("MultiVae", "products"))]
         for name, ratios in content["ratios"].items()
@@ -185,12 +186,9 @@ def peer(root: Path, document: Path) -> str:
     return "\n\n".join([table(columns, rows), about, _commands([content])])
 
 
-def gpu(root: Path, document: Path) -> str:
+@of_one_file
+def gpu(content: dict[str, Any]) -> str:
     """A row for each experiment and precision: a step as launched and as captured, beside the device's floors."""
-    path = root / "results" / "gpu.json"
-    if not path.exists():
-        return NOTHING
-    content = read(path)
     rows = [
         [
             row["experiment"],

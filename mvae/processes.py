@@ -165,8 +165,9 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
         values = x if x.dtype == torch.float64 else x.float()
         n = values.new_tensor([x.numel() / x.shape[1]])
         # Means first, and then squares about them: the difference of large squares would be rounded.
-        *sums, n = _SumOfAll.apply(torch.cat([values.sum(dims), n]))
-        mean = torch.stack(sums) / n
+        sums = _SumOfAll.apply(torch.cat([values.sum(dims), n]))
+        n = sums[-1]
+        mean = sums[:-1] / n
         centred = values - mean.view(shape)
         variance = _SumOfAll.apply(centred.square().sum(dims)) / n
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
