@@ -129,6 +129,7 @@ def trained(task: Task, method: str, *words: str) -> Tensor:
     out_dir = task.args.runs_dir / f"{task.experiment}-{method}-{task.n}-{task.seed}"
     common = ["--n-paired", str(task.n), "--seed", str(task.seed), "--out-dir", str(out_dir), "--resume"]
     where = ["--data-dir", str(task.args.data_dir), *WORDS.get(task.experiment, lambda args: [])(task.args)]
+    where += ["--limit", str(task.args.limit)] if task.args.limit else []
     call(f"{task.experiment}/train.py", *words, *common, *where, "--log-interval", "1000")
     return read_by(load_model(out_dir / BEST, task.experiment, task.kind.build_model, torch.device("cpu"))[0], task)
 
@@ -294,6 +295,7 @@ def main() -> None:
     parser.add_argument("--n", nargs="+", type=types.two_or_more, default=[20, 100, 500, 2000, 10000, 60000])
     parser.add_argument("--seeds", nargs="+", type=types.seed_number, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:8])
+    parser.add_argument("--limit", type=types.positive_int, help="the first examples of the training split only")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/weak"), help="folder of the runs' own folders")
     canvases.add_canvas_dir(parser)
     face_flags.add_flags(parser)
@@ -301,6 +303,7 @@ def main() -> None:
     machine.device(args)
     kind = EXPERIMENTS[args.experiment]
     train, validation = kind.data(args, 5000)
+    train = train[: args.limit]
     test = TEST[args.experiment](args)
     for seed in args.seeds:
         for n in args.n:
@@ -322,6 +325,7 @@ def run(task: Task, method: str, path: Path) -> None:
         "experiment": task.experiment,
         "method": method,
         "n": task.n,
+        "total": len(task.train) + len(task.validation),
         "seed": task.seed,
         "device": "cpu",
         "threads": torch.get_num_threads(),

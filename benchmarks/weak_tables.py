@@ -65,8 +65,9 @@ def weak(experiment: str) -> Callable[[Path, Path], str]:
         seeds = sorted({len(by_seed) for one in found(root, experiment).values() for by_n in one.values()
                         for by_seed in by_n.values()})  # fmt: skip
         commits = ", ".join(sorted({str(file["commit"])[:7] for file in files}))
+        totals = {f"Pairs of {file['total']:,} examples; " for file in files if "total" in file}
         parts.append(
-            f"*{files[0]['n_examples']:,} test examples. Means over {_seeds(seeds)}, which draw "
+            f"*{''.join(totals)}{files[0]['n_examples']:,} test examples. Means over {_seeds(seeds)}, which draw "
             "the pairs and the weights, ± the standard error over them; differences are paired. A share of the pairs "
             f"validates, but where all labels of the validation examples do. Commit {commits}.*"
         )
