@@ -23,6 +23,7 @@ PRESETS = {
         "beta_hold": 1.0,
         "annealing_epochs": 4,
         "self_labels": 0.95,
+        "self_labels_by": "regression",
         "epochs": 2,
         "lr": 2e-3,
         "lr_schedule": "late",

@@ -144,6 +144,40 @@ def spread(graph: Tensor, labels: Tensor, known: Tensor, *, alpha: float = 0.99,
     return mass / mass.sum(dim=-1, keepdim=True).clamp(min=TINY)
 
 
+def regressed(points: Tensor, labels: Tensor, known: Tensor, *, penalty: float = 1.0) -> Tensor:
+    """Every example's label by logistic regression on its point: probabilities, (N, *label, classes).
+
+    The summed cross-entropy of the known labels and penalty / 2 times the squared weights are minimised together, by
+    L-BFGS from 0. Each place of a label has weights for itself.
+
+    Args:
+        points: (N, ...), such as the means of q(z | image).
+        labels: whole numbers, (N, *label).
+        known: bool (N,): where `labels` holds one.
+
+    Raises UsageError if no label is known.
+    """
+    if not known.any():
+        raise UsageError("no label is `known`, and one or more are wanted")
+    points, targets = points.flatten(1), labels[known].long()
+    event, classes = targets.shape[1:], int(targets.max()) + 1
+    weight = points.new_zeros(points.shape[1], event.numel() * classes, requires_grad=True)
+    bias = points.new_zeros(event.numel() * classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+    some = points[known]
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        logits = (some @ weight + bias).view(-1, classes)
+        value = F.cross_entropy(logits, targets.flatten(), reduction="sum") + penalty / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return (points @ weight + bias).detach().view(len(points), *event, classes).softmax(dim=-1)
+
+
 def surest(probabilities: Tensor, known: Tensor, share: float) -> Tensor:
     """bool (n,): the examples of those not `known` whose most probable label is surest, `share` of them.
 

@@ -54,6 +54,7 @@ SHARED: dict[str, list[Any]] = {
     "--unpaired": ["both", *PAIRS],
     "--pairs-per-batch": [1, *PAIRS],
     "--self-labels": [1, "--images-first", 1, "--n-paired", 40, "--limit", 40],
+    "--self-labels-by": ["regression", "--self-labels", 1, "--images-first", 1, "--n-paired", 40, "--limit", 40],
 }
 """The same, for flags that no train.py itself reads: one experiment will do."""
 

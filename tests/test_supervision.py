@@ -13,7 +13,7 @@ from mvae import checkpoint
 from mvae.data import Data
 from mvae.errors import UsageError
 from mvae.scripts.flags import supervised
-from mvae.supervision import composed_rows, drop, keep_pairs, neighbour_graph, relabelled, spread, surest
+from mvae.supervision import composed_rows, drop, keep_pairs, neighbour_graph, regressed, relabelled, spread, surest
 
 from helpers import assert_refused, assert_same_run, fit_small, run_warm, same, small_data, stats
 
@@ -265,6 +265,33 @@ def test_an_unknown_label_may_hold_anything() -> None:
     assert torch.equal(spread(graph, truth, known), spread(graph, truth.masked_fill(~known, 255), known))
 
 
+def test_regression_is_at_the_minimum_of_its_loss() -> None:
+    """Where the gradient is 0, each weight is a sum of the known points times their errors."""
+    generator = torch.Generator().manual_seed(0)
+    points, labels = torch.randn(60, 5, generator=generator), torch.randint(3, (60,), generator=generator)
+    known = torch.arange(60) < 40
+    found = regressed(points, labels, known, penalty=2.0)
+    assert found.shape == (60, 3)
+    assert torch.allclose(found.sum(dim=-1), torch.ones(60))
+    errors = found[known] - torch.nn.functional.one_hot(labels[known], 3)
+    assert errors.sum(dim=0).abs().max() < 1e-2  # the biases have no penalty
+    weight = -points[known].T @ errors / 2
+    for c in (1, 2):
+        against = (found[:, c] / found[:, 0]).log()
+        wanted = points @ (weight[:, c] - weight[:, 0])
+        torch.testing.assert_close(against - against[0], wanted - wanted[0], rtol=0, atol=2e-2)
+
+
+def test_regression_tells_each_place_of_a_label() -> None:
+    points = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
+    truth = (points[:, :4] > 0).long()
+    known = torch.arange(400) < 100
+    found = regressed(points, truth, known)
+    assert found.shape == (400, 4, 2)
+    assert (found.argmax(dim=-1) == truth)[~known].float().mean() > 0.93
+    assert torch.equal(found, regressed(points, truth.masked_fill(~known[:, None], 255), known))
+
+
 def test_the_surest_are_those_of_the_highest_probability_and_not_the_known_ones() -> None:
     probabilities = torch.rand(N, 4, 10, generator=torch.Generator().manual_seed(0)).softmax(dim=-1)
     known = torch.arange(N) < 100
@@ -296,6 +323,9 @@ def test_a_graph_needs_more_points_than_neighbours(n: int) -> None:
         neighbour_graph(torch.rand(n, 2))
 
 
-def test_nothing_spreads_from_nothing() -> None:
+def test_nothing_comes_from_nothing() -> None:
+    points, none = torch.rand(20, 2), torch.zeros(20, dtype=torch.bool)
     with pytest.raises(UsageError, match="no label is `known`"):
-        spread(neighbour_graph(torch.rand(20, 2)), torch.zeros(20), torch.zeros(20, dtype=torch.bool))
+        spread(neighbour_graph(points), torch.zeros(20), none)
+    with pytest.raises(UsageError, match="no label is `known`"):
+        regressed(points, torch.zeros(20), none)

@@ -174,6 +174,10 @@ def training_parser(
         "--self-labels", type=share, default=0.0, metavar="F",
         help="the share of the examples without a label, the surest, that get one by what that stage has learnt",
     )  # fmt: skip
+    supervision.add_argument(
+        "--self-labels-by", choices=["neighbours", "regression"], default="neighbours",
+        help="how they are found in the means of q(z | image): labels spread over neighbours, or logistic regression",
+    )  # fmt: skip
     for name, about in (missing or {}).items():
         supervision.add_argument(f"--{name}", type=probability, default=0.0, metavar="F", help=about)
     data = result.add_argument_group("data and files")

@@ -9,6 +9,8 @@ from ..errors import UsageError
 from . import flags
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..data import Data
     from ..model import MVAE
     from ..training import Options
@@ -32,8 +34,9 @@ def images_first(
 ) -> "Data":
     """Trains the model on the images alone for --images-first epochs; returns the second stage's training data.
 
-    In these, the --self-labels share of the examples that lack a label have one: the pairs' labels, spread over the
-    neighbours among the means of q(z | image). `labels`: the modalities that are labels.
+    In these, the --self-labels share of the examples that lack a label have one, found from the pairs' labels and the
+    means of q(z | image). --self-labels-by: neighbours suit classes, which are clusters of the means; regression suits
+    labels of which neighbours share a part, such as strings and attributes. `labels`: the modalities that are labels.
 
     Raises UsageError for --self-labels without a first stage, or where no label is missing.
     """
@@ -70,7 +73,7 @@ def images_first(
         experiment=experiment,
         settings={name: value for name, value in flags.settings(stage).items() if name in OF_THE_FIRST},
     )  # fmt: skip
-    return _self_labelled(model, train, few, args.self_labels) if args.self_labels else train
+    return _self_labelled(model, train, few, args.self_labels, args.self_labels_by) if args.self_labels else train
 
 
 def _only(data: "Data", image: str) -> "Data":
@@ -81,13 +84,24 @@ def _only(data: "Data", image: str) -> "Data":
     return dataclasses.replace(data, present={image: here})
 
 
-def _self_labelled(model: "MVAE", train: "Data", few: Sequence[str], share: float) -> "Data":
-    """`train` in which the labels `few` are spread over the images' neighbours, as far as there are images."""
+def _possible(model: "MVAE", name: str, labels: "Tensor", z: "Tensor") -> "Tensor":
+    """bool (n,): the labels, found place by place, that the model can have at all. A string that goes on after its end
+    is none; its log p would be -inf.
+    """
+    import torch
+
+    score = model.likelihood(name).log_prob
+    with torch.no_grad():
+        return torch.cat([score(some, x) for some, x in zip(z.split(1000), labels.split(1000), strict=True)]).isfinite()
+
+
+def _self_labelled(model: "MVAE", train: "Data", few: Sequence[str], share: float, by: str) -> "Data":
+    """`train` in which more examples have the labels `few`, as far as there are images."""
     import torch
 
     from ..data import consecutive_rows
     from ..model import evaluating
-    from ..supervision import neighbour_graph, relabelled, spread, surest
+    from ..supervision import neighbour_graph, regressed, relabelled, spread, surest
 
     image, present = model.modalities[0], train.present or {}
     device = next(model.parameters()).device  # where the first stage left the model; the data have stayed
@@ -100,12 +114,14 @@ def _self_labelled(model: "MVAE", train: "Data", few: Sequence[str], share: floa
     found = {name: torch.cat([batch[name] for batch in batches]) for name in few}
     here = {name: present[name].to(device, copy=True) for name in few}
     seen = present.get(image, torch.ones(len(train), dtype=torch.bool)).nonzero().flatten().to(device)
-    graph = neighbour_graph(torch.cat(means)[seen])
+    points = torch.cat(means)[seen]
+    graph = neighbour_graph(points) if by == "neighbours" else None
     for name in few:
-        known = here[name][seen]
-        probabilities = spread(graph, found[name][seen], known)
-        added = surest(probabilities, known, share)
-        found[name][seen[added]] = probabilities.argmax(dim=-1)[added].to(found[name].dtype)
+        known, some = here[name][seen], found[name][seen]
+        probabilities = regressed(points, some, known) if graph is None else spread(graph, some, known)
+        best = probabilities.argmax(dim=-1).to(some.dtype)
+        added = surest(probabilities, known, share) & _possible(model, name, best, points)
+        found[name][seen[added]] = best[added]
         here[name][seen[added]] = True
     found, here = ({name: x.to(train.stored_on) for name, x in part.items()} for part in (found, here))
     return relabelled(train, found, here)
