@@ -1,14 +1,17 @@
 """Train recipes of an experiment with several seeds and estimate their test log-likelihoods, run by run.
 
     python benchmarks/recipes.py mnist ablation --seeds 0 1 2
+    python benchmarks/recipes.py celeba fast --seeds 0 --flags=--allow-missing
 
 A run that was cut short goes on where it stood, and one whose results are there is not run again. Each leaves
-results/FOLDER/EXPERIMENT-RECIPE-SEED.json, with each example's log p, so that any two runs are compared example by
-example: `python benchmarks/tables.py` makes the tables of them.
+results/GRID/EXPERIMENT-RECIPE-SEED.json, with each example's log p, so that any two runs are compared example by
+example: `python benchmarks/tables.py` makes the tables of them. The runs of `fast` are those of the experiments' own
+tables: they leave results/EXPERIMENT-fast-SEED.json, and beside it their curves and their coherence.
 """
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,7 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from mvae.checkpoint import BEST
 from mvae.errors import UserError
+from mvae.files import write_atomically
 from mvae.scripts import running, types
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,11 +31,13 @@ class Grid(NamedTuple):
     """Recipes that are compared with each other. The first is the base.
 
     train: flags that all have. recipes: further flags of each, by name. loglike: how each is evaluated.
+    compared: whether in pairs, example by example; else they stand in the experiments' own tables.
     """
 
     train: Sequence[str]
     recipes: dict[str, Sequence[str]]
     loglike: Sequence[str]
+    compared: bool = True
 
 
 COMBINED = ["--beta-hold", "1", "--weight-decay", "0.05", "--iw-samples", "2"]
@@ -64,8 +71,12 @@ GRIDS = {
         {"fp32": [], "bf16": ["--precision", "bf16"]},
         ["--limit", "1000", "--n-samples", "200"],
     ),
+    "fast": Grid(["--preset", "fast"], {"fast": []}, ["--n-samples", "1000"], compared=False),
 }
 """The grids by name. A grid's first recipe is the base that its table compares the others with."""
+
+COHERENT = ("mnist", "fashionmnist", "multimnist", "celeba")
+"""The experiments whose pictures a classifier reads: benchmarks/coherence.py."""
 
 
 def main() -> None:
@@ -76,6 +87,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=types.seed_number, default=[0, 1, 2])
     parser.add_argument("--jobs", type=types.positive_int, default=os.cpu_count(), help="runs at the same time")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of the runs' own folders")
+    parser.add_argument(
+        "--flags",
+        type=shlex.split,
+        default=[],
+        metavar="WORDS",
+        help="for all scripts, such as --flags=--allow-missing",
+    )
     args = parser.parse_args()
     grid = GRIDS[args.grid]
     unknown = sorted(set(args.recipes or []) - set(grid.recipes))
@@ -83,25 +101,34 @@ def main() -> None:
         parser.error(f"{args.grid} has no recipe {', '.join(unknown)}; there are {', '.join(grid.recipes)}")
     todo = [(name, seed) for seed in args.seeds for name in args.recipes or grid.recipes]
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(run, args.experiment, args.grid, name, seed, args.runs_dir) for name, seed in todo]
+        jobs = [
+            pool.submit(run, args.experiment, args.grid, name, seed, args.runs_dir, args.flags) for name, seed in todo
+        ]
         for job in jobs:
             job.result()
 
 
-def run(experiment: str, grid_name: str, recipe: str, seed: int, runs_dir: Path) -> None:
+def run(experiment: str, grid_name: str, recipe: str, seed: int, runs_dir: Path, flags: Sequence[str]) -> None:
     """Trains and evaluates one recipe with one seed, unless that was done."""
     grid = GRIDS[grid_name]
     name = f"{experiment}-{recipe}-{seed}"
-    result = Path("results") / grid_name / f"{name}.json"
-    per_example = result.with_suffix(".csv")
+    folder = Path("results") / grid_name if grid.compared else Path("results")
+    result = folder / f"{name}.json"
     if result.exists():
         return
     out_dir = runs_dir / grid_name / name
-    train = [*grid.train, *grid.recipes[recipe], "--seed", str(seed), "--out-dir", str(out_dir), "--resume"]
+    train = [*grid.train, *grid.recipes[recipe], "--seed", str(seed), "--out-dir", str(out_dir), "--resume", *flags]
     call(f"{experiment}/train.py", *train, "--log-interval", "1000")
-    model = str(out_dir / "model_best.pth.tar")
-    files = ["--json", str(result), "--per-example", str(per_example)]
-    call(f"{experiment}/loglike.py", model, *grid.loglike, *files)
+    model = str(out_dir / BEST)
+    if not grid.compared:
+        write_atomically(folder / f"curves-{name}.jsonl", (out_dir / "stats.jsonl").read_bytes())
+        if experiment in COHERENT:
+            kept = ["--classifier", str(runs_dir / f"classifier-{experiment}.pth.tar")]
+            files = ["--json", str(folder / f"coherence-{name}.json")]
+            call("benchmarks/coherence.py", experiment, "--model", model, *kept, *files, *flags)
+    files = ["--json", str(result)]
+    files += ["--per-example", str(result.with_suffix(".csv"))] if grid.compared else []
+    call(f"{experiment}/loglike.py", model, *grid.loglike, *files, *flags)
     print(f"wrote {result}", flush=True)
 
 

@@ -413,7 +413,7 @@ TABLES: dict[str, Callable[[Path, Path], str]] = {
     "peer": peer,
     "gpu": gpu,
     "batch_norm": batch_norm,
-    **{name: paired(name) for name in GRIDS},
+    **{name: paired(name) for name, grid in GRIDS.items() if grid.compared},
     **{f"weak_{name}": weak(name) for name in ("mnist", "fashionmnist", "multimnist", "celeba")},
 }
 

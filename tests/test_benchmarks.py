@@ -1,11 +1,14 @@
 """Benchmarks run as their docstrings say, here as short as they can be."""
 
 import json
+import sys
 from pathlib import Path
+
+import pytest
 
 from mvae.synthetic import __main__ as synthetic
 
-from helpers import assert_ended, environment, run
+from helpers import ROOT, assert_ended, environment, run
 
 
 def test_threads_are_compared_beside_other_processes(tmp_path: Path) -> None:
@@ -36,3 +39,25 @@ def test_methods_learn_from_few_pairs_and_are_not_run_again(tmp_path: Path) -> N
         path.write_text("stays")
     assert_ended(run("benchmarks/weak_supervision.py", *words, cwd=tmp_path))
     assert path.read_text() == "stays"
+
+
+def test_a_recipe_leaves_what_the_tables_are_made_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fast` itself, with an epoch of few examples."""
+    synthetic.main(["digits", str(tmp_path / "data"), "--train", "5200", "--test", "20"])
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import recipes
+
+    short = recipes.Grid(["--preset", "fast", "--epochs", "1"], {"fast": []}, ["--n-samples", "2"], compared=False)
+    assert short.train[:2] == recipes.GRIDS["fast"].train
+    monkeypatch.setitem(recipes.GRIDS, "fast", short)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["recipes.py", "mnist", "fast", "--seeds", "3", "--flags=--data-dir data"])
+    recipes.main()
+    found = json.loads(Path("results/mnist-fast-3.json").read_text())
+    assert (found["n_examples"], found["training"]["settings"]["seed"]) == (20, 3)
+    assert len(Path("results/curves-mnist-fast-3.jsonl").read_text().splitlines()) == 1
+    coherence = json.loads(Path("results/coherence-mnist-fast-3.json").read_text())
+    assert coherence["training"]["validation_loss"] == found["training"]["validation_loss"]
+    Path("results/mnist-fast-3.json").write_text("stays")
+    recipes.main()
+    assert Path("results/mnist-fast-3.json").read_text() == "stays"
