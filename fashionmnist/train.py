@@ -24,6 +24,7 @@ PRESETS = {
         "beta_hold": 1.0,
         "annealing_epochs": 4,
         "self_labels": 0.95,
+        "pairs_per_batch": 0,
         "epochs": 2,
         "lr": 2e-3,
         "lr_schedule": "late",

@@ -19,6 +19,7 @@ class Data:
     transform: from the rows of `tensors` to a batch by modality name. It may draw from torch's global generator.
     present: bool (N,) by modality: which examples have it. Modalities not named are there for all; None: all are.
     streamed_to: the device that each batch's rows are copied to before `transform`; None: they stay where they are.
+    pairs: bool (N,): what `composed_rows` counts as pairs, if that isn't all examples that lack nothing.
 
     Raises UsageError for what isn't a tensor, no examples, numbers of them that differ, or a mask that isn't bool.
     """
@@ -27,10 +28,12 @@ class Data:
     transform: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
     present: Mapping[str, Tensor] | None = None
     streamed_to: torch.device | None = None
+    pairs: Tensor | None = None
 
     def __post_init__(self) -> None:
         parts = {"tensors": self.tensors, "present": self.present or {}}
         named = {f"{name} of `{part}`": value for part, values in parts.items() for name, value in values.items()}
+        named |= {} if self.pairs is None else {"`pairs`": self.pairs}
         for name, value in named.items():
             if not isinstance(value, Tensor):
                 remedy = ": torch.from_numpy makes one of it" if type(value).__module__ == "numpy" else ""
@@ -79,7 +82,8 @@ class Data:
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Data":
         tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
         present = self.present and {name: change(here) for name, here in self.present.items()}
-        return dataclasses.replace(self, tensors=tensors, present=present)
+        pairs = None if self.pairs is None else change(self.pairs)
+        return dataclasses.replace(self, tensors=tensors, present=present, pairs=pairs)
 
     def to(self, device: torch.device) -> "Data":
         """These examples with batches on `device`: moved there, or streamed if they'd fill half a GPU's free memory."""
@@ -114,9 +118,9 @@ class Data:
         return torch.stack(found).unique() if found else torch.arange(0, device=self.stored_on)
 
     def checksum(self) -> str:
-        """A CRC-32 of all that is stored: names, types, shapes and every value of `tensors` and `present`."""
-        found = 0
-        for name, tensor in [*self.tensors.items(), *(self.present or {}).items()]:
+        """A CRC-32 of all that is stored: names, types, shapes and every value of `tensors`, `present` and `pairs`."""
+        found, pairs = 0, {} if self.pairs is None else {"pairs": self.pairs}
+        for name, tensor in [*self.tensors.items(), *(self.present or {}).items(), *pairs.items()]:
             found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), found)
             for part in tensor.split(4096):  # mapped files are read part by part
                 found = zlib.crc32(part.contiguous().cpu().flatten().view(torch.uint8).numpy(), found)

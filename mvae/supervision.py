@@ -64,9 +64,10 @@ def drop(data: Data, share: float, names: Sequence[str], *, seed: int) -> Data:
 def composed_rows(data: Data, batch_size: int, pairs: int, seed: int) -> list[Tensor]:
     """The rows of an epoch's batches, all of one composition: so many complete examples, and then so many others.
 
-    Complete are `pairs` of a batch, or their share of the data where that is more. Both kinds come in permutations,
-    each begun anew when it ends; an epoch has as many batches as `permuted_rows` gives. Where all examples are
-    complete, or none, or `pairs` is 0, the batches are those of `permuted_rows`.
+    Complete are those that lack nothing, or `data.pairs`: `pairs` of a batch, or their share of the data where that is
+    more. Both kinds come in permutations, each begun anew when it ends; an epoch has as many batches as
+    `permuted_rows` gives. Where all examples are complete, or none, or `pairs` is 0, the batches are those of
+    `permuted_rows`.
 
     Raises UsageError if `pairs` leaves no place for the others.
     """
@@ -74,7 +75,7 @@ def composed_rows(data: Data, batch_size: int, pairs: int, seed: int) -> list[Te
         raise UsageError(f"`pairs_per_batch` {pairs} leaves the other examples no place in a batch of {batch_size}")
     if not pairs or data.present is None:
         return permuted_rows(data, batch_size, seed)
-    complete = torch.stack(list(data.present.values())).all(dim=0)
+    complete = _complete(data.present) if data.pairs is None else data.pairs
     whole, rest = complete.nonzero().flatten(), (~complete).nonzero().flatten()
     if not len(whole) or not len(rest):
         return permuted_rows(data, batch_size, seed)
@@ -195,7 +196,10 @@ def surest(probabilities: Tensor, known: Tensor, share: float) -> Tensor:
 
 
 def relabelled(data: Data, labels: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Data:
-    """`data` with other labels: (N, ...) by modality, as batches have them, where bool (N,) of `present` says."""
+    """`data` with other labels: (N, ...) by modality, as batches have them, where bool (N,) of `present` says.
+
+    Its pairs are the complete examples of `data`.
+    """
     stored = {name: f"label {name}" for name in labels}
 
     def transform(rows: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -203,7 +207,14 @@ def relabelled(data: Data, labels: Mapping[str, Tensor], present: Mapping[str, T
         return {**batch, **{name: rows[key] for name, key in stored.items()}}
 
     tensors = {**data.tensors, **{key: labels[name] for name, key in stored.items()}}
-    return dataclasses.replace(data, tensors=tensors, transform=transform, present={**(data.present or {}), **present})
+    before = data.present or {}
+    pairs = _complete(before) if before and data.pairs is None else data.pairs
+    return dataclasses.replace(data, tensors=tensors, transform=transform, present={**before, **present}, pairs=pairs)
+
+
+def _complete(present: Mapping[str, Tensor]) -> Tensor:
+    """bool (N,): the examples that lack nothing."""
+    return torch.stack(list(present.values())).all(dim=0)
 
 
 def _over_and_over(rows: Tensor, n_batches: int, size: int, generator: torch.Generator) -> Tensor:

@@ -315,6 +315,7 @@ def test_other_labels_where_they_are_said_to_be() -> None:
     assert here["image"].all()
     assert found.checksum() != data.checksum()
     assert masks(data)[1].sum() == 100  # the data that were given are not changed
+    assert {int(masks(data)[1][rows].sum()) for rows in composed_rows(found, 20, 8, seed=0)} == {8}
 
 
 @pytest.mark.parametrize("n", [3, 10])
