@@ -52,6 +52,12 @@ class Experiment(NamedTuple):
         return self.label == "attrs"
 
 
+def prepared_canvases(args: argparse.Namespace, n_val: int) -> tuple[Data, Data]:
+    """MultiMNIST's training and validation examples, whose canvases are made if there are none."""
+    canvases.prepare(args.data_dir, args.canvas_dir)
+    return canvases.training_data(args.canvas_dir, n_val=n_val)
+
+
 EXPERIMENTS = {
     "mnist": Experiment(build_digits, lambda args, n: digits.training_data(args.data_dir, n_val=n), "text", (10,)),
     "fashionmnist": Experiment(
@@ -59,7 +65,7 @@ EXPERIMENTS = {
     ),
     "multimnist": Experiment(
         build_canvases,
-        lambda args, n: canvases.training_data(args.canvas_dir, n_val=n),
+        prepared_canvases,
         "text",
         (canvases.LENGTH, canvases.FILL + 1),
     ),

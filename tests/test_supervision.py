@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from multimnist.model import build_model
 from mvae import checkpoint
 from mvae.data import Data
 from mvae.errors import UsageError
+from mvae.scripts import stages
 from mvae.scripts.flags import supervised
 from mvae.supervision import composed_rows, drop, keep_pairs, neighbour_graph, regressed, relabelled, spread, surest
 
@@ -300,6 +302,13 @@ def test_the_surest_are_those_of_the_highest_probability_and_not_the_known_ones(
     assert not (chosen & known).any()
     sure = probabilities.amax(dim=-1).prod(dim=1)
     assert sure[chosen].min() >= sure[~chosen & ~known].max()
+
+
+def test_a_text_that_goes_on_after_its_end_is_no_label() -> None:
+    model = build_model(8)
+    texts = torch.tensor([[1, 2, 10, 10], [1, 10, 3, 10], [10, 10, 10, 10], [10, 0, 10, 10]]).repeat(300, 1)
+    found = stages._possible(model, "text", texts, torch.randn(1200, 8))
+    assert found.tolist() == [True, False, True, False] * 300
 
 
 def test_other_labels_where_they_are_said_to_be() -> None:
