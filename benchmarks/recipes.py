@@ -40,6 +40,13 @@ class Grid(NamedTuple):
     compared: bool = True
 
 
+EXPERIMENTS: dict[str, tuple[str, list[str]]] = {
+    "mnist": ("mnist", []),
+    "binarymnist": ("mnist", ["--binarize"]),
+    **{name: (name, []) for name in ("fashionmnist", "multimnist", "celeba", "celeba19", "vision")},
+}
+"""Each experiment's folder, and flags that its training has beside a recipe's."""
+
 COMBINED = ["--beta-hold", "1", "--weight-decay", "0.05", "--iw-samples", "2"]
 GRIDS = {
     "ablation": Grid(
@@ -76,17 +83,18 @@ GRIDS = {
 """The grids by name. A grid's first recipe is the base that its table compares the others with."""
 
 COHERENT = ("mnist", "fashionmnist", "multimnist", "celeba")
-"""The experiments whose pictures a classifier reads: benchmarks/coherence.py."""
+"""The folders of experiments whose pictures a classifier reads: benchmarks/coherence.py."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=["mnist", "fashionmnist", "multimnist", "celeba", "celeba19", "vision"])
+    parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("grid", choices=GRIDS)
     parser.add_argument("--recipes", nargs="+", help="these recipes of the grid only")
     parser.add_argument("--seeds", nargs="+", type=types.seed_number, default=[0, 1, 2])
     parser.add_argument("--jobs", type=types.positive_int, default=os.cpu_count(), help="runs at the same time")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of the runs' own folders")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of training and estimates")
     parser.add_argument(
         "--flags",
         type=shlex.split,
@@ -101,34 +109,34 @@ def main() -> None:
         parser.error(f"{args.grid} has no recipe {', '.join(unknown)}; there are {', '.join(grid.recipes)}")
     todo = [(name, seed) for seed in args.seeds for name in args.recipes or grid.recipes]
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [
-            pool.submit(run, args.experiment, args.grid, name, seed, args.runs_dir, args.flags) for name, seed in todo
-        ]
+        jobs = [pool.submit(run, args, name, seed) for name, seed in todo]
         for job in jobs:
             job.result()
 
 
-def run(experiment: str, grid_name: str, recipe: str, seed: int, runs_dir: Path, flags: Sequence[str]) -> None:
+def run(args: argparse.Namespace, recipe: str, seed: int) -> None:
     """Trains and evaluates one recipe with one seed, unless that was done."""
-    grid = GRIDS[grid_name]
-    name = f"{experiment}-{recipe}-{seed}"
-    folder = Path("results") / grid_name if grid.compared else Path("results")
+    grid, (experiment, own) = GRIDS[args.grid], EXPERIMENTS[args.experiment]
+    name = f"{args.experiment}-{recipe}-{seed}"
+    folder = Path("results") / args.grid if grid.compared else Path("results")
     result = folder / f"{name}.json"
     if result.exists():
+        print(f"{result} is there: {name} is not run again", flush=True)
         return
-    out_dir = runs_dir / grid_name / name
-    train = [*grid.train, *grid.recipes[recipe], "--seed", str(seed), "--out-dir", str(out_dir), "--resume", *flags]
-    call(f"{experiment}/train.py", *train, "--log-interval", "1000")
+    out_dir = args.runs_dir / args.grid / name
+    precision = ["--precision", args.precision] if args.precision != "fp32" else []
+    train = [*grid.train, *grid.recipes[recipe], *own, *precision, "--seed", str(seed), "--out-dir", str(out_dir)]
+    call(f"{experiment}/train.py", *train, "--resume", *args.flags, "--log-interval", "1000")
     model = str(out_dir / BEST)
     if not grid.compared:
         write_atomically(folder / f"curves-{name}.jsonl", (out_dir / "stats.jsonl").read_bytes())
         if experiment in COHERENT:
-            kept = ["--classifier", str(runs_dir / f"classifier-{experiment}.pth.tar")]
+            kept = ["--classifier", str(args.runs_dir / f"classifier-{experiment}.pth.tar")]
             files = ["--json", str(folder / f"coherence-{name}.json")]
-            call("benchmarks/coherence.py", experiment, "--model", model, *kept, *files, *flags)
+            call("benchmarks/coherence.py", experiment, "--model", model, *kept, *files, *args.flags)
     files = ["--json", str(result)]
     files += ["--per-example", str(result.with_suffix(".csv"))] if grid.compared else []
-    call(f"{experiment}/loglike.py", model, *grid.loglike, *files, *flags)
+    call(f"{experiment}/loglike.py", model, *grid.loglike, *precision, *files, *args.flags)
     print(f"wrote {result}", flush=True)
 
 

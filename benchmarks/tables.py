@@ -1,8 +1,8 @@
 """Make the tables in the READMEs and docs/ from results/*.json.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; this command rewrites it. NAME is summary, an
-experiment (mnist, fashionmnist, multimnist, celeba, celeba19, vision), speed, memory, loglike, loglike_full, growth,
-threads, peer, gpu, batch_norm, ablation, long, precision, or weak_ and an experiment. The files:
+experiment (mnist, binarymnist, fashionmnist, multimnist, celeba, celeba19, vision), speed, memory, loglike,
+loglike_full, growth, threads, peer, gpu, batch_norm, ablation, long, precision, or weak_ and an experiment. The files:
 
     results/EXPERIMENT-RECIPE-SEED.json             what loglike.py --json wrote; several seeds of a recipe are averaged
     results/coherence-EXPERIMENT-RECIPE-SEED.json   what benchmarks/coherence.py --json wrote of the same model
@@ -54,18 +54,21 @@ class Experiment(NamedTuple):
     second: the modality beside the image, as the tables name it; all the others together if there are several.
     listed: how loglike.py writes log p of them all, and of them without the image, where that is another name.
     read: the measure of how well that is read off the image; and one more.
+    folder: whose page has its table, where that is another name.
     """
 
     what: str
     second: str
     listed: tuple[str, ...] = ()
     read: tuple[str, ...] = ()
+    folder: str = ""
 
 
 LABEL = "accuracy of the label predicted from the image"
 ATTRIBUTE = ("accuracy of an attribute predicted from the image", "balanced accuracy of an attribute")
 EXPERIMENTS = {
     "mnist": Experiment("a digit, its label", "text", read=(LABEL,)),
+    "binarymnist": Experiment("the same with binary pixels", "text", read=(LABEL,), folder="mnist"),
     "fashionmnist": Experiment("a piece of clothing, its class", "text", read=(LABEL,)),
     "multimnist": Experiment(
         "up to four digits, their string", "text", read=("accuracy of the text read off the image, whole strings",)
@@ -197,12 +200,9 @@ def measures(some: Sequence[Run]) -> dict[str, Average]:
     return {name: Average.of([run.measures[name] for run in some]) for name in names}
 
 
-def of_the_paper(experiment: str, some: Sequence[Run]) -> dict[str, float]:
+def of_the_paper(experiment: str) -> dict[str, float]:
     """The paper's numbers by quantity, under q(z | image); log p(second | image) is a difference of two of them."""
-    name = experiment
-    if any(run.content["training"]["settings"].get("binarize") for run in some):
-        name += ", binarized"
-    found = dict(PAPER["log_likelihood"].get(name, {}))
+    found = dict(PAPER["log_likelihood"].get(experiment, {}))
     if found:
         second = EXPERIMENTS[experiment].second
         found[f"log p({second} | image)"] = found[f"log p(image, {second})"] - found["log p(image)"]
@@ -228,10 +228,10 @@ def in_summary(recipes: Mapping[str, list[Run]]) -> str:
 def summary(root: Path, document: Path) -> str:
     """A row for each experiment, with the paper's numbers below ours."""
     rows, shown = [], []
-    for experiment in EXPERIMENTS:
+    for experiment, shown_as in EXPERIMENTS.items():
         recipes = runs(root, experiment)
-        readme = os.path.relpath(root / experiment / "README.md", document.parent)
-        row = [f"[{experiment}]({readme})", EXPERIMENTS[experiment].what]
+        readme = os.path.relpath(root / (shown_as.folder or experiment) / "README.md", document.parent)
+        row = [f"[{experiment}]({readme})", shown_as.what]
         if recipes:
             recipe = in_summary(recipes)
             row += [f"`{recipe}`", *summarized(experiment, recipes[recipe])]
@@ -261,7 +261,7 @@ def summary(root: Path, document: Path) -> str:
 
 def summarized(experiment: str, some: Sequence[Run]) -> list[str]:
     """The cells of a row of the summary, from log p(image) on."""
-    shown, paper = EXPERIMENTS[experiment], of_the_paper(experiment, some)
+    shown, paper = EXPERIMENTS[experiment], of_the_paper(experiment)
     found, measured = estimates(experiment, some), measures(some)
     cells = []
     for quantity in ("log p(image)", f"log p(image, {shown.second})", f"log p({shown.second} | image)"):
@@ -285,7 +285,7 @@ def of_experiment(experiment: str) -> Callable[[Path, Path], str]:
         recipes = runs(root, experiment)
         if not recipes:
             return NOTHING
-        paper = of_the_paper(experiment, [run for some in recipes.values() for run in some])
+        paper = of_the_paper(experiment)
         found = {recipe: estimates(experiment, some) for recipe, some in recipes.items()}
         measured = {recipe: measures(some) for recipe, some in recipes.items()}
         columns = ["", "under", *(f"`{recipe}`" for recipe in recipes), *(["the paper"] if paper else [])]

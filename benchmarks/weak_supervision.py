@@ -315,7 +315,9 @@ def main() -> None:
             task = Task(args.experiment, n, seed, args, some, held_out, test)
             for method in args.methods:
                 path = Path("results/weak") / f"{args.experiment}-{method}-{n}-{seed}.json"
-                if not path.exists():
+                if path.exists():
+                    print(f"{path} is there: not run again", flush=True)
+                else:
                     run(task, method, path)
 
 

@@ -13,6 +13,7 @@ from helpers import ROOT, assert_ended, assert_refused, run
 NAMES = (
     "summary",
     "mnist",
+    "binarymnist",
     "celeba19",
     "vision",
     "speed",
@@ -72,6 +73,7 @@ def root(tmp_path: Path) -> Path:
     write(results / "mnist-fast-0.json", mnist(0, -90.5))
     write(results / "mnist-fast-1.json", mnist(1, -90.75))
     write(results / "mnist-paper-0.json", mnist(0, -92.0))
+    write(results / "binarymnist-fast-0.json", mnist(0, -86.5))
     coherence = {name: {"mean": 0.75, "standard_error": 0.01} for name in ("coherence, label to image",)}
     also = {
         "n_pictures_per_label": 200,
@@ -217,6 +219,11 @@ def test_an_experiments_table_has_a_column_for_each_recipe(root: Path) -> None:
     assert ["coherence, label to image", "", "75.0 ± 1.0 (seeds 0.0) %", "–", ""] in rows
 
 
+def test_binary_digits_are_compared_with_the_papers_binary_digits(root: Path) -> None:
+    assert rows_of(root, "binarymnist")[2] == ["log p(image)", IMAGE, "-86.50 ± 0.25", "*-86.03*"]
+    assert next(row for row in rows_of(root, "summary") if "[binarymnist](mnist/README.md)" in row)
+
+
 def test_an_experiments_table_ends_in_the_commands_that_made_it(root: Path) -> None:
     text = (root / "README.md").read_text()
     for command in ("mnist/train.py --seed 1", "mnist/loglike.py MODEL", "benchmarks/coherence.py mnist --seed 1"):
@@ -258,7 +265,7 @@ def test_what_has_no_results_has_dashes_in_the_summary(root: Path) -> None:
     assert_refused(tables(root, "--check"), 1, "table summary")
     tables(root)
     rows = {row[0].split("]")[0].removeprefix("["): row[2:] for row in rows_of(root, "summary")[2:]}
-    assert len(rows) == 6
+    assert len(rows) == 7
     assert {name for name, cells in rows.items() if set(cells) != {"–"}} == {"celeba19", "vision"}
     assert "There are no results for this table yet" in (root / "README.md").read_text()
     assert_ended(tables(root, "--check"))
