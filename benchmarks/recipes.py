@@ -5,8 +5,8 @@
 
 A run that was cut short goes on where it stood, and one whose results are there is not run again. Each leaves
 results/GRID/EXPERIMENT-RECIPE-SEED.json, with each example's log p, so that any two runs are compared example by
-example: `python benchmarks/tables.py` makes the tables of them. The runs of `fast` are those of the experiments' own
-tables: they leave results/EXPERIMENT-fast-SEED.json, and beside it their curves and their coherence.
+example: `python benchmarks/tables.py` makes the tables of them. The runs of `fast` and `sooner` are those of the
+experiments' own tables: they leave results/EXPERIMENT-RECIPE-SEED.json, and beside it their curves and coherence.
 """
 
 import argparse
@@ -47,10 +47,11 @@ EXPERIMENTS: dict[str, tuple[str, list[str]]] = {
 }
 """Each experiment's folder, and flags that its training has beside a recipe's."""
 
+BASE = ["--preset", "fast", "--beta-hold", "0", "--weight-decay", "0", "--iw-samples", "1"]
 COMBINED = ["--beta-hold", "1", "--weight-decay", "0.05", "--iw-samples", "2"]
 GRIDS = {
     "ablation": Grid(
-        ["--preset", "fast", "--epochs", "10", "--annealing-epochs", "4"],
+        [*BASE, "--epochs", "10", "--annealing-epochs", "4"],
         {
             "base": [],
             "constant-1e-3": ["--lr", "1e-3", "--lr-schedule", "constant", "--warmup-epochs", "0"],
@@ -63,22 +64,21 @@ GRIDS = {
         },
         ["--limit", "500", "--n-samples", "200"],
     ),
-    "long": Grid(
-        ["--preset", "fast"],
-        {
-            "base-50": [],
-            "combined-15": [*COMBINED, "--epochs", "15", "--annealing-epochs", "5"],
-            "combined-30": [*COMBINED, "--epochs", "30", "--annealing-epochs", "11"],
-            "combined-50": [*COMBINED, "--epochs", "50", "--annealing-epochs", "18"],
-        },
-        ["--n-samples", "1000"],
-    ),
     "precision": Grid(
-        ["--preset", "fast", "--epochs", "5", "--annealing-epochs", "2"],
+        [*BASE, "--epochs", "5", "--annealing-epochs", "2"],
         {"fp32": [], "bf16": ["--precision", "bf16"]},
         ["--limit", "1000", "--n-samples", "200"],
     ),
     "fast": Grid(["--preset", "fast"], {"fast": []}, ["--n-samples", "1000"], compared=False),
+    "sooner": Grid(
+        ["--preset", "fast"],
+        {
+            "fast-15": ["--epochs", "15", "--annealing-epochs", "6"],
+            "fast-30": ["--epochs", "30", "--annealing-epochs", "11"],
+        },
+        ["--n-samples", "1000"],
+        compared=False,
+    ),
 }
 """The grids by name. A grid's first recipe is the base that its table compares the others with."""
 

@@ -2,7 +2,7 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; this command rewrites it. NAME is summary, an
 experiment (mnist, binarymnist, fashionmnist, multimnist, celeba, celeba19, vision), speed, memory, loglike,
-loglike_full, growth, threads, peer, gpu, batch_norm, ablation, long, precision, or weak_ and an experiment. The files:
+loglike_full, growth, threads, peer, gpu, batch_norm, ablation, precision, or weak_ and an experiment. The files:
 
     results/EXPERIMENT-RECIPE-SEED.json             what loglike.py --json wrote; several seeds of a recipe are averaged
     results/coherence-EXPERIMENT-RECIPE-SEED.json   what benchmarks/coherence.py --json wrote of the same model
@@ -14,7 +14,7 @@ loglike_full, growth, threads, peer, gpu, batch_norm, ablation, long, precision,
     results/peer.json                               what benchmarks/peer.py --json wrote
     results/gpu.json                                what benchmarks/gpu.py wrote
     results/batch_norm/*.json                       what benchmarks/batch_norm.py wrote
-    results/{ablation,long,precision}/*             what benchmarks/recipes.py left
+    results/{ablation,precision}/*                  what benchmarks/recipes.py left
     results/weak/*.json                             what benchmarks/weak_supervision.py wrote
     benchmarks/paper.json                           the paper's numbers
 
