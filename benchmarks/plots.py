@@ -13,6 +13,7 @@ import io
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mvae.errors import UserError
 from mvae.files import write_atomically
 from mvae.scripts import running
 
-from tables import EXPERIMENTS, HERE, Average, measures, runs
+from tables import EXPERIMENTS, HERE, Average, measures, of_the_paper, runs
 
 try:
     import matplotlib
@@ -41,9 +42,13 @@ STYLES = ["-", "--", ":", "-."]
 WIDTH, DPI = 8.8, 150  # inches, pixels an inch: at a README's width a letter is as large as the text's
 SMALL_TEXT = 8.5
 
+SHOWN_OF_WEAK = (
+    "accuracy",
+    "balanced accuracy of an attribute, said to be there where its probability exceeds its share",
+)
+"""The measure of each experiment that the plot of few pairs shows."""
+
 LOSS, ELBO = "validation/loss", "validation/joint/elbo"
-TITLES = {LOSS: "validation loss, nats", ELBO: "joint ELBO, nats"}
-"""A loss is a negative objective, with λ, and so has another scale in each experiment."""
 
 
 def main() -> None:
@@ -75,7 +80,10 @@ def main() -> None:
 
 
 def curves(root: Path) -> Figure | None:
-    """A row for each experiment: loss, joint ELBO and the metrics on validation examples against epochs."""
+    """A row for each experiment: the joint ELBO of validation examples against epochs and minutes; and the metrics.
+
+    A dotted line is the paper's log p of all modalities of a test example, to which an ELBO is a lower bound.
+    """
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for path in sorted(root.glob("results/curves-*.jsonl")):
         experiment, _, run = path.stem.removeprefix("curves-").partition("-")
@@ -92,17 +100,22 @@ def curves(root: Path) -> Figure | None:
     for experiment, row in zip(experiments, panels, strict=True):
         some = found[experiment]
         recipes = list(dict.fromkeys(run.rpartition("-")[0] for run in some))
+        paper = of_the_paper(experiment).get(f"log p(image, {EXPERIMENTS[experiment].second})")
         for run, records in some.items():  # the seeds of a recipe have one colour, and the first a label
             recipe = run.rpartition("-")[0]
             colour = COLOURS[recipes.index(recipe) % len(COLOURS)]
             label = recipe if run == next(other for other in some if other.startswith(f"{recipe}-")) else None
-            for panel, name in zip(row, (LOSS, ELBO), strict=False):
-                _line(panel, records, name, colour, "-", label)
+            epochs = [float(record["epoch"]) for record in records]
+            minutes = [seconds / 60 for seconds in accumulate(record["seconds"] for record in records)]
+            for panel, at in zip(row, (epochs, minutes), strict=False):
+                _line(panel, records, at, ELBO, colour, "-", label)
             for style, name in zip(STYLES, metrics_of(records), strict=False):
-                _line(row[2], records, name, colour, style, label)
-        for panel, name in zip(row, (LOSS, ELBO), strict=False):
-            panel.set_title(f"{experiment}: {TITLES[name]}", loc="left")
-            _leave_out_the_first(panel, list(some.values()), name)
+                _line(row[2], records, epochs, name, colour, style, label)
+        for panel in row[:2]:
+            panel.set_title(f"{experiment}: joint ELBO, nats", loc="left")
+            _leave_out_the_first(panel, list(some.values()), ELBO, *([paper] if paper is not None else []))
+            if paper is not None:
+                panel.axhline(paper, color="black", linestyle=":", linewidth=1.2, label="the paper's log p")
         metrics = list(dict.fromkeys(name for records in some.values() for name in metrics_of(records)))
         titles = [name.removeprefix("validation/").replace("_", " ") for name in metrics]
         if titles:
@@ -111,10 +124,10 @@ def curves(root: Path) -> Figure | None:
         else:
             row[2].set_visible(False)
         row[0].legend(frameon=False)
-        for panel in row:
+        for panel in (row[0], row[2]):
             panel.xaxis.get_major_locator().set_params(integer=True)
-    for panel in panels[-1]:
-        panel.set_xlabel("epochs")
+    for panel, unit in zip(panels[-1], ("epochs", "minutes of training", "epochs"), strict=True):
+        panel.set_xlabel(unit)
     return figure
 
 
@@ -124,17 +137,24 @@ def metrics_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _line(
-    panel: Any, records: Sequence[Mapping[str, Any]], name: str, colour: str, style: str, label: str | None
+    panel: Any,
+    records: Sequence[Mapping[str, Any]],
+    at: Sequence[float],
+    name: str,
+    colour: str,
+    style: str,
+    label: str | None,
 ) -> None:
-    points = [(record["epoch"], record[name]) for record in records if name in record]
+    points = [(x, record[name]) for x, record in zip(at, records, strict=True) if name in record]
     marker = "." if len(points) < 12 else None
     panel.plot(*zip(*points, strict=True), color=colour, linestyle=style, linewidth=1.4, marker=marker, label=label)
 
 
-def _leave_out_the_first(panel: Any, some: Sequence[Sequence[Mapping[str, Any]]], name: str) -> None:
-    """Has the axis show what comes after a run's first tenth, in which the values change most."""
+def _leave_out_the_first(panel: Any, some: Sequence[Sequence[Mapping[str, Any]]], name: str, *also: float) -> None:
+    """Has the axis show what comes after a run's first tenth, in which the values change most; and other values."""
     values = [record[name] for records in some for record in records[(len(records) + 9) // 10 :] if name in record]
     if len(values) > 2:
+        values += also
         margin = 0.05 * (max(values) - min(values)) or 1.0
         panel.set_ylim(min(values) - margin, max(values) + margin)
 
@@ -210,10 +230,9 @@ def speed(root: Path) -> Figure | None:
 
 
 def weak(root: Path) -> Figure | None:
-    """A panel for each experiment and measure: right labels against the number of pairs, a line for each method."""
-    panels = [
-        (one, name, by) for one in EXPERIMENTS for name, by in found(root, one).items() if len(by.get("weak", ())) > 1
-    ]
+    """A panel for each experiment: right labels against the number of pairs, a line for each method."""
+    panels = [(one, name, by) for one in EXPERIMENTS for name, by in found(root, one).items() if name in SHOWN_OF_WEAK]
+    panels = [(one, name, by) for one, name, by in panels if len(by.get("weak", ())) > 1]
     if not panels:
         return None
     columns = min(len(panels), 2)
@@ -240,7 +259,10 @@ def weak(root: Path) -> Figure | None:
                 linewidth=2.2 if method == "weak" else 1.2, capsize=2, label=METHODS[method].replace("`", ""),
             )  # fmt: skip
         panel.set_xscale("log")
-        panel.set_title(f"{experiment}: {measure}, %", loc="left")
+        ticks = sorted({n for by_n in by_method.values() for n in by_n})
+        panel.set_xticks(ticks, [f"{n:,}" for n in ticks])
+        panel.minorticks_off()
+        panel.set_title(f"{experiment}: {measure.partition(',')[0]}, %", loc="left")
         panel.set_xlabel("examples with a label")
     handles = {
         label: handle for panel in figure.axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
