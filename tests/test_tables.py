@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image, ImageChops
 
 from helpers import ROOT, assert_ended, assert_refused, run
 
@@ -28,6 +29,7 @@ NAMES = (
     "weak_mnist",
     "ablation",
 )
+PLOTTED = ("curves", "accuracy", "weak")
 TRAINED = {"validation_loss": 200.0, "training_seconds": 1500.0}
 IMAGE, BOTH, LABEL = "q(z | image)", "q(z | image, text)", "accuracy of the label predicted from the image"
 
@@ -282,3 +284,28 @@ def test_a_marker_that_is_wrong_is_named(root: Path, text: str, said: str) -> No
     (root / "docs").mkdir()
     (root / "docs" / "speed.md").write_text(text)
     assert_refused(tables(root), 1, "docs/speed.md", said)
+
+
+def test_plots_are_drawn_of_what_has_results(root: Path) -> None:
+    record = {"seconds": 60.0, "validation/loss": 200.0, "validation/joint/elbo": -95.0}
+    lines = [json.dumps({"epoch": epoch, **record, "validation/label_accuracy": 0.9}) for epoch in (1, 2, 3)]
+    (root / "results" / "curves-mnist-fast-0.jsonl").write_text("\n".join(lines))
+    also = json.loads((root / "results" / "weak" / "mnist-weak-100-0.json").read_text())
+    write(root / "results" / "weak" / "mnist-weak-500-0.json", {**also, "n": 500})
+    for path in root.glob("results/step-*.json"):
+        path.unlink()
+    (root / "static").mkdir()
+    done = run("benchmarks/plots.py", "--root", root, cwd=root)
+    assert_ended(done)
+    assert "no results to draw speed from" in done.stdout
+    assert {path.name for path in (root / "static").iterdir()} == {f"plot_{name}.png" for name in PLOTTED}
+    for name in PLOTTED:
+        with Image.open(root / "static" / f"plot_{name}.png") as picture:
+            red, _, blue = picture.convert("RGB").split()
+            assert sum(ImageChops.difference(red, blue).histogram()[60:]) > 200  # coloured pixels, not axes alone
+
+
+def test_a_curve_that_cannot_be_read_is_named(root: Path) -> None:
+    (root / "results" / "curves-mnist-fast-0.jsonl").write_text("{")
+    (root / "static").mkdir()
+    assert_refused(run("benchmarks/plots.py", "--root", root, cwd=root), 1, "curves-mnist-fast-0.jsonl")
