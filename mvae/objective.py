@@ -49,9 +49,11 @@ class Objective(nn.Module):
         weights: λ by modality name; 1 where absent.
         reconstruct: what every term scores beside what it was given: "given" (nothing more), "all", or names.
         terms: the terms of each step in place of the paper's; each scores what it says, and `reconstruct`.
-        iw_samples: K, the importance samples of each term. With more than one, a term's bound is
-            E[log 1/K sum_k w_k], w = exp(sum of λ_i log p(x_i | z)) (p(z) / q(z | X))^β (Burda et al. 2016, equation 8,
-            where λ = β = 1), and the posterior's gradient is the doubly reparameterised one (Tucker et al. 2019).
+        iw_samples: K, the draws of z in each term. With more than one, the bound of a term that is given the first
+            modality, the picture, is E[log 1/K sum_k w_k], w = exp(sum of λ_i log p(x_i | z)) (p(z) / q(z | X))^β
+            (Burda et al. 2016, equation 8, where λ = β = 1), and the posterior's gradient is the doubly
+            reparameterised one (Tucker et al. 2019). The other terms stay ELBOs, of K draws: their bound would be as
+            content with one good draw of K, and pictures drawn from a q(z | label) that wide are of any label.
     """
 
     given: Tensor
@@ -212,9 +214,13 @@ class Objective(nn.Module):
         log_prob = self.model.log_prob(z, batch, [term.scored for term in terms] * k, mask)
         kl = experts.kl_to_prior(mu, logvar)
         scores = (log_prob * self.weights.unsqueeze(-1)).sum(dim=1)
-        bound = scores - beta * kl if k == 1 else _importance_weighted(scores, z, mu, logvar, beta, k)
-        loss = -bound.sum(dim=0).mean()
         log_prob = log_prob.unflatten(0, (k, -1)).mean(dim=0)
+        bound = scores.unflatten(0, (k, -1)).mean(dim=0) - beta * kl
+        if k > 1:
+            with_picture = given[:, 0]  # (terms, 1), or (terms, batch) where examples lack modalities
+            weighted = _importance_weighted(scores, z, mu, logvar, beta, k, with_picture)
+            bound = torch.where(with_picture, weighted, bound)
+        loss = -bound.sum(dim=0).mean()
 
         shape = (len(terms), len(self.model.modalities), n)
         parts = (
@@ -229,12 +235,15 @@ class Objective(nn.Module):
         return loss, Totals(names, self.model.modalities, *(part.detach() for part in parts))
 
 
-def _importance_weighted(scores: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, beta: Tensor | float, k: int) -> Tensor:
+def _importance_weighted(
+    scores: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, beta: Tensor | float, k: int, where: Tensor
+) -> Tensor:
     """log 1/k sum_k w_k of each term and example, (terms, batch), with the doubly reparameterised gradient.
 
     Args:
         scores: (k * terms, batch), the log-probabilities with λ.
         z: (k * terms, batch, latents), draws from N(mu, exp(logvar)), each (terms, batch, latents).
+        where: bool (terms, 1 or batch), where the result is used; elsewhere the gradient of z stays as it comes.
     """
     # The posterior's parameters get their gradient through z alone, ...
     fixed_mu, fixed_logvar = mu.detach(), logvar.detach()
@@ -245,7 +254,7 @@ def _importance_weighted(scores: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, 
     surrogate = (share * log_w).sum(dim=0)
     # ... where the score that this leaves out, -β share d log q, comes through z too: -β share (1 - share) d log w / dz
     # (Tucker et al. 2019, equation 8, where β = 1). So z gets share (1 - β + β share) in place of the decoders' share.
-    factor = (1 - beta + beta * share).flatten(0, 1).unsqueeze(-1)
+    factor = torch.where(where, 1 - beta + beta * share, 1.0).flatten(0, 1).unsqueeze(-1)
     if z.requires_grad:
         z.register_hook(lambda gradient: gradient * factor)
     return surrogate + (log_w.logsumexp(dim=0) - math.log(k) - surrogate).detach()

@@ -114,7 +114,7 @@ def training_parser(
         "--iw-samples",
         type=whole_number(1, 10**4),
         default=1,
-        help="importance samples of each term: its bound is the IWAE's",
+        help="draws of z in each term: more make the terms that are given the picture the IWAE's bounds",
     )
     if approx_m is not None:
         model.add_argument(
