@@ -47,8 +47,11 @@ EXPERIMENTS: dict[str, tuple[str, list[str]]] = {
 }
 """Each experiment's folder, and flags that its training has beside a recipe's."""
 
-BASE = ["--preset", "fast", "--beta-hold", "0", "--weight-decay", "0", "--iw-samples", "1"]
-COMBINED = ["--beta-hold", "1", "--weight-decay", "0.05", "--iw-samples", "2"]
+BASE = [
+    *("--preset", "fast", "--lambda-text", "50"),
+    *("--beta-hold", "0", "--weight-decay", "0", "--iw-samples", "1"),
+]
+COMBINED = ["--beta-hold", "1", "--weight-decay", "0.05", "--lambda-text", "25", "--iw-samples", "2"]
 GRIDS = {
     "ablation": Grid(
         [*BASE, "--epochs", "10", "--annealing-epochs", "4"],
@@ -58,6 +61,8 @@ GRIDS = {
             "cosine": ["--lr-schedule", "cosine"],
             "weight-decay": ["--weight-decay", "0.05"],
             "beta-hold": ["--beta-hold", "1"],
+            "lambda-25": ["--lambda-text", "25"],
+            "lambda-10": ["--lambda-text", "10"],
             "iw-2": ["--iw-samples", "2"],
             "iw-5": ["--iw-samples", "5"],
             "combined": COMBINED,
@@ -72,10 +77,7 @@ GRIDS = {
     "fast": Grid(["--preset", "fast"], {"fast": []}, ["--n-samples", "1000"], compared=False),
     "sooner": Grid(
         ["--preset", "fast"],
-        {
-            "fast-15": ["--epochs", "15", "--annealing-epochs", "6"],
-            "fast-30": ["--epochs", "30", "--annealing-epochs", "11"],
-        },
+        {"fast-25": [*COMBINED, "--epochs", "25", "--annealing-epochs", "9"]},
         ["--n-samples", "1000"],
         compared=False,
     ),
