@@ -5,7 +5,7 @@
 
 A run that was cut short goes on where it stood, and one whose results are there is not run again. Each leaves
 results/GRID/EXPERIMENT-RECIPE-SEED.json, with each example's log p, so that any two runs are compared example by
-example: `python benchmarks/tables.py` makes the tables of them. The runs of `fast` and `sooner` are those of the
+example: `python benchmarks/tables.py` makes the tables of them. The runs of `fast` and `longer` are those of the
 experiments' own tables: they leave results/EXPERIMENT-RECIPE-SEED.json, and beside it their curves and coherence.
 """
 
@@ -75,9 +75,9 @@ GRIDS = {
         ["--limit", "1000", "--n-samples", "200"],
     ),
     "fast": Grid(["--preset", "fast"], {"fast": []}, ["--n-samples", "1000"], compared=False),
-    "sooner": Grid(
-        ["--preset", "fast"],
-        {"fast-25": [*COMBINED, "--epochs", "25", "--annealing-epochs", "9"]},
+    "longer": Grid(
+        ["--preset", "fast", "--beta-hold", "2", "--weight-decay", "0.1", "--iw-samples", "5"],
+        {"fast-50": ["--epochs", "50", "--annealing-epochs", "18"]},
         ["--n-samples", "1000"],
         compared=False,
     ),
