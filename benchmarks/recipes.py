@@ -47,10 +47,7 @@ EXPERIMENTS: dict[str, tuple[str, list[str]]] = {
 }
 """Each experiment's folder, and flags that its training has beside a recipe's."""
 
-BASE = [
-    *("--preset", "fast", "--lambda-text", "50"),
-    *("--beta-hold", "0", "--weight-decay", "0", "--iw-samples", "1"),
-]
+BASE = ["--preset", "fast", "--lambda-text", "50", "--beta-hold", "0", "--weight-decay", "0", "--iw-samples", "1"]
 COMBINED = ["--beta-hold", "1", "--weight-decay", "0.05", "--lambda-text", "25", "--iw-samples", "2"]
 GRIDS = {
     "ablation": Grid(
