@@ -13,10 +13,12 @@ PRESETS = {
     "fast": {
         "reconstruct": ["attrs"],
         "epochs": 20,
-        "annealing_epochs": 8,
+        "beta_hold": 1.0,
+        "annealing_epochs": 7,
         "lr": 1e-3,
         "lr_schedule": "late",
         "warmup_epochs": 0.2,
+        "weight_decay": 0.05,
     },
     "weak": {
         "reconstruct": ["attrs"],
