@@ -1,11 +1,11 @@
-"""The tables of benchmarks/recipes.py: recipes against a base, by the same test examples and the same seeds."""
+"""The tables of paired differences: recipes against a base by example, batch norm's statistics by seed."""
 
 import csv
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from markdown import NOTHING, read, table
+from markdown import NOTHING, over_seeds, read, table
 from recipes import GRIDS
 
 from mvae.errors import UserError
@@ -81,3 +81,48 @@ def _minutes(root: Path, grid: str, recipe: str) -> str:
     """The mean time of training up to the best epoch."""
     files = root.glob(f"results/{grid}/mnist-{recipe}-[0-9]*.json")
     return f"{statistics.fmean(read(path)['training']['training_seconds'] for path in files) / 60:.1f}"
+
+
+def batch_norm(root: Path, document: Path) -> str:
+    """A row for each experiment and objective: batch norm's joint statistics against those of each term."""
+    files = [read(path) for path in sorted(root.glob("results/batch_norm/*.json"))]
+    groups: dict[tuple[str, str], dict[int, dict[str, dict[str, float]]]] = {}
+    for file in files:
+        by_seed = groups.setdefault((file["experiment"], file["reconstruct"]), {})
+        by_seed.setdefault(file["seed"], {})[file["statistics"]] = file["validation_loss"]
+    rows, n_seeds = [], set()
+    for (experiment, reconstruct), by_seed in groups.items():
+        pairs = [found for found in by_seed.values() if {"joint", "term"} <= found.keys()]
+        if not pairs:
+            continue
+        n_seeds.add(len(pairs))
+        losses = {kind: [pair[kind]["evaluation"] for pair in pairs] for kind in ("joint", "term")}
+        gaps = {kind: [pair[kind]["evaluation"] - pair[kind]["training"] for pair in pairs] for kind in losses}
+        differences = [joint - term for joint, term in zip(*losses.values(), strict=True)]
+        values = [losses["joint"], losses["term"], differences, gaps["joint"], gaps["term"]]
+        rows.append([experiment, f"`{reconstruct}`", *map(over_seeds, values)])
+    if not rows:
+        return NOTHING
+    columns = [
+        "",
+        "`--reconstruct`",
+        "loss, joint",
+        "loss, per term",
+        "joint - per term",
+        "gap, joint",
+        "gap, per term",
+    ]
+    sizes = {
+        f"{file['experiment']} {file['n_train']:,} and {file['n_validation']:,} for {file['epochs']} epochs"
+        for file in files
+    }
+    several = max(n_seeds) > 1
+    seeds = f"{' or '.join(map(str, sorted(n_seeds)))} seed{'s, ± standard error over them' if several else ''}"
+    commits = ", ".join(sorted({str(file["commit"])[:7] for file in files}))
+    about = (
+        "*Validation loss (the negative objective at β = 1, λ included) in nats per example, as evaluation computes "
+        f"it: mean over {seeds}; the difference is paired. Rows have different losses. Gap: this loss less that with "
+        f"the statistics of each batch. Training and validation examples: {'; '.join(sorted(sizes))}. Commit "
+        f"{commits}.*"
+    )
+    return f"{table(columns, rows)}\n\n{about}"

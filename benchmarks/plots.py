@@ -17,6 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from experiment_tables import EXPERIMENTS, Average, measures, of_the_paper, runs
 from PIL import Image
 from speed_tables import step_files
 from weak_tables import METHODS, found
@@ -24,8 +25,6 @@ from weak_tables import METHODS, found
 from mvae.errors import UserError
 from mvae.files import write_atomically
 from mvae.scripts import running
-
-from tables import EXPERIMENTS, HERE, Average, measures, of_the_paper, runs
 
 try:
     import matplotlib
@@ -36,6 +35,7 @@ try:
 except ImportError:
     raise SystemExit("plots.py: matplotlib is needed: pip install -e '.[plots]'") from None
 
+ROOT = Path(__file__).resolve().parents[1]
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9"]
 """Okabe and Ito's, which people with any kind of colour blindness can tell apart."""
 STYLES = ["-", "--", ":", "-."]
@@ -53,7 +53,7 @@ LOSS, ELBO = "validation/loss", "validation/joint/elbo"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=HERE.parent, help="folder of results/ and static/")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of results/ and static/")
     args = parser.parse_args()
     pyplot.rcParams.update({
         "font.size": SMALL_TEXT, "axes.titlesize": SMALL_TEXT, "axes.spines.top": False, "axes.spines.right": False,

@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=types.positive_int, default=os.cpu_count(), help="runs at the same time")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of the runs' own folders")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of training and estimates")
+    parser.add_argument("--n-samples", type=types.two_or_more, help="importance samples, in place of the grid's")
     parser.add_argument(
         "--flags",
         type=shlex.split,
@@ -135,7 +136,8 @@ def run(args: argparse.Namespace, recipe: str, seed: int) -> None:
             call("benchmarks/coherence.py", experiment, "--model", model, *kept, *files, *args.flags)
     files = ["--json", str(result)]
     files += ["--per-example", str(result.with_suffix(".csv"))] if grid.compared else []
-    call(f"{experiment}/loglike.py", model, *grid.loglike, *precision, *files, *args.flags)
+    samples = ["--n-samples", str(args.n_samples)] if args.n_samples else []
+    call(f"{experiment}/loglike.py", model, *grid.loglike, *samples, *precision, *files, *args.flags)
     print(f"wrote {result}", flush=True)
 
 

@@ -51,10 +51,11 @@ def test_a_recipe_leaves_what_the_tables_are_made_of_once(tmp_path: Path, monkey
     assert short.train[:2] == recipes.GRIDS["fast"].train
     monkeypatch.setitem(recipes.GRIDS, "fast", short)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["recipes.py", "mnist", "fast", "--seeds", "3", "--flags=--data-dir data"])
+    words = ["recipes.py", "mnist", "fast", "--seeds", "3", "--n-samples", "3", "--flags=--data-dir data"]
+    monkeypatch.setattr(sys, "argv", words)
     recipes.main()
     found = json.loads(Path("results/mnist-fast-3.json").read_text())
-    assert (found["n_examples"], found["training"]["settings"]["seed"]) == (20, 3)
+    assert (found["n_examples"], found["n_samples"], found["training"]["settings"]["seed"]) == (20, 3, 3)
     assert len(Path("results/curves-mnist-fast-3.jsonl").read_text().splitlines()) == 1
     coherence = json.loads(Path("results/coherence-mnist-fast-3.json").read_text())
     assert coherence["training"]["validation_loss"] == found["training"]["validation_loss"]
