@@ -3,8 +3,9 @@
 Coherence is how often the classifier reads the label off the mean of p(image | z), for z drawn from q(z | label): a
 class, a whole string of digits, or each of a face's attributes. Agreement is how often it reads off such a picture, for
 z drawn from the prior, the label that is most probable given z. Labels that are not classes are those of held-out
-examples. The classifier learns from the pictures that the model was trained on, and is tested on those held out for
-validation; the test split isn't read.
+examples. Most attributes are rare, so that a face that shows none is right about most: a balanced coherence counts
+faces with an attribute as much as all faces without. The classifier learns from the pictures that the model was trained
+on, and is tested on those held out for validation; the test split isn't read.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from multimnist import datasets as canvases
 from multimnist.model import build_model as build_canvases
 from mvae import MVAE, Data, checkpoint, load_model, metrics
 from mvae.data import consecutive_rows, permuted_rows
+from mvae.datasets.celeba import ATTRIBUTES
 from mvae.estimators import mean_and_error
 from mvae.files import write_atomically
 from mvae.scripts import faces as face_flags
@@ -146,22 +148,39 @@ def main() -> None:
     def read(images: Tensor) -> Tensor:
         return classifier.read(images, experiment.binary)
 
-    def shares(right: Tensor, dim: int) -> Tensor:
-        """Of each label, all of a string or the share of the attributes: from (..., *label) to (n,)."""
-        if right.dim() == dim:
-            return right.double().flatten()
-        return (right.double().mean(dim=-1) if experiment.binary else right.all(dim=-1).double()).flatten()
+    def shares(right: Tensor) -> Tensor:
+        """Whether a class or all of a string is right, or the share of the attributes that are: from (n, *label)."""
+        if right.dim() == 1:
+            return right.double()
+        return right.double().mean(dim=-1) if experiment.binary else right.all(dim=-1).double()
 
     label = experiment.label
-    coherent = metrics.coherence(model, read, labels, n=args.n_pictures, given=label)
+    coherent = metrics.coherence(model, read, labels, n=args.n_pictures, given=label).flatten(0, 1)
     agrees = metrics.prior_agreement(model, read, n=args.n_prior, label=label)
-    batches = (validation.batch(rows)[0] for rows in consecutive_rows(validation, 500))
-    held_out = torch.cat([read(batch["image"]) == batch[label] for batch in batches])
+    truth, as_read = [], []
+    for rows in consecutive_rows(validation, 500):
+        batch, _ = validation.batch(rows)
+        truth.append(batch[label])
+        as_read.append(read(batch["image"]))
+    held_out = torch.cat(as_read) == torch.cat(truth)
+
+    def of_labels(values: Tensor) -> tuple[float, float]:
+        """Of a value for each picture. Strings and attributes are a sample of all: the error is over them."""
+        return mean_and_error(values if experiment.shape == (10,) else values.view(len(labels), -1).mean(dim=1))
+
     found = {
-        "coherence, label to image": mean_and_error(shares(coherent, 2)),
-        "agreement of picture and label drawn from the prior": mean_and_error(shares(agrees, 1)),
+        "coherence, label to image": of_labels(shares(coherent)),
+        "agreement of picture and label drawn from the prior": mean_and_error(shares(agrees)),
     }
-    accuracy = mean_and_error(shares(held_out, 1))
+    accuracy = mean_and_error(shares(held_out))
+    about = {**how, **_as_json(accuracy), "n_examples": len(validation)}
+    if experiment.binary:
+        given = labels.repeat_interleave(args.n_pictures, dim=0)
+        of_each = metrics.balanced_accuracies(coherent, given, ATTRIBUTES)
+        found["balanced coherence of an attribute"] = of_labels(torch.stack([*of_each.values()]).mean(dim=0))
+        found |= {f"balanced coherence of {name}": of_labels(values) for name, values in of_each.items()}
+        at_best = metrics.balanced_accuracies(held_out, torch.cat(truth), ATTRIBUTES)
+        about["balanced"] = torch.stack([*at_best.values()]).mean().item()
     for name, (mean, error) in [*found.items(), ("the classifier's accuracy on held-out pictures", accuracy)]:
         print(f"{name}: {mean:.4f} ± {error:.4f}")
     if args.json:
@@ -177,7 +196,7 @@ def main() -> None:
             "n_labels": len(labels),
             "n_pictures_per_label": args.n_pictures,
             "n_prior": args.n_prior,
-            "classifier": {**how, **_as_json(accuracy), "n_examples": len(validation)},
+            "classifier": about,
             "training": {name: value for name, value in trained.items() if name != "settings"},
             "measures": {name: _as_json(values) for name, values in found.items()},
         }

@@ -230,9 +230,9 @@ def of_experiment(experiment: str) -> Callable[[Path, Path], str]:
         by_attribute: dict[str, dict[str, list[str]]] = {}
         for name in dict.fromkeys(name for one in measured.values() for name in one):
             cells = [one[name].percent() if name in one else "–" for one in measured.values()]
-            of_one = re.fullmatch(r"(balanced )?accuracy of ([A-Z]\w*)", name)
+            of_one = re.fullmatch(r"([a-z ]+) of ([A-Z]\w*)", name)
             if of_one:
-                by_attribute.setdefault(of_one[2], {})[of_one[1] or ""] = cells
+                by_attribute.setdefault(of_one[2], {})[of_one[1]] = cells
             else:
                 rows.append([name, "", *cells, *([""] if paper else [])])
         epochs = [", ".join(dict.fromkeys(map(epochs_of, some))) for some in recipes.values()]
@@ -253,9 +253,9 @@ def of_experiment(experiment: str) -> Callable[[Path, Path], str]:
 
 
 def attribute_table(cells: Mapping[str, Mapping[str, list[str]]], recipes: Sequence[str]) -> str:
-    """A row for each attribute, folded: accuracy and balanced accuracy in every recipe."""
-    kinds = {"": "accuracy", "balanced ": "balanced accuracy"}
-    columns = ["attribute", *(f"{kind}, `{recipe}`" for recipe in recipes for kind in kinds.values())]
+    """A row for each attribute, folded: its accuracy and other measures in every recipe."""
+    kinds = dict.fromkeys(kind for found in cells.values() for kind in found)
+    columns = ["attribute", *(f"{kind}, `{recipe}`" for recipe in recipes for kind in kinds)]
     rows = [
         [name, *(found[kind][i] if kind in found else "–" for i in range(len(recipes)) for kind in kinds)]
         for name, found in cells.items()
@@ -282,6 +282,8 @@ def about_recipe(recipe: str, some: Sequence[Run]) -> str:
         also = some[0].coherence
         about.insert(1, f"coherence over {also['n_pictures_per_label']} pictures for each label")
         about.insert(2, f"agreement over {also['n_prior']:,} draws")
-        about.insert(3, f"the classifier reads {100 * also['classifier']['mean']:.1f} % of held-out pictures right")
+        classifier = also["classifier"]
+        balanced = f" ({100 * classifier['balanced']:.1f} % balanced)" if "balanced" in classifier else ""
+        about.insert(3, f"the classifier reads {100 * classifier['mean']:.1f} %{balanced} of held-out pictures right")
     listed = "\n".join(dict.fromkeys(command for command in commands if command))
     return f"*`{recipe}`: {'; '.join(about)}.*\n\n```\n{listed}\n```"

@@ -41,17 +41,37 @@ def attribute_accuracy(names: Sequence[str], given: Sequence[str] = ("image",)) 
 def accuracies(probabilities: Tensor, truth: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     """How well attributes are predicted: values (n,) by name, whose means are accuracies, overall and of each.
 
-    Balanced accuracy is the mean of two accuracies: among the examples that have the attribute, and among the others.
-    Its values are made so that their standard error is that of this mean (the delta method). An attribute that all or
-    none of the examples have has no balanced accuracy.
+    See `balanced_accuracies` for those that are called balanced.
 
     Args:
         probabilities: (n, attributes), of each attribute.
         truth: (n, attributes), 0 and 1.
         names: of the attributes.
     """
-    positive = truth.bool()
-    right = ((probabilities > 0.5) == positive).double()
+    right = (probabilities > 0.5) == truth.bool()
+    balanced = balanced_accuracies(right, truth, names)
+    found = {"accuracy of an attribute predicted from the image": right.double().mean(dim=1)}
+    if balanced:
+        found["balanced accuracy of an attribute"] = torch.stack(list(balanced.values())).mean(dim=0)
+    for i, name in enumerate(names):
+        found[f"accuracy of {name}"] = right[:, i].double()
+        if name in balanced:
+            found[f"balanced accuracy of {name}"] = balanced[name]
+    return found
+
+
+def balanced_accuracies(right: Tensor, truth: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Values (n,) by attribute whose mean is its balanced accuracy, and their standard error that of this mean.
+
+    Balanced accuracy is the mean of two accuracies: among the examples that have the attribute, and among the others.
+    An attribute that all or none of the examples have has none. The error is by the delta method.
+
+    Args:
+        right: bool (n, attributes), where an attribute was read right.
+        truth: (n, attributes), 0 and 1.
+        names: of the attributes.
+    """
+    right, positive = right.double(), truth.bool()
     balanced: dict[str, Tensor] = {}
     for i, name in enumerate(names):
         here = positive[:, i]
@@ -60,14 +80,7 @@ def accuracies(probabilities: Tensor, truth: Tensor, names: Sequence[str]) -> di
             error = torch.where(here, right[:, i] - of_those[0], right[:, i] - of_those[1])
             share = torch.where(here, here.double().mean(), 1 - here.double().mean())
             balanced[name] = (of_those[0] + of_those[1] + error / share) / 2
-    found = {"accuracy of an attribute predicted from the image": right.mean(dim=1)}
-    if balanced:
-        found["balanced accuracy of an attribute"] = torch.stack(list(balanced.values())).mean(dim=0)
-    for i, name in enumerate(names):
-        found[f"accuracy of {name}"] = right[:, i]
-        if name in balanced:
-            found[f"balanced accuracy of {name}"] = balanced[name]
-    return found
+    return balanced
 
 
 Classify = Callable[[Tensor], Tensor]

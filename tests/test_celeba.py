@@ -378,3 +378,14 @@ def test_loglike_prints_each_attributes_accuracies(
     for name, value in found["measures"].items():
         assert 0 <= value["mean"] <= 1
         assert f"{name}: {value['mean']:.4f} ± {value['standard_error']:.4f}" in done.stdout.splitlines()
+
+
+def test_balanced_coherence_is_of_each_attribute_and_of_all(run_here: RunHere, trained: Path, tmp_path: Path) -> None:
+    few = ["--n-labels", 12, "--n-pictures", 3, "--n-prior", 5, "--classifier-epochs", 1, "--json", "found.json"]
+    assert_ended(run_here("benchmarks/coherence.py", "celeba", "--model", trained / checkpoint.BEST, *few))
+    found = json.loads((tmp_path / "found.json").read_text())
+    means = {name.removeprefix("balanced coherence of "): value["mean"] for name, value in found["measures"].items()}
+    of_each = [means[name] for name in ATTRIBUTES if name in means]
+    assert of_each
+    assert means["an attribute"] == pytest.approx(sum(of_each) / len(of_each))
+    assert 0 <= found["classifier"]["balanced"] <= 1
