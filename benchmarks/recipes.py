@@ -30,13 +30,15 @@ ROOT = Path(__file__).resolve().parents[1]
 class Grid(NamedTuple):
     """Recipes that are compared with each other. The first is the base.
 
-    train: flags that all have. recipes: further flags of each, by name. loglike: how each is evaluated.
-    compared: whether in pairs, example by example; else they stand in the experiments' own tables.
+    train: flags that all have. recipes: further flags of each, by name. n_samples, limit: the importance samples, and
+    how many test examples (None: all). compared: whether in pairs, example by example; else they stand in the
+    experiments' own tables.
     """
 
     train: Sequence[str]
     recipes: dict[str, Sequence[str]]
-    loglike: Sequence[str]
+    n_samples: int
+    limit: int | None = None
     compared: bool = True
 
 
@@ -64,18 +66,20 @@ GRIDS = {
             "iw-5": ["--iw-samples", "5"],
             "combined": COMBINED,
         },
-        ["--limit", "500", "--n-samples", "200"],
+        200,
+        limit=500,
     ),
     "precision": Grid(
         [*BASE, "--epochs", "5", "--annealing-epochs", "2"],
         {"fp32": [], "bf16": ["--precision", "bf16"]},
-        ["--limit", "1000", "--n-samples", "200"],
+        200,
+        limit=1000,
     ),
-    "fast": Grid(["--preset", "fast"], {"fast": []}, ["--n-samples", "1000"], compared=False),
+    "fast": Grid(["--preset", "fast"], {"fast": []}, 1000, compared=False),
     "longer": Grid(
         ["--preset", "fast", "--beta-hold", "2", "--weight-decay", "0.1", "--iw-samples", "5"],
         {"fast-50": ["--epochs", "50", "--annealing-epochs", "18"]},
-        ["--n-samples", "1000"],
+        1000,
         compared=False,
     ),
 }
@@ -136,8 +140,9 @@ def run(args: argparse.Namespace, recipe: str, seed: int) -> None:
             call("benchmarks/coherence.py", experiment, "--model", model, *kept, *files, *args.flags)
     files = ["--json", str(result)]
     files += ["--per-example", str(result.with_suffix(".csv"))] if grid.compared else []
-    samples = ["--n-samples", str(args.n_samples)] if args.n_samples else []
-    call(f"{experiment}/loglike.py", model, *grid.loglike, *samples, *precision, *files, *args.flags)
+    how = ["--n-samples", str(args.n_samples or grid.n_samples)]
+    how += ["--limit", str(grid.limit)] if grid.limit else []
+    call(f"{experiment}/loglike.py", model, *how, *precision, *files, *args.flags)
     print(f"wrote {result}", flush=True)
 
 

@@ -47,7 +47,7 @@ def test_a_recipe_leaves_what_the_tables_are_made_of_once(tmp_path: Path, monkey
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import recipes
 
-    short = recipes.Grid(["--preset", "fast", "--epochs", "1"], {"fast": []}, ["--n-samples", "2"], compared=False)
+    short = recipes.Grid(["--preset", "fast", "--epochs", "1"], {"fast": []}, 2, compared=False)
     assert short.train[:2] == recipes.GRIDS["fast"].train
     monkeypatch.setitem(recipes.GRIDS, "fast", short)
     monkeypatch.chdir(tmp_path)
