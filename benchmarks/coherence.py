@@ -177,10 +177,12 @@ def main() -> None:
     if experiment.binary:
         given = labels.repeat_interleave(args.n_pictures, dim=0)
         of_each = metrics.balanced_accuracies(coherent, given, ATTRIBUTES)
-        found["balanced coherence of an attribute"] = of_labels(torch.stack([*of_each.values()]).mean(dim=0))
+        if of_each:  # some attribute is given in one vector, and not in another
+            found["balanced coherence of an attribute"] = of_labels(torch.stack([*of_each.values()]).mean(dim=0))
         found |= {f"balanced coherence of {name}": of_labels(values) for name, values in of_each.items()}
         at_best = metrics.balanced_accuracies(held_out, torch.cat(truth), ATTRIBUTES)
-        about["balanced"] = torch.stack([*at_best.values()]).mean().item()
+        if at_best:
+            about["balanced"] = torch.stack([*at_best.values()]).mean().item()
     for name, (mean, error) in [*found.items(), ("the classifier's accuracy on held-out pictures", accuracy)]:
         print(f"{name}: {mean:.4f} ± {error:.4f}")
     if args.json:

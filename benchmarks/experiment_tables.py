@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from markdown import NOTHING, read, table
+from markdown import NOTHING, agreed, read, table
 
 from mvae.errors import UserError
 
@@ -97,9 +97,7 @@ def runs(root: Path, experiment: str) -> dict[str, list[Run]]:
         found.setdefault(recipe.removeprefix(f"{experiment}-"), []).append(Run(content, also))
     for recipe, some in found.items():
         for name in ("n_examples", "n_samples"):
-            values = {run.content[name] for run in some}
-            if len(values) > 1:
-                raise UserError(f"the seeds of {experiment}-{recipe} differ in {name}: {sorted(values)}")
+            agreed([run.content for run in some], name, f"the seeds of {experiment}-{recipe}")
     return found
 
 

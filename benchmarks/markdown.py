@@ -20,6 +20,14 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"can't read {path}: {error}") from None
 
 
+def agreed(files: Iterable[dict[str, Any]], name: str, whose: str) -> Any:
+    """What all files say of `name`. Raises UserError, which says whose they are, if they differ."""
+    values = {file[name] for file in files}
+    if len(values) > 1:
+        raise UserError(f"{whose} differ in {name}: {sorted(values)}")
+    return values.pop()
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; a bar within a cell is escaped."""
     lines = [columns, ["---"] * len(columns), *rows]

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from markdown import NOTHING, over_seeds, read, table
+from markdown import NOTHING, agreed, over_seeds, read, table
 from recipes import GRIDS
 
 from mvae.errors import UserError
@@ -39,6 +39,7 @@ def paired(grid: str) -> Callable[[Path, Path], str]:
         if base not in runs:
             return NOTHING
         files = [read(path) for path in sorted(root.glob(f"results/{grid}/mnist-*.json"))]
+        n_examples, n_samples = (agreed(files, name, f"the runs of {grid}") for name in ("n_examples", "n_samples"))
         rows = []
         for recipe, by_seed in sorted(runs.items(), key=lambda run: -_mean(run[1], QUANTITIES[0])):
             cells = [f"`{recipe}`", str(len(by_seed)), _minutes(root, grid, recipe)]
@@ -50,7 +51,7 @@ def paired(grid: str) -> Callable[[Path, Path], str]:
         for name in QUANTITIES:
             columns += [name.partition(", q")[0], f"less `{base}`"]
         about = (
-            f"*{files[0]['n_examples']:,} test examples with {files[0]['n_samples']:,} importance samples each, the "
+            f"*{n_examples:,} test examples with {n_samples:,} importance samples each, the "
             "same in every run, under q(z | image). Differences are paired by seed and example: mean ± standard error "
             "over the examples, and in brackets that over the seeds. Fewer examples than all compare runs "
             "with each other, and no run with the paper.*"

@@ -261,6 +261,16 @@ def test_coherence_of_another_model_is_refused(root: Path) -> None:
     assert_refused(tables(root), 1, "coherence-mnist-fast-0.json", "different models")
 
 
+@pytest.mark.parametrize(
+    ("file", "whose"),
+    [("mnist-fast-1.json", "the seeds of mnist-fast"), ("ablation/mnist-iw-2-1.json", "the runs of ablation")],
+)
+def test_runs_with_unlike_numbers_of_draws_are_not_put_together(root: Path, file: str, whose: str) -> None:
+    path = root / "results" / file
+    write(path, {**json.loads(path.read_text()), "n_samples": 200})
+    assert_refused(tables(root), 1, f"{whose} differ in n_samples: [200, 1000]")
+
+
 def test_what_has_no_results_has_dashes_in_the_summary(root: Path) -> None:
     for path in root.glob("results/*mnist-*.json"):
         path.unlink()
