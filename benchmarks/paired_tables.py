@@ -2,7 +2,7 @@
 
 import csv
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from markdown import NOTHING, agreed, over_seeds, read, table
@@ -10,46 +10,56 @@ from recipes import GRIDS
 
 from mvae.errors import UserError
 
-QUANTITIES = ("log p(image), q(z | image)", "log p(image, text), q(z | image)")
-"""What is compared: columns of what loglike.py --per-example wrote."""
-
 PerExample = Mapping[str, list[float]]
 """Values of the test examples by column."""
 
 
-def per_example(path: Path) -> PerExample:
-    """A CSV file of loglike.py. Raises UserError, naming it, if it is none."""
+COHERENCE = "balanced coherence of an attribute"
+
+
+def per_example(path: Path, quantities: Sequence[str]) -> PerExample:
+    """These columns of a CSV file of loglike.py. Raises UserError, naming it, if it has none."""
     try:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
-        return {name: [float(row[name]) for row in rows] for name in QUANTITIES}
+        return {name: [float(row[name]) for row in rows] for name in quantities}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"can't read {path}: {error!r}") from None
 
 
-def paired(grid: str) -> Callable[[Path, Path], str]:
-    """The table of a grid on MNIST."""
+def paired(grid: str, experiment: str = "mnist", label: str = "text") -> Callable[[Path, Path], str]:
+    """The table of a grid on an experiment; `label`: its modality beside the image."""
+    quantities = [f"log p({names}), q(z | image)" for names in ("image", f"image, {label}")]
 
     def whole(root: Path, document: Path) -> str:
+        folder = root / "results" / grid
         runs: dict[str, dict[int, PerExample]] = {}
-        for path in sorted(root.glob(f"results/{grid}/mnist-*.csv")):
-            recipe, _, seed = path.stem.removeprefix("mnist-").rpartition("-")
-            runs.setdefault(recipe, {})[int(seed)] = per_example(path)
+        coherence: dict[str, dict[int, PerExample]] = {}
+        files = []
+        for path in sorted(folder.glob(f"{experiment}-*.csv")):
+            recipe, _, seed = path.stem.removeprefix(f"{experiment}-").rpartition("-")
+            runs.setdefault(recipe, {})[int(seed)] = per_example(path, quantities)
+            files.append(read(path.with_suffix(".json")))
+            if (measured := folder / f"coherence-{path.stem}.json").exists():
+                value = 100 * read(measured)["measures"][COHERENCE]["mean"]
+                coherence.setdefault(recipe, {})[int(seed)] = {COHERENCE: [value]}
         base = next(iter(GRIDS[grid].recipes))
         if base not in runs:
             return NOTHING
-        files = [read(path) for path in sorted(root.glob(f"results/{grid}/mnist-*.json"))]
         n_examples, n_samples = (agreed(files, name, f"the runs of {grid}") for name in ("n_examples", "n_samples"))
+        compared = [(name, name.partition(", q")[0], runs) for name in quantities]
+        compared += [(COHERENCE, f"{COHERENCE}, %", coherence)] if base in coherence else []
         rows = []
-        for recipe, by_seed in sorted(runs.items(), key=lambda run: -_mean(run[1], QUANTITIES[0])):
-            cells = [f"`{recipe}`", str(len(by_seed)), _minutes(root, grid, recipe)]
-            for name in QUANTITIES:
-                cells.append(f"{_mean(by_seed, name):.2f}")
-                cells.append("" if recipe == base else _difference(by_seed, runs[base], name))
+        for recipe, by_seed in sorted(runs.items(), key=lambda run: -_mean(run[1], quantities[0])):
+            cells = [f"`{recipe}`", str(len(by_seed)), _minutes(folder, f"{experiment}-{recipe}")]
+            for name, _, values in compared:
+                known = values.get(recipe, {})
+                cells.append(f"{_mean(known, name):.2f}" if known else "–")
+                cells.append("" if recipe == base else _difference(known, values[base], name))
             rows.append(cells)
         columns = ["recipe", "seeds", "minutes"]
-        for name in QUANTITIES:
-            columns += [name.partition(", q")[0], f"less `{base}`"]
+        for _, heading, _ in compared:
+            columns += [heading, f"less `{base}`"]
         about = (
             f"*{n_examples:,} test examples with {n_samples:,} importance samples each, the "
             "same in every run, under q(z | image). Differences are paired by seed and example: mean ± standard error "
@@ -72,15 +82,15 @@ def _difference(ours: Mapping[int, PerExample], base: Mapping[int, PerExample], 
         return "–"
     by_seed = [[a - b for a, b in zip(ours[seed][name], base[seed][name], strict=True)] for seed in seeds]
     of_example = [statistics.fmean(values) for values in zip(*by_seed, strict=True)]
-    error = statistics.stdev(of_example) / len(of_example) ** 0.5
+    error = f" ± {statistics.stdev(of_example) / len(of_example) ** 0.5:.2f}" if len(of_example) > 1 else ""
     means = [statistics.fmean(values) for values in by_seed]
     spread = f" ({statistics.stdev(means) / len(means) ** 0.5:.2f})" if len(means) > 1 else ""
-    return f"{statistics.fmean(of_example):+.2f} ± {error:.2f}{spread}"
+    return f"{statistics.fmean(of_example):+.2f}{error}{spread}"
 
 
-def _minutes(root: Path, grid: str, recipe: str) -> str:
+def _minutes(folder: Path, run: str) -> str:
     """The mean time of training up to the best epoch."""
-    files = root.glob(f"results/{grid}/mnist-{recipe}-[0-9]*.json")
+    files = folder.glob(f"{run}-[0-9]*.json")
     return f"{statistics.fmean(read(path)['training']['training_seconds'] for path in files) / 60:.1f}"
 
 

@@ -7,6 +7,7 @@ A run that was cut short goes on where it stood, and one whose results are there
 results/GRID/EXPERIMENT-RECIPE-SEED.json, with each example's log p, so that any two runs are compared example by
 example: `python benchmarks/tables.py` makes the tables of them. The runs of `fast` and `longer` are those of the
 experiments' own tables: they leave results/EXPERIMENT-RECIPE-SEED.json, and beside it their curves and coherence.
+`all_first` is of faces, and measures coherence, too.
 """
 
 import argparse
@@ -32,7 +33,7 @@ class Grid(NamedTuple):
 
     train: flags that all have. recipes: further flags of each, by name. n_samples, limit: the importance samples, and
     how many test examples (None: all). compared: whether in pairs, example by example; else they stand in the
-    experiments' own tables.
+    experiments' own tables. coherence: whether that is measured.
     """
 
     train: Sequence[str]
@@ -40,6 +41,7 @@ class Grid(NamedTuple):
     n_samples: int
     limit: int | None = None
     compared: bool = True
+    coherence: bool = False
 
 
 EXPERIMENTS: dict[str, tuple[str, list[str]]] = {
@@ -75,12 +77,20 @@ GRIDS = {
         200,
         limit=1000,
     ),
-    "fast": Grid(["--preset", "fast"], {"fast": []}, 1000, compared=False),
+    "all_first": Grid(
+        ["--preset", "fast", "--all-first", "0", "--limit", "4000", "--epochs", "8", "--annealing-epochs", "3"],
+        {"given": [], "first": ["--all-first", "2"], "all": ["--reconstruct", "all"]},
+        50,
+        limit=300,
+        coherence=True,
+    ),
+    "fast": Grid(["--preset", "fast"], {"fast": []}, 1000, compared=False, coherence=True),
     "longer": Grid(
         ["--preset", "fast", "--beta-hold", "2", "--weight-decay", "0.1", "--iw-samples", "5"],
         {"fast-50": ["--epochs", "50", "--annealing-epochs", "18"]},
         1000,
         compared=False,
+        coherence=True,
     ),
 }
 """The grids by name. A grid's first recipe is the base that its table compares the others with."""
@@ -134,10 +144,10 @@ def run(args: argparse.Namespace, recipe: str, seed: int) -> None:
     model = str(out_dir / BEST)
     if not grid.compared:
         write_atomically(folder / f"curves-{name}.jsonl", (out_dir / "stats.jsonl").read_bytes())
-        if experiment in COHERENT:
-            kept = ["--classifier", str(args.runs_dir / f"classifier-{experiment}.pth.tar")]
-            files = ["--json", str(folder / f"coherence-{name}.json")]
-            call("benchmarks/coherence.py", experiment, "--model", model, *kept, *files, *args.flags)
+    if grid.coherence and experiment in COHERENT:
+        kept = ["--classifier", str(args.runs_dir / f"classifier-{experiment}.pth.tar")]
+        files = ["--json", str(folder / f"coherence-{name}.json")]
+        call("benchmarks/coherence.py", experiment, "--model", model, *kept, *files, *args.flags)
     files = ["--json", str(result)]
     files += ["--per-example", str(result.with_suffix(".csv"))] if grid.compared else []
     how = ["--n-samples", str(args.n_samples or grid.n_samples)]

@@ -2,7 +2,8 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; this command rewrites it. NAME is summary, an
 experiment (mnist, binarymnist, fashionmnist, multimnist, celeba, celeba19, vision), speed, memory, loglike,
-loglike_full, growth, threads, peer, gpu, batch_norm, ablation, precision, or weak_ and an experiment. The files:
+loglike_full, growth, threads, peer, gpu, batch_norm, ablation, precision, all_first, or weak_ and an experiment. The
+files:
 
     results/EXPERIMENT-RECIPE-SEED.json             what loglike.py --json wrote; several seeds of a recipe are averaged
     results/coherence-EXPERIMENT-RECIPE-SEED.json   what benchmarks/coherence.py --json wrote of the same model
@@ -14,7 +15,7 @@ loglike_full, growth, threads, peer, gpu, batch_norm, ablation, precision, or we
     results/peer.json                               what benchmarks/peer.py --json wrote
     results/gpu.json                                what benchmarks/gpu.py wrote
     results/batch_norm/*.json                       what benchmarks/batch_norm.py wrote
-    results/{ablation,precision}/*                  what benchmarks/recipes.py left
+    results/{ablation,precision,all_first}/*        what benchmarks/recipes.py left
     results/weak/*.json                             what benchmarks/weak_supervision.py wrote
     benchmarks/paper.json                           the paper's numbers
 
@@ -28,7 +29,6 @@ from pathlib import Path
 
 from experiment_tables import EXPERIMENTS, of_experiment, summary
 from paired_tables import batch_norm, paired
-from recipes import GRIDS
 from speed_tables import gpu, growth, loglike, loglike_full, memory, peer, speed, threads
 from weak_tables import weak
 
@@ -90,7 +90,9 @@ TABLES: dict[str, Callable[[Path, Path], str]] = {
     "peer": peer,
     "gpu": gpu,
     "batch_norm": batch_norm,
-    **{name: paired(name) for name, grid in GRIDS.items() if grid.compared},
+    "ablation": paired("ablation"),
+    "precision": paired("precision"),
+    "all_first": paired("all_first", "celeba", "attrs"),
     **{f"weak_{name}": weak(name) for name in ("mnist", "fashionmnist", "multimnist", "celeba")},
 }
 

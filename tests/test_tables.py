@@ -28,6 +28,7 @@ NAMES = (
     "batch_norm",
     "weak_mnist",
     "ablation",
+    "all_first",
 )
 PLOTTED = ("curves", "accuracy", "weak")
 TRAINED = {"validation_loss": 200.0, "training_seconds": 1500.0}
@@ -139,6 +140,14 @@ def root(tmp_path: Path) -> Path:
             lines = [",".join(["example", *names]), *(f"{i},{value},{value - 1}" for i, value in enumerate(values))]
             write(results / "ablation" / f"mnist-{recipe}-{seed}.json", loglike("mnist", seed, [], {}))
             (results / "ablation" / f"mnist-{recipe}-{seed}.csv").write_text("\n".join(lines))
+    for seed, shares in enumerate([(0.5, 0.6), (0.52, 0.66)]):
+        for recipe, share in zip(("given", "first"), shares, strict=True):
+            lines = [f'"log p(image), {IMAGE}","log p(image, attrs), {IMAGE}"', "-6000,-6004", "-6400,-6406"]
+            name = f"celeba-{recipe}-{seed}"
+            write(results / "all_first" / f"{name}.json", loglike("celeba", seed, [], {}))
+            (results / "all_first" / f"{name}.csv").write_text("\n".join(lines))
+            measured = {"measures": {"balanced coherence of an attribute": {"mean": share, "standard_error": 0.01}}}
+            write(results / "all_first" / f"coherence-{name}.json", measured)
     markers = "".join(f"## {name}\n\n<!-- table: {name} -->\n<!-- end of table -->\n\n" for name in NAMES)
     (tmp_path / "README.md").write_text(markers)
     assert tables(tmp_path).returncode == 0
@@ -181,6 +190,7 @@ def test_a_changed_digit_is_found(root: Path) -> None:
         ("step-mnist.json", "[1.9, 2.0, 2.1]", "[1.9, 2.05, 2.1]", "speed"),
         ("batch_norm/celeba-attrs-term-1.json", "113.0", "114.0", "batch_norm"),
         ("ablation/mnist-iw-2-1.csv", "-89", "-88", "ablation"),
+        ("all_first/coherence-celeba-first-1.json", "0.66", "0.67", "all_first"),
         ("weak/mnist-m1-100-1.json", "0.5", "0.51", "weak_mnist"),
     ],
 )
@@ -204,6 +214,13 @@ def test_recipes_are_compared_by_seed_and_example(root: Path) -> None:
     assert base[:5] == ["`base`", "3", "25.0", "-91.33", ""]
     assert better[:5] == ["`iw-2`", "3", "25.0", "-90.17", "+1.17 ± 0.50 (0.33)"]
     assert better[5:] == ["-91.17", "+1.17 ± 0.50 (0.33)"]
+
+
+def test_recipes_for_faces_are_compared_by_coherence_too(root: Path) -> None:
+    header, _, *rows = rows_of(root, "all_first")
+    assert header[-2:] == ["balanced coherence of an attribute, %", "less `given`"]
+    found = {row[0]: row[-2:] for row in rows}
+    assert found == {"`given`": ["51.00", ""], "`first`": ["63.00", "+12.00 (2.00)"]}
 
 
 def test_seeds_are_averaged_with_their_deviation_and_the_paper_stands_below(root: Path) -> None:
