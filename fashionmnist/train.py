@@ -11,9 +11,10 @@ PRESETS = {
     "fast": {
         "lambda_text": 25.0,
         "reconstruct": ["text"],
-        "epochs": 20,
+        "iw_samples": 2,
+        "epochs": 30,
         "beta_hold": 1.0,
-        "annealing_epochs": 7,
+        "annealing_epochs": 11,
         "lr": 2e-3,
         "lr_schedule": "late",
         "warmup_epochs": 0.2,
