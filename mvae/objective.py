@@ -160,7 +160,6 @@ class Objective(nn.Module):
         subsets: Sequence[Sequence[str]] | Tensor = (),
         present: Mapping[str, Tensor] | None = None,
         noise: Tensor | None = None,
-        score_all: bool = False,
     ) -> tuple[Tensor, Totals]:
         """The loss of a batch: the negative objective in nats, a mean over its examples; and the sums of its parts.
 
@@ -176,7 +175,6 @@ class Objective(nn.Module):
             present: bool (batch,) by modality: which examples have it; a modality that isn't named is always there.
             noise: standard normal, (terms, batch, latents), and one more dimension (iw_samples, ...) before them if
                 there are several; drawn when None.
-            score_all: set it to True to have every term score all modalities, as `reconstruct="all"` does.
         """
         given, scored, terms = self.given, self.scored, self.terms
         if isinstance(subsets, Tensor):
@@ -187,8 +185,6 @@ class Objective(nn.Module):
             terms = terms + more
             given = torch.cat([given, self.mask(t.given for t in more).to(given.device)])
             scored = torch.cat([scored, self.mask(t.scored for t in more).to(given.device)])
-        if score_all:
-            terms, scored = [Term(term.given, self.model.modalities) for term in terms], torch.ones_like(scored)
         # Two masks say all of it: which experts a term's posterior takes, and which log-probabilities it counts.
         given, scored, mask = given.unsqueeze(-1), scored.unsqueeze(-1), None
         n = len(next(iter(batch.values())))

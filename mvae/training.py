@@ -43,7 +43,6 @@ class Options:
     """How a run goes. `batch_size` is the whole step's, over all processes; `approx_m` is the number of random subsets.
 
     pairs_per_batch: see `mvae.supervision.composed_rows`; 0 for batches of no fixed composition.
-    all_first: the epochs at the start in which every term scores all modalities, and not only what the objective says.
     sync_batchnorm: under torchrun, batch norm takes its statistics over all processes' examples, not over each one's.
 
     `out_dir` and `device` may be given as strings. The latest state is saved at the end of each epoch, when a signal
@@ -56,7 +55,6 @@ class Options:
     batch_size: int
     approx_m: int = 0
     pairs_per_batch: int = 0
-    all_first: int = 0
     seed: int = 0
     precision: Precision = "fp32"
     compile: bool = False
@@ -68,14 +66,7 @@ class Options:
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("epochs", 1),
-            ("batch_size", 1),
-            ("approx_m", 0),
-            ("all_first", 0),
-            ("seed", 0),
-            ("log_interval", 1),
-        ):
+        for name, least in (("epochs", 1), ("batch_size", 1), ("approx_m", 0), ("seed", 0), ("log_interval", 1)):
             value = getattr(self, name)
             if not isinstance(value, Integral) or value < least:
                 raise UsageError(f"`{name}` is {value!r}, and a whole number, {least} or more, is wanted")
@@ -115,7 +106,6 @@ def train_step(
     beta: Tensor | float = 1.0,
     subsets: Sequence[Sequence[str]] | Tensor = (),
     noise: Tensor | None = None,
-    score_all: bool = False,
     precision: Precision = "fp32",
     share: float = 1.0,
 ) -> Totals:
@@ -126,13 +116,13 @@ def train_step(
     Args:
         objective: an Objective, or one that is wrapped or compiled.
         optimizer: of its parameters, with zero gradients (as this function leaves them).
-        batch, present, beta, subsets, noise, score_all: as `Objective.forward` takes them.
+        batch, present, beta, subsets, noise: as `Objective.forward` takes them.
         precision: "bf16" runs the networks in bfloat16, and all log-probabilities and sums in float32.
         share: of several processes, this one's examples divided by the mean number of all processes'.
     """
     # Encode each modality once, fuse the experts of every term, draw one z for each, decode what each term scores.
     with running_in(precision, _device_of(batch)):
-        loss, totals = objective(batch, beta, subsets, present, noise, score_all)
+        loss, totals = objective(batch, beta, subsets, present, noise)
     # The gradient of the batch's mean. DistributedDataParallel averages it over the processes meanwhile.
     (loss * share).backward()
     # A loss that isn't finite must not reach the weights. On a GPU nobody looks: the look would make every step wait.
@@ -195,7 +185,7 @@ def fit(
         "lr": [float(group["lr"]) for group in optimizer.param_groups],
         **{
             name: getattr(options, name)
-            for name in ("batch_size", "approx_m", "pairs_per_batch", "all_first", "seed", "precision", "compile")
+            for name in ("batch_size", "approx_m", "pairs_per_batch", "seed", "precision", "compile")
         },
     }
     if options.sync_batchnorm and processes.world > 1:
@@ -279,8 +269,8 @@ def fit(
                 with _explained(objective, batch, present):
                     totals = train_step(
                         step_module, optimizer, batch, present,
-                        beta=beta_now, subsets=more, noise=noise, score_all=run.epoch <= options.all_first,
-                        precision=options.precision, share=len(mine) * processes.world / len(rows),
+                        beta=beta_now, subsets=more, noise=noise, precision=options.precision,
+                        share=len(mine) * processes.world / len(rows),
                     )  # fmt: skip
                 sums = totals.vector()
                 asked = run.step % options.log_interval == 0 or run.step == len(batches)

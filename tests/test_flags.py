@@ -31,7 +31,6 @@ BASE = ["--epochs", 1, "--limit", 4, "--batch-size", 2, "--annealing-epochs", 2,
 EVERY: dict[str, list[Any]] = {
     "--n-latents": [3],
     "--reconstruct": ["all"],
-    "--all-first": [1],
     "--annealing-epochs": [1],
     "--beta-hold": [1],
     "--lr": [2e-3],

@@ -91,20 +91,6 @@ def test_objective_is_the_plain_one(n_modalities: int, missing: bool, reconstruc
     assert_same(model, model, found, expected, 1e-10)
 
 
-@pytest.mark.parametrize("missing", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-def test_scoring_all_for_a_step_is_reconstructing_all(missing: bool, masked: bool) -> None:
-    model, batch, noise = small_model(6), small_batch(6, N_EXAMPLES), noise_of(6)
-    present = presence_of(6) if missing else None
-    objective = Objective(model, weights=weights_of(6), reconstruct=["m1"])
-    subsets = objective.mask(SUBSETS[6]) if masked else SUBSETS[6]
-    found = objective(batch, 0.3, subsets, present, noise, score_all=True)
-    expected = Objective(model, weights=weights_of(6), reconstruct="all")(batch, 0.3, SUBSETS[6], present, noise)
-    assert_same(model, model, found, expected, 1e-10)
-    usual = objective(batch, 0.3, subsets, present, noise)
-    assert usual[1].n_log_prob.sum() < found[1].n_log_prob.sum()  # the steps after it are as before
-
-
 @pytest.mark.parametrize("n_modalities", [2, 6, 19])
 @pytest.mark.parametrize("missing", [False, True])
 def test_objective_in_float32_is_the_plain_one_to_one_in_100000(n_modalities: int, missing: bool) -> None:

@@ -130,15 +130,6 @@ def test_rate_of_every_step_is_the_schedules_and_the_reported_one(tmp_path: Path
     assert [record["lr"] for record in records] == [rate for rate, _ in rates[N_STEPS - 1 :: N_STEPS]]
 
 
-def test_all_is_scored_in_the_first_epochs_and_in_no_validation(tmp_path: Path) -> None:
-    records = fit_small(tmp_path, epochs=3, all_first=2)
-    scored = {
-        part: [f"{part}/label/log_prob/image" in record for record in records] for part in ("train", "validation")
-    }
-    assert scored == {"train": [True, True, False], "validation": [False, False, False]}
-    assert all("train/label/log_prob/label" in record for record in records)
-
-
 @pytest.mark.parametrize("changed", [{"beta": linear(1)}, {"schedule": late(2)}, {"lr": 2e-2}])
 def test_another_course_of_beta_or_of_the_rate_gives_other_weights(changed: dict[str, Any], tmp_path: Path) -> None:
     fit_small(tmp_path / "one", epochs=3, beta=linear(3))

@@ -107,13 +107,6 @@ def training_parser(
         help="what each ELBO term scores beside what it is given: nothing more, all, or these modalities",
     )
     model.add_argument(
-        "--all-first",
-        type=non_negative_int,
-        default=0,
-        metavar="EPOCHS",
-        help="epochs at the start in which every term scores all modalities",
-    )
-    model.add_argument(
         "--annealing-epochs", type=non_negative_int, default=annealing_epochs, help="epochs over which β rises to 1"
     )
     model.add_argument("--beta-hold", type=non_negative_float, default=0.0, help="epochs of β = 0 before it rises")
@@ -348,7 +341,6 @@ def options(args: argparse.Namespace) -> "Options":
         batch_size=args.batch_size,
         approx_m=getattr(args, "approx_m", 0),  # a flag of the experiments with three modalities or more
         pairs_per_batch=_pairs_per_batch(args),
-        all_first=args.all_first,
         seed=args.seed,
         precision=args.precision,
         compile=args.compile,
