@@ -7,7 +7,7 @@ A run that was cut short goes on where it stood, and one whose results are there
 results/GRID/EXPERIMENT-RECIPE-SEED.json, with each example's log p, so that any two runs are compared example by
 example: `python benchmarks/tables.py` makes the tables of them. The runs of `fast` and `longer` are those of the
 experiments' own tables: they leave results/EXPERIMENT-RECIPE-SEED.json, and beside it their curves and coherence.
-`all_first` is of faces, and measures coherence, too.
+`reconstruct` is compared by coherence, too.
 """
 
 import argparse
@@ -77,11 +77,11 @@ GRIDS = {
         200,
         limit=1000,
     ),
-    "all_first": Grid(
-        ["--preset", "fast", "--all-first", "0", "--limit", "4000", "--epochs", "8", "--annealing-epochs", "3"],
-        {"given": [], "first": ["--all-first", "2"], "all": ["--reconstruct", "all"]},
-        50,
-        limit=300,
+    "reconstruct": Grid(
+        [*BASE, "--epochs", "10", "--annealing-epochs", "4"],
+        {"text": [], "given": ["--reconstruct", "given"], "all": ["--reconstruct", "all"]},
+        200,
+        limit=500,
         coherence=True,
     ),
     "fast": Grid(["--preset", "fast"], {"fast": []}, 1000, compared=False, coherence=True),

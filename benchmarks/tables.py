@@ -2,7 +2,7 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; this command rewrites it. NAME is summary, an
 experiment (mnist, binarymnist, fashionmnist, multimnist, celeba, celeba19, vision), speed, memory, loglike,
-loglike_full, growth, threads, peer, gpu, batch_norm, ablation, precision, all_first, or weak_ and an experiment. The
+loglike_full, growth, threads, peer, gpu, batch_norm, ablation, precision, reconstruct, or weak_ and an experiment. The
 files:
 
     results/EXPERIMENT-RECIPE-SEED.json             what loglike.py --json wrote; several seeds of a recipe are averaged
@@ -15,7 +15,7 @@ files:
     results/peer.json                               what benchmarks/peer.py --json wrote
     results/gpu.json                                what benchmarks/gpu.py wrote
     results/batch_norm/*.json                       what benchmarks/batch_norm.py wrote
-    results/{ablation,precision,all_first}/*        what benchmarks/recipes.py left
+    results/{ablation,precision,reconstruct}/*        what benchmarks/recipes.py left
     results/weak/*.json                             what benchmarks/weak_supervision.py wrote
     benchmarks/paper.json                           the paper's numbers
 
@@ -92,7 +92,7 @@ TABLES: dict[str, Callable[[Path, Path], str]] = {
     "batch_norm": batch_norm,
     "ablation": paired("ablation"),
     "precision": paired("precision"),
-    "all_first": paired("all_first", "celeba", "attrs"),
+    "reconstruct": paired("reconstruct", "celeba", "attrs"),
     **{f"weak_{name}": weak(name) for name in ("mnist", "fashionmnist", "multimnist", "celeba")},
 }
 

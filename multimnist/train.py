@@ -9,12 +9,15 @@ import datasets
 
 PRESETS = {
     "fast": {
-        "reconstruct": ["text"],
-        "epochs": 50,
-        "annealing_epochs": 20,
+        "lambda_text": 50.0,
+        "reconstruct": ["all"],
+        "epochs": 20,
+        "beta_hold": 1.0,
+        "annealing_epochs": 7,
         "lr": 2e-3,
         "lr_schedule": "late",
         "warmup_epochs": 0.2,
+        "weight_decay": 0.05,
     },
     "weak": {
         "lambda_text": 50.0,

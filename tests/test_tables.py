@@ -28,7 +28,7 @@ NAMES = (
     "batch_norm",
     "weak_mnist",
     "ablation",
-    "all_first",
+    "reconstruct",
 )
 PLOTTED = ("curves", "accuracy", "weak")
 TRAINED = {"validation_loss": 200.0, "training_seconds": 1500.0}
@@ -143,11 +143,11 @@ def root(tmp_path: Path) -> Path:
     for seed, shares in enumerate([(0.5, 0.6), (0.52, 0.66)]):
         for recipe, share in zip(("given", "first"), shares, strict=True):
             lines = [f'"log p(image), {IMAGE}","log p(image, attrs), {IMAGE}"', "-6000,-6004", "-6400,-6406"]
-            name = f"celeba-{recipe}-{seed}"
-            write(results / "all_first" / f"{name}.json", loglike("celeba", seed, [], {}))
-            (results / "all_first" / f"{name}.csv").write_text("\n".join(lines))
+            name = f"mnist-{recipe}-{seed}"
+            write(results / "reconstruct" / f"{name}.json", loglike("celeba", seed, [], {}))
+            (results / "reconstruct" / f"{name}.csv").write_text("\n".join(lines))
             measured = {"measures": {"balanced coherence of an attribute": {"mean": share, "standard_error": 0.01}}}
-            write(results / "all_first" / f"coherence-{name}.json", measured)
+            write(results / "reconstruct" / f"coherence-{name}.json", measured)
     markers = "".join(f"## {name}\n\n<!-- table: {name} -->\n<!-- end of table -->\n\n" for name in NAMES)
     (tmp_path / "README.md").write_text(markers)
     assert tables(tmp_path).returncode == 0
@@ -190,7 +190,7 @@ def test_a_changed_digit_is_found(root: Path) -> None:
         ("step-mnist.json", "[1.9, 2.0, 2.1]", "[1.9, 2.05, 2.1]", "speed"),
         ("batch_norm/celeba-attrs-term-1.json", "113.0", "114.0", "batch_norm"),
         ("ablation/mnist-iw-2-1.csv", "-89", "-88", "ablation"),
-        ("all_first/coherence-celeba-first-1.json", "0.66", "0.67", "all_first"),
+        ("reconstruct/coherence-celeba-first-1.json", "0.66", "0.67", "reconstruct"),
         ("weak/mnist-m1-100-1.json", "0.5", "0.51", "weak_mnist"),
     ],
 )
@@ -217,7 +217,7 @@ def test_recipes_are_compared_by_seed_and_example(root: Path) -> None:
 
 
 def test_recipes_for_faces_are_compared_by_coherence_too(root: Path) -> None:
-    header, _, *rows = rows_of(root, "all_first")
+    header, _, *rows = rows_of(root, "reconstruct")
     assert header[-2:] == ["balanced coherence of an attribute, %", "less `given`"]
     found = {row[0]: row[-2:] for row in rows}
     assert found == {"`given`": ["51.00", ""], "`first`": ["63.00", "+12.00 (2.00)"]}
