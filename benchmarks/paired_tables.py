@@ -2,7 +2,7 @@
 
 import csv
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from markdown import NOTHING, agreed, over_seeds, read, table
@@ -10,35 +10,37 @@ from recipes import GRIDS
 
 from mvae.errors import UserError
 
+QUANTITIES = ("log p(image), q(z | image)", "log p(image, text), q(z | image)")
+"""What is compared: columns of what loglike.py --per-example wrote."""
+
+COHERENCE = "coherence, label to image"
+"""What is compared, too, where coherence.py measured it: in per cent."""
+
 PerExample = Mapping[str, list[float]]
 """Values of the test examples by column."""
 
 
-COHERENCE = "balanced coherence of an attribute"
-
-
-def per_example(path: Path, quantities: Sequence[str]) -> PerExample:
-    """These columns of a CSV file of loglike.py. Raises UserError, naming it, if it has none."""
+def per_example(path: Path) -> PerExample:
+    """A CSV file of loglike.py. Raises UserError, naming it, if it is none."""
     try:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
-        return {name: [float(row[name]) for row in rows] for name in quantities}
+        return {name: [float(row[name]) for row in rows] for name in QUANTITIES}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"can't read {path}: {error!r}") from None
 
 
-def paired(grid: str, experiment: str = "mnist", label: str = "text") -> Callable[[Path, Path], str]:
-    """The table of a grid on an experiment; `label`: its modality beside the image."""
-    quantities = [f"log p({names}), q(z | image)" for names in ("image", f"image, {label}")]
+def paired(grid: str) -> Callable[[Path, Path], str]:
+    """The table of a grid on MNIST."""
 
     def whole(root: Path, document: Path) -> str:
         folder = root / "results" / grid
         runs: dict[str, dict[int, PerExample]] = {}
         coherence: dict[str, dict[int, PerExample]] = {}
         files = []
-        for path in sorted(folder.glob(f"{experiment}-*.csv")):
-            recipe, _, seed = path.stem.removeprefix(f"{experiment}-").rpartition("-")
-            runs.setdefault(recipe, {})[int(seed)] = per_example(path, quantities)
+        for path in sorted(folder.glob("mnist-*.csv")):
+            recipe, _, seed = path.stem.removeprefix("mnist-").rpartition("-")
+            runs.setdefault(recipe, {})[int(seed)] = per_example(path)
             files.append(read(path.with_suffix(".json")))
             if (measured := folder / f"coherence-{path.stem}.json").exists():
                 value = 100 * read(measured)["measures"][COHERENCE]["mean"]
@@ -47,11 +49,11 @@ def paired(grid: str, experiment: str = "mnist", label: str = "text") -> Callabl
         if base not in runs:
             return NOTHING
         n_examples, n_samples = (agreed(files, name, f"the runs of {grid}") for name in ("n_examples", "n_samples"))
-        compared = [(name, name.partition(", q")[0], runs) for name in quantities]
+        compared = [(name, name.partition(", q")[0], runs) for name in QUANTITIES]
         compared += [(COHERENCE, f"{COHERENCE}, %", coherence)] if base in coherence else []
         rows = []
-        for recipe, by_seed in sorted(runs.items(), key=lambda run: -_mean(run[1], quantities[0])):
-            cells = [f"`{recipe}`", str(len(by_seed)), _minutes(folder, f"{experiment}-{recipe}")]
+        for recipe, by_seed in sorted(runs.items(), key=lambda run: -_mean(run[1], QUANTITIES[0])):
+            cells = [f"`{recipe}`", str(len(by_seed)), _minutes(folder, f"mnist-{recipe}")]
             for name, _, values in compared:
                 known = values.get(recipe, {})
                 cells.append(f"{_mean(known, name):.2f}" if known else "–")

@@ -141,12 +141,12 @@ def root(tmp_path: Path) -> Path:
             write(results / "ablation" / f"mnist-{recipe}-{seed}.json", loglike("mnist", seed, [], {}))
             (results / "ablation" / f"mnist-{recipe}-{seed}.csv").write_text("\n".join(lines))
     for seed, shares in enumerate([(0.5, 0.6), (0.52, 0.66)]):
-        for recipe, share in zip(("given", "first"), shares, strict=True):
-            lines = [f'"log p(image), {IMAGE}","log p(image, attrs), {IMAGE}"', "-6000,-6004", "-6400,-6406"]
+        for recipe, share in zip(("text", "all"), shares, strict=True):
+            lines = [",".join(names), "-90,-91", "-92,-93"]
             name = f"mnist-{recipe}-{seed}"
-            write(results / "reconstruct" / f"{name}.json", loglike("celeba", seed, [], {}))
+            write(results / "reconstruct" / f"{name}.json", loglike("mnist", seed, [], {}))
             (results / "reconstruct" / f"{name}.csv").write_text("\n".join(lines))
-            measured = {"measures": {"balanced coherence of an attribute": {"mean": share, "standard_error": 0.01}}}
+            measured = {"measures": {"coherence, label to image": {"mean": share, "standard_error": 0.01}}}
             write(results / "reconstruct" / f"coherence-{name}.json", measured)
     markers = "".join(f"## {name}\n\n<!-- table: {name} -->\n<!-- end of table -->\n\n" for name in NAMES)
     (tmp_path / "README.md").write_text(markers)
@@ -190,7 +190,7 @@ def test_a_changed_digit_is_found(root: Path) -> None:
         ("step-mnist.json", "[1.9, 2.0, 2.1]", "[1.9, 2.05, 2.1]", "speed"),
         ("batch_norm/celeba-attrs-term-1.json", "113.0", "114.0", "batch_norm"),
         ("ablation/mnist-iw-2-1.csv", "-89", "-88", "ablation"),
-        ("reconstruct/coherence-celeba-first-1.json", "0.66", "0.67", "reconstruct"),
+        ("reconstruct/coherence-mnist-all-1.json", "0.66", "0.67", "reconstruct"),
         ("weak/mnist-m1-100-1.json", "0.5", "0.51", "weak_mnist"),
     ],
 )
@@ -216,11 +216,12 @@ def test_recipes_are_compared_by_seed_and_example(root: Path) -> None:
     assert better[5:] == ["-91.17", "+1.17 ± 0.50 (0.33)"]
 
 
-def test_recipes_for_faces_are_compared_by_coherence_too(root: Path) -> None:
+def test_recipes_are_compared_by_coherence_where_it_was_measured(root: Path) -> None:
     header, _, *rows = rows_of(root, "reconstruct")
-    assert header[-2:] == ["balanced coherence of an attribute, %", "less `given`"]
+    assert "coherence" not in "".join(rows_of(root, "ablation")[0])
+    assert header[-2:] == ["coherence, label to image, %", "less `text`"]
     found = {row[0]: row[-2:] for row in rows}
-    assert found == {"`given`": ["51.00", ""], "`first`": ["63.00", "+12.00 (2.00)"]}
+    assert found == {"`text`": ["51.00", ""], "`all`": ["63.00", "+12.00 (2.00)"]}
 
 
 def test_seeds_are_averaged_with_their_deviation_and_the_paper_stands_below(root: Path) -> None:
