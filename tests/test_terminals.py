@@ -55,6 +55,25 @@ def test_every_script_has_the_one_entrance(script: Path) -> None:
     assert len(SCRIPTS) > 35
 
 
+def test_a_result_names_the_commit_that_its_script_began_with(tmp_path: Path) -> None:
+    commits = "git -c user.name=a -c user.email=a@b.c commit -q --allow-empty -m"
+    subprocess.run(f"git init -q . && {commits} first", shell=True, cwd=tmp_path, check=True)
+    first = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    code = f"""
+import os, pathlib
+from mvae.scripts import running
+running.ROOT = pathlib.Path.cwd()
+def main():
+    os.system("{commits} second")
+    print(running.origin()["commit"])
+running.run(main)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True
+    )
+    assert found.stdout == first.stdout
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_script_takes_a_path_that_it_does_not_expand(script: Path) -> None:
     assert "type=Path" not in script.read_text() + (ROOT / "mvae/scripts/flags.py").read_text()

@@ -1,6 +1,7 @@
 """A script's run: its streams, its status, its log, and what it says of errors."""
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -37,6 +38,7 @@ def run(main: Callable[[], None]) -> None:
     several processes the first alone prints it.
     """
     _open_streams()
+    commit()  # a run takes hours, and the repository may go on meanwhile
     if is_first():
         said, warned = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
         said.addFilter(_is_no_warning)
@@ -118,16 +120,25 @@ def _is_no_warning(record: logging.LogRecord) -> bool:
     return record.levelno < logging.WARNING
 
 
+ROOT = Path(__file__).resolve().parents[2]
+"""The repository's."""
+
+
+@functools.cache
+def commit() -> str | None:
+    """The repository's commit when this was first asked; None if git doesn't tell."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # there is no git
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
 def origin() -> dict[str, str | None]:
-    """The command that runs, named from the repository's root, and its commit: None if git doesn't tell."""
-    root = Path(__file__).resolve().parents[2]
+    """The command that runs, named from the repository's root, and the commit that it began with."""
     script = Path(sys.argv[0]).resolve()
-    name = script.relative_to(root) if script.is_relative_to(root) else script.name
-    commit = None
-    with contextlib.suppress(OSError):  # there may be no git
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-        commit = found.stdout.strip() if found.returncode == 0 else None
-    return {"command": shlex.join(["python", str(name), *sys.argv[1:]]), "commit": commit}
+    name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
+    return {"command": shlex.join(["python", str(name), *sys.argv[1:]]), "commit": commit()}
 
 
 T = TypeVar("T")
