@@ -2,8 +2,10 @@
 
 import csv
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from markdown import NOTHING, agreed, over_seeds, read, table
 from recipes import GRIDS
@@ -37,23 +39,26 @@ def paired(grid: str) -> Callable[[Path, Path], str]:
         folder = root / "results" / grid
         runs: dict[str, dict[int, PerExample]] = {}
         coherence: dict[str, dict[int, PerExample]] = {}
-        files = []
+        files: dict[str, list[dict[str, Any]]] = {}
         for path in sorted(folder.glob("mnist-*.csv")):
             recipe, _, seed = path.stem.removeprefix("mnist-").rpartition("-")
             runs.setdefault(recipe, {})[int(seed)] = per_example(path)
-            files.append(read(path.with_suffix(".json")))
+            files.setdefault(recipe, []).append(read(path.with_suffix(".json")))
             if (measured := folder / f"coherence-{path.stem}.json").exists():
                 value = 100 * read(measured)["measures"][COHERENCE]["mean"]
                 coherence.setdefault(recipe, {})[int(seed)] = {COHERENCE: [value]}
         base = next(iter(GRIDS[grid].recipes))
         if base not in runs:
             return NOTHING
-        n_examples, n_samples = (agreed(files, name, f"the runs of {grid}") for name in ("n_examples", "n_samples"))
+        n_examples, n_samples = (
+            agreed(chain.from_iterable(files.values()), name, f"the runs of {grid}")
+            for name in ("n_examples", "n_samples")
+        )
         compared = [(name, name.partition(", q")[0], runs) for name in QUANTITIES]
         compared += [(COHERENCE, f"{COHERENCE}, %", coherence)] if base in coherence else []
         rows = []
         for recipe, by_seed in sorted(runs.items(), key=lambda run: -_mean(run[1], QUANTITIES[0])):
-            cells = [f"`{recipe}`", str(len(by_seed)), _minutes(folder, f"mnist-{recipe}")]
+            cells = [f"`{recipe}`", str(len(by_seed)), _minutes(files[recipe])]
             for name, _, values in compared:
                 known = values.get(recipe, {})
                 cells.append(f"{_mean(known, name):.2f}" if known else "–")
@@ -90,10 +95,9 @@ def _difference(ours: Mapping[int, PerExample], base: Mapping[int, PerExample], 
     return f"{statistics.fmean(of_example):+.2f}{error}{spread}"
 
 
-def _minutes(folder: Path, run: str) -> str:
+def _minutes(files: Iterable[Mapping[str, Any]]) -> str:
     """The mean time of training up to the best epoch."""
-    files = folder.glob(f"{run}-[0-9]*.json")
-    return f"{statistics.fmean(read(path)['training']['training_seconds'] for path in files) / 60:.1f}"
+    return f"{statistics.fmean(file['training']['training_seconds'] for file in files) / 60:.1f}"
 
 
 def batch_norm(root: Path, document: Path) -> str:
