@@ -9,7 +9,7 @@ import datasets
 
 PRESETS = {
     "fast": {
-        "reconstruct": ["attrs"],
+        "reconstruct": ["all"],
         "epochs": 20,
         "beta_hold": 1.0,
         "annealing_epochs": 7,
