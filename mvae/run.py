@@ -1,27 +1,21 @@
-"""A run's state and the files that report it: checkpoints, stats.jsonl, TensorBoard scalars and pictures."""
+"""Where a run stands: the state that its checkpoint holds, how that is taken up again, and what must fit for it."""
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from . import checkpoint, maps, pictures
-from .data import Data
+from . import checkpoint
 from .errors import UsageError, UserError
-from .files import locked, write_atomically
-from .model import evaluating
+from .files import locked
 from .objective import Objective
 from .processes import Processes
 from .schedules import Schedule
 from .stats import SUBSET, Totals
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 MAY_CHANGE = {
     *("epochs", "cuda", "threads", "workers", "log_interval", "save_every", "resume", "command", "commit", "changes")
@@ -70,11 +64,10 @@ class Run:
         self.history: list[dict[str, Any]] = []
         self.sums = torch.zeros(0).double()  # of this epoch's steps, as Totals.vector; empty before the first
         self.saved_at = time.monotonic()
-        self.writer: SummaryWriter | None = None
 
     @contextmanager
     def locked(self, rank: int) -> Iterator[None]:
-        """Keeps other processes from writing a run into `out_dir`, and closes this one at the end.
+        """Keeps other processes from writing a run into `out_dir`.
 
         Of several processes the first holds the lock. Raises UsageError if another run does.
         """
@@ -86,10 +79,7 @@ class Run:
                 raise UsageError(f"another process is writing into {self.out_dir}: name another `out_dir`") from None
             except OSError as error:
                 raise UserError(f"can't write {self.out_dir}: {error.strerror or error}") from None
-            try:
-                yield
-            finally:
-                self.close()
+            yield
 
     def start(self, resume: bool, processes: Processes) -> None:
         """Takes up the state of the checkpoint in `out_dir` if `resume` is set and there is one.
@@ -280,87 +270,6 @@ class Run:
         content["optimizer"] = self.optimizer.state_dict()
         checkpoint.save(self.out_dir / checkpoint.LATEST, self.experiment, content)
         self.saved_at = time.monotonic()
-
-    def report(self, validation: Data, *, best: bool, say: Callable[[str], object]) -> None:
-        """Reports the last finished epoch: in stats.jsonl, in TensorBoard, and then by a line that `say` prints."""
-        record = self.history[-1]
-        self.write_stats()
-        self._write_tensorboard(record, validation)
-        losses = f"loss {record['train/loss']:.2f}  validation loss {record['validation/loss']:.2f}"
-        elbos = [
-            f"ELBO({name}) {record[f'validation/{name}/elbo']:.2f}"
-            for name in self.objective.names[:7]
-            if f"validation/{name}/elbo" in record
-        ]
-        metrics = [
-            f"{name.removeprefix('validation/')} {value:.4f}"
-            for name, value in record.items()
-            if name.startswith("validation/") and name.count("/") == 1 and name != "validation/loss"
-        ]
-        speed = f"{record['examples_per_second']:.0f} examples/s"
-        start = [f"epoch {record['epoch']}", f"beta {record['beta']:.3f}", losses + " (best)" * best]
-        say("  ".join([*start, *elbos, *metrics, speed]))
-
-    def report_again(self, validation: Data) -> None:
-        """Makes good what a kill or a copy of the folder left out of stats.jsonl and TensorBoard.
-
-        TensorBoard may lack the last epoch, which is reported after it is saved; or all, if its folder isn't there.
-        """
-        self.write_stats()
-        if not (self.out_dir / "tensorboard").exists():
-            for record in self.history[: -1 if self.step == 0 else None]:
-                self._write_tensorboard(record, None)
-        if self.history and self.step == 0:
-            self._write_tensorboard(self.history[-1], validation)
-
-    def close(self) -> None:
-        if self.writer:
-            self.writer.close()
-
-    def write_stats(self) -> None:
-        """Writes stats.jsonl whole. Raises UserError if that fails."""
-        lines = "".join(json.dumps(record) + "\n" for record in self.history)
-        write_atomically(self.out_dir / "stats.jsonl", lines.encode())
-
-    def _write_tensorboard(self, record: Mapping[str, Any], validation: Data | None) -> None:
-        """Writes an epoch's numbers, and reconstructions of `validation` by the model as it is. Replaces later epochs.
-
-        Raises UserError if that fails.
-        """
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a run has need of it
-
-        epoch = record["epoch"]
-        try:
-            self.writer = self.writer or SummaryWriter(str(self.out_dir / "tensorboard"), purge_step=epoch)
-            for name, value in record.items():
-                if isinstance(value, float):
-                    self.writer.add_scalar(name, value, epoch)
-            if validation is not None:
-                torch.manual_seed(0)
-                some, present = validation.batch(torch.arange(min(8, len(validation)), device=validation.device))
-                if present is None:
-                    for name, grid in pictures.reconstructions(self.objective.model, some).items():
-                        self.writer.add_image(f"reconstruction/{name}", grid, epoch)
-                    self._write_latents(validation, epoch)
-            self.writer.flush()
-        except OSError as error:
-            raise UserError(f"can't write {self.out_dir / 'tensorboard'}: {error.strerror or error}") from None
-
-    def _write_latents(self, validation: Data, epoch: int) -> None:
-        """Writes pictures drawn given each label, and a map of the latents given the first modality."""
-        assert self.writer
-        model = self.objective.model
-        some, _ = validation.batch(torch.arange(min(500, len(validation)), device=validation.device))
-        for (label, name), grid in pictures.given_labels(model, some).items():
-            self.writer.add_image(f"given_{label}/{name}", grid, epoch)
-        first = model.modalities[0]
-        with torch.no_grad(), evaluating(model):
-            mu, _ = model.posterior({first: some[first]})
-        classes = [name for name, x in some.items() if x.dim() == 1 and not x.is_floating_point()]
-        of = some[classes[0]].cpu() if classes else torch.zeros(len(mu), dtype=torch.long)
-        names = [str(value) for value in range(int(of.max()) + 1)] if classes else []
-        picture = maps.draw(maps.pca(mu.cpu().double().numpy()), of.tolist(), names, f"q(z | {first}), epoch {epoch}")
-        self.writer.add_image(f"latents/{first}", picture, epoch, dataformats="HWC")
 
 
 def _listed(rates: float | list[float]) -> list[float]:

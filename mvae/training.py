@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .metrics import Metric
 from .model import Batch, Precision, check_precision, has_fixed_shapes, running_in
 from .objective import Objective, random_subsets
 from .processes import Processes, SharedBatchNorm, signals
+from .reports import Reports, line
 from .run import Run
 from .schedules import Schedule, constant
 from .stats import Totals
@@ -206,12 +207,17 @@ def fit(
         objective, optimizer, out_dir=options.out_dir, experiment=experiment, settings=settings or {}, facts=facts
     )
     watch = _Watch(run)
-    # Under torchrun a second signal comes from torchrun itself.
-    with processes.together(), run.locked(processes.rank), signals(held=processes.world > 1) as caught:
+    with (
+        processes.together(),
+        run.locked(processes.rank),
+        closing(Reports(objective.model, options.out_dir)) as reports,
+        signals(held=processes.world > 1) as caught,  # under torchrun a second signal comes from torchrun itself
+    ):
         run.start(options.resume, processes)
         if processes.rank == 0:
             run.check_course(beta, lr)
-            run.report_again(validation)  # a folder that can't be written is better known before the first step
+            # A folder that can't be written is better known before the first step.
+            reports.write(run.history, None if run.step else validation)
             if run.epoch > options.epochs:
                 print(f"nothing is left to do: {options.out_dir} holds a run of {run.epoch - 1} epochs", flush=True)
         step_module: Callable[..., tuple[Tensor, Totals]] = objective
@@ -295,7 +301,8 @@ def fit(
             with caught.hold():
                 if processes.rank == 0:
                     run.save(best=best)
-                    run.report(validation, best=best, say=caught.say)
+                    reports.write(run.history, validation)
+                    caught.say(line(run.history[-1], objective.names[:7], best=best))
     objective.eval()
     return run.history
 
