@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from celeba import datasets as faces
 from celeba.model import build_model as build_faces
+from celeba19.model import build_model as build_faces_19
 from fashionmnist import datasets as garments
 from fashionmnist.model import build_model as build_garments
 from mnist import datasets as digits
@@ -41,12 +42,14 @@ class Experiment(NamedTuple):
     build_model: of its model.py.
     data: its training and validation examples.
     label: the modality that pictures are drawn given; `shape`: that of the logits of one label.
+    apart: the model's modalities, one for each value of a label, where it has several in place of `label`.
     """
 
     build_model: Callable[[int], MVAE]
     data: Callable[[argparse.Namespace, int], tuple[Data, Data]]
     label: str
     shape: tuple[int, ...]
+    apart: tuple[str, ...] = ()
 
     @property
     def binary(self) -> bool:
@@ -60,6 +63,11 @@ def prepared_canvases(args: argparse.Namespace, n_val: int) -> tuple[Data, Data]
     return canvases.training_data(args.canvas_dir, n_val=n_val)
 
 
+def prepared_faces(args: argparse.Namespace, n_val: int) -> tuple[Data, Data]:
+    """CelebA's training and validation examples, their attributes as vectors; `n_val` doesn't matter to it."""
+    return faces.training_data(args.data_dir, args.cache_dir, allow_missing=args.allow_missing, workers=args.workers)
+
+
 EXPERIMENTS = {
     "mnist": Experiment(build_digits, lambda args, n: digits.training_data(args.data_dir, n_val=n), "text", (10,)),
     "fashionmnist": Experiment(
@@ -71,14 +79,8 @@ EXPERIMENTS = {
         "text",
         (canvases.LENGTH, canvases.FILL + 1),
     ),
-    "celeba": Experiment(
-        build_faces,
-        lambda args, n: faces.training_data(
-            args.data_dir, args.cache_dir, allow_missing=args.allow_missing, workers=args.workers
-        ),
-        "attrs",
-        (18,),
-    ),
+    "celeba": Experiment(build_faces, prepared_faces, "attrs", (len(ATTRIBUTES),)),
+    "celeba19": Experiment(build_faces_19, prepared_faces, "attrs", (len(ATTRIBUTES),), apart=ATTRIBUTES),
 }
 
 
@@ -155,8 +157,9 @@ def main() -> None:
         return right.double().mean(dim=-1) if experiment.binary else right.all(dim=-1).double()
 
     label = experiment.label
-    coherent = metrics.coherence(model, read, labels, n=args.n_pictures, given=label).flatten(0, 1)
-    agrees = metrics.prior_agreement(model, read, n=args.n_prior, label=label)
+    names = experiment.apart or (label,)
+    coherent = metrics.coherence(model, read, labels, n=args.n_pictures, given=names).flatten(0, 1)
+    agrees = metrics.prior_agreement(model, read, n=args.n_prior, labels=names)
     truth, as_read = [], []
     for rows in consecutive_rows(validation, 500):
         batch, _ = validation.batch(rows)

@@ -95,7 +95,7 @@ GRIDS = {
 }
 """The grids by name. A grid's first recipe is the base that its table compares the others with."""
 
-COHERENT = ("mnist", "fashionmnist", "multimnist", "celeba")
+COHERENT = ("mnist", "fashionmnist", "multimnist", "celeba", "celeba19")
 """The folders of experiments whose pictures a classifier reads: benchmarks/coherence.py."""
 
 

@@ -294,7 +294,7 @@ def measured(found: Tensor, task: Task) -> dict[str, tuple[float, float]]:
 def main() -> None:
     parser = flags.parser(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("experiment", choices=TEST)
     parser.add_argument("--n", nargs="+", type=types.two_or_more, default=[20, 100, 500, 2000, 10000, 60000])
     parser.add_argument("--seeds", nargs="+", type=types.seed_number, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:8])

@@ -89,7 +89,13 @@ Classify = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def coherence(
-    model: MVAE, classify: Classify, labels: Tensor, *, n: int, given: str = "text", name: str = "image"
+    model: MVAE,
+    classify: Classify,
+    labels: Tensor,
+    *,
+    n: int,
+    given: Sequence[str] = ("text",),
+    name: str = "image",
 ) -> Tensor:
     """Whether a classifier reads the label off pictures that are drawn given it.
 
@@ -99,20 +105,24 @@ def coherence(
         model: in evaluation mode.
         labels: (labels, *label), on the model's device: classes, texts or vectors of attributes.
         n: pictures for each label.
-        given, name: the modalities of the label and of the picture.
+        given: the label's modality; or several, one for each value of a label.
+        name: the picture's modality.
 
     Returns:
         bool (labels, n, *label): where the classifier reads what was given.
     """
     right = []
     for label in labels.split(1):
-        z = model.draw({given: label}, n, label.device)
+        values = [label] if len(given) == 1 else label.unbind(dim=1)
+        z = model.draw(dict(zip(given, values, strict=True)), n, label.device)
         right.append(classify(model.mean(z, [name])[name]) == label)
     return torch.stack(right)
 
 
 @torch.no_grad()
-def prior_agreement(model: MVAE, classify: Classify, *, n: int, label: str = "text", name: str = "image") -> Tensor:
+def prior_agreement(
+    model: MVAE, classify: Classify, *, n: int, labels: Sequence[str] = ("text",), name: str = "image"
+) -> Tensor:
     """Whether picture and label of one draw from the prior agree.
 
     The picture is the mean of p(picture | z), which the classifier reads; the label is the most probable one.
@@ -120,12 +130,14 @@ def prior_agreement(model: MVAE, classify: Classify, *, n: int, label: str = "te
     Args:
         model: in evaluation mode.
         n: draws of z.
-        label, name: the modalities of the label and of the picture.
+        labels, name: the modalities of the label, as `given` of `coherence`, and of the picture.
 
     Returns:
         bool (n, *label): where they agree.
     """
     z = model.draw({}, n, next(model.parameters()).device)
-    means = model.mean(z, [label, name])
-    binary = isinstance(model.likelihood(label), Bernoulli)
-    return classify(means[name]) == (means[label] > 0.5 if binary else means[label].argmax(dim=-1))
+    means = model.mean(z, [*labels, name])
+    binary = isinstance(model.likelihood(labels[0]), Bernoulli)
+    most_probable = [means[label] > 0.5 if binary else means[label].argmax(dim=-1) for label in labels]
+    label = most_probable[0] if len(labels) == 1 else torch.stack(most_probable, dim=1)
+    return classify(means[name]) == label

@@ -530,3 +530,11 @@ def test_loglike_reports_sets_of_modalities_and_accuracies(run_here: RunHere, tr
     assert {f"accuracy of {name}" for name in ATTRIBUTES} <= set(found["measures"])
     for name, value in found["measures"].items():
         assert f"{name}: {value['mean']:.4f} ± {value['standard_error']:.4f}" in done.stdout.splitlines()
+
+
+def test_coherence_of_faces_is_measured_given_all_attributes(run_here: RunHere, trained: Path, tmp_path: Path) -> None:
+    few = ["--n-labels", 12, "--n-pictures", 3, "--n-prior", 5, "--classifier-epochs", 1, "--json", "found.json"]
+    assert_ended(run_here("benchmarks/coherence.py", "celeba19", "--model", trained / checkpoint.BEST, *few))
+    measures = json.loads((tmp_path / "found.json").read_text())["measures"]
+    assert any(f"balanced coherence of {name}" in measures for name in ATTRIBUTES)
+    assert all(0 <= value["mean"] <= 1 for value in measures.values())

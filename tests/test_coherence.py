@@ -102,6 +102,50 @@ def test_coherence_has_a_row_for_each_label() -> None:
     assert found.float().mean(dim=1).tolist() == [0, 1, 0]
 
 
+def model_of_two_attributes() -> MVAE:
+    """z is (left, right): the picture is z itself, and each attribute one of the two, sure where its sign is."""
+
+    class Half(nn.Module):
+        def __init__(self, place: int):
+            super().__init__()
+            self.place = place
+
+        def forward(self, there: Tensor) -> tuple[Tensor, Tensor]:
+            signs = nn.functional.one_hot(torch.full_like(there, self.place).long(), 2) * (20.0 * there - 10).unsqueeze(
+                1
+            )
+            return signs, torch.full_like(signs, -20.0).where(signs != 0, 20.0)
+
+    class Value(nn.Module):
+        def __init__(self, place: int):
+            super().__init__()
+            self.place = place
+
+        def forward(self, z: Tensor) -> Tensor:
+            return z[:, self.place]
+
+    return MVAE(
+        encoders={"image": Sure(), "left": Half(0), "right": Half(1)},
+        likelihoods={"image": Gaussian(ToParameter()), "left": Bernoulli(Value(0)), "right": Bernoulli(Value(1))},
+        n_latents=2,
+    ).eval()
+
+
+def test_labels_of_several_modalities_are_given_and_read_side_by_side() -> None:
+    def signs(pictures: Tensor) -> Tensor:
+        return pictures > 0
+
+    labels = torch.tensor([[0.0, 1], [1, 1], [1, 0]])
+    found = coherence(model_of_two_attributes(), signs, labels, n=4, given=("left", "right"))
+    assert torch.equal(found, torch.ones(3, 4, 2, dtype=torch.bool))
+    swapped = coherence(model_of_two_attributes(), signs, labels, n=4, given=("right", "left"))
+    assert swapped.float().mean(dim=(1, 2)).tolist() == [0, 1, 0]
+    agreed = prior_agreement(model_of_two_attributes(), signs, n=50, labels=("left", "right"))
+    assert torch.equal(agreed, torch.ones(50, 2, dtype=torch.bool))
+    crossed = prior_agreement(model_of_two_attributes(), signs, n=300, labels=("right", "left"))
+    assert abs(crossed.float().mean().item() - 0.5) < 0.1
+
+
 def test_prior_agreement_compares_the_picture_and_the_label_of_one_draw() -> None:
     torch.manual_seed(0)
     assert prior_agreement(model_of_codes(), largest, n=300).tolist() == [True] * 300
