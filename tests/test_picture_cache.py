@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from mvae.data import Data, consecutive_rows, permuted_rows
-from mvae.datasets import picture_cache
+from mvae.datasets import picture_cache, picture_files
 from mvae.errors import UserError
 
 from helpers import ROOT, environment
@@ -217,9 +217,9 @@ def test_every_mode_and_depth_gives_the_right_eight_bits(
     file: io.BytesIO, expected: np.ndarray, mode: Literal["L", "RGB"]
 ) -> None:
     with Image.open(file) as opened:
-        found = np.asarray(picture_cache.eight_bit(opened).convert(mode))
+        found = np.asarray(picture_files.eight_bit(opened).convert(mode))
     np.testing.assert_array_equal(found if mode == "L" else found[..., 1], expected)
-    pixels = picture_cache.pixels(file.getvalue(), mode, 16)
+    pixels = picture_files.pixels(file.getvalue(), mode, 16)
     np.testing.assert_array_equal(np.frombuffer(pixels, np.uint8).reshape(-1, 16, 16)[-1], expected)
 
 
@@ -229,7 +229,7 @@ def test_every_mode_and_depth_gives_the_right_eight_bits(
 def test_numbers_whose_white_is_not_known_are_refused(tmp_path: Path, values: np.ndarray) -> None:
     Image.fromarray(values).save(tmp_path / "a.tif")
     with pytest.raises(UserError, match=r"can't read .*a\.tif .*its pixels go from .* to .*: numbers of 8 or 16 bits"):
-        picture_cache.load_picture(tmp_path / "a.tif", "L", 16)
+        picture_files.load_picture(tmp_path / "a.tif", "L", 16)
     with pytest.raises(UserError, match=r"a\.tif is damaged, or no picture .its pixels go from"):
         load(tmp_path, tmp_path / "cache")
 
@@ -246,7 +246,7 @@ def test_pictures_are_turned_as_the_camera_says(levels: np.ndarray, orientation:
     exif[0x0112] = orientation
     image = Image.fromarray(np.ascontiguousarray(stored * (levels[0, 1] // GREY[0, 1])).astype(levels.dtype))
     file = written(image, "PNG", exif=exif)
-    found = np.frombuffer(picture_cache.pixels(file.getvalue(), "L", 16), np.uint8).reshape(16, 16)
+    found = np.frombuffer(picture_files.pixels(file.getvalue(), "L", 16), np.uint8).reshape(16, 16)
     np.testing.assert_array_equal(found, GREY)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mvae import MVAE, checkpoint
-from mvae.datasets.picture_cache import load_picture
+from mvae.datasets.picture_files import load_picture
 from mvae.errors import UserError
 from mvae.layers import FaceEncoder, FoldConvTranspose2d
 from vision import datasets

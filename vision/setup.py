@@ -34,7 +34,7 @@ from PIL import Image
 from skimage import feature
 from tqdm import tqdm
 
-from mvae.datasets.picture_cache import eight_bit
+from mvae.datasets.picture_files import eight_bit
 from mvae.errors import UsageError, UserError
 from mvae.scripts import running, types
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .. import checkpoint, maps, pictures
-from ..datasets.picture_cache import picture
+from ..datasets.picture_files import picture
 from ..errors import UserError
 from ..model import MVAE
 from . import machine

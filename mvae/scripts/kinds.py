@@ -112,7 +112,7 @@ class Picture(Kind):
 
     def tensor(self, value: Path) -> "Tensor":
         """The file as (1, channels, size, size) in [0, 1]. Raises UserError if it is no picture."""
-        from ..datasets.picture_cache import load_picture
+        from ..datasets.picture_files import load_picture
 
         return self.on_its_ground(load_picture(value, self.mode, self.size), str(value))
 
