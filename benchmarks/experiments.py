@@ -99,7 +99,7 @@ def attribute_decoder(n_latents: int) -> nn.Sequential:
 
 
 def attributes_apart(n_latents: int) -> MVAE:
-    """CelebA-19's model with networks of their own for the 18 attributes."""
+    """CelebA-19's model with a network apart for each of the 18 attributes."""
     encoders = {"image": FaceEncoder(3, n_latents), **{name: AttributeEncoder(n_latents) for name in ATTRIBUTES}}
     decoders = {"image": face_decoder(3, n_latents), **{name: attribute_decoder(n_latents) for name in ATTRIBUTES}}
     likelihoods = {name: Bernoulli(decoder) for name, decoder in decoders.items()}

@@ -2,7 +2,7 @@
 
 `ours` is what loglike.py does for an experiment. Beside it, in turns in one process on one thread, run
 
-    each by itself      every quantity under every proposal, and every prediction, has an evaluation of its own
+    each by itself      every quantity under every proposal, and every prediction, is evaluated alone
     predictions apart   log-likelihoods in one evaluation, and predictions in another
     larger chunks       four times the latents are decoded in one call
     each logarithm      log(1 + exp(l)) is taken of each pixel, as torch's cross-entropy does

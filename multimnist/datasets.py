@@ -206,7 +206,7 @@ def examples(split: str, args: argparse.Namespace, settings: Mapping[str, Any]) 
 def make(data_dir: Path, canvas_dir: Path, recipe: Recipe) -> None:
     """Draws both splits and writes them as one file, in place of any other. Raises UserError as `prepare` does.
 
-    Runs that make it at the same time write files of their own, each renamed when it is complete.
+    Runs that make it at the same time write a file each, and rename it when it is complete.
     """
     import torch
 

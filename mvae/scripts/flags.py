@@ -197,7 +197,7 @@ def training_parser(
 
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The flags --cache-dir and --workers of the scripts that read pictures, in a group of their own."""
+    """The flags --cache-dir and --workers of the scripts that read pictures; returns their group."""
     group = parser.add_argument_group("pictures")
     cache_dir = os.environ.get("MVAE_CACHE_DIR") or "./data/cache"
     group.add_argument(
