@@ -65,7 +65,7 @@ def main() -> None:
         build_model(args.n_latents),
         weights={"image": args.lambda_image, "attrs": args.lambda_attrs},
         iw_samples=args.iw_samples,
-        **flags.reconstruct(args),
+        reconstruct=flags.reconstruct(args),
     )
     train = stages.images_first(
         args, objective.model, train, validation, options, experiment="celeba", labels=["attrs"]

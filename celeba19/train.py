@@ -71,7 +71,7 @@ def main() -> None:
         build_model(args.n_latents),
         weights={"image": args.lambda_image, **dict.fromkeys(ATTRIBUTES, args.lambda_attrs)},
         iw_samples=args.iw_samples,
-        **flags.reconstruct(args, groups={"attrs": ATTRIBUTES}),
+        reconstruct=flags.reconstruct(args, groups={"attrs": ATTRIBUTES}),
     )
     train = stages.images_first(
         args, objective.model, train, validation, options, experiment="celeba19", labels=ATTRIBUTES

@@ -48,7 +48,6 @@ class Objective(nn.Module):
         model: the MVAE.
         weights: λ by modality name; 1 where absent.
         reconstruct: what every term scores beside what it was given: "given" (nothing more), "all", or names.
-        reconstruct_subsets: the same for the terms of random subsets; None: as the others.
         terms: the terms of each step in place of the paper's; each scores what it says, and `reconstruct`.
         iw_samples: K, the draws of z in each term. With more than one, the bound of a term that is given the first
             modality, the picture, is E[log 1/K sum_k w_k], w = exp(sum of λ_i log p(x_i | z)) (p(z) / q(z | X))^β
@@ -69,31 +68,32 @@ class Objective(nn.Module):
         *,
         weights: Mapping[str, float] | None = None,
         reconstruct: str | Iterable[str] = "given",
-        reconstruct_subsets: str | Iterable[str] | None = None,
         terms: Iterable[Term] | None = None,
         iw_samples: int = 1,
     ):
         super().__init__()
         modalities = model.modalities
-        model.check_names(*(weights or {}))
+        named = {"given": (), "all": modalities}
+        extra = named.get(reconstruct) if isinstance(reconstruct, str) else tuple(reconstruct)
+        if extra is None:
+            names = ", ".join(modalities)
+            raise UsageError(f"not {reconstruct}: `reconstruct` is given, all, or a list of {names}")
+        model.check_names(*extra, *(weights or {}))
         if iw_samples < 1:
             raise UsageError(f"`iw_samples` is 1 or more, not {iw_samples}")
         self.model = model
         self.iw_samples = iw_samples
-        self.extra = self._also_scored("reconstruct", reconstruct)
-        self.extra_of_subsets = self.extra
-        if reconstruct_subsets is not None:
-            self.extra_of_subsets = self._also_scored("reconstruct_subsets", reconstruct_subsets)
+        self.extra = frozenset(extra)
         if terms is None:
             singles = [(name,) for name in modalities] if len(modalities) > 1 else []
             terms = [Term(given, given) for given in [modalities, *singles]]
-        self.terms = [self._in_order(term, self.extra) for term in terms]
+        self.terms = [self._in_order(term) for term in terms]
         self.names = tuple(JOINT if t.given == modalities else "+".join(t.given) for t in self.terms)
         if len(set(self.names)) < len(self.names) or SUBSET in self.names:
             raise UsageError(f"the terms are given {', '.join(self.names)}: each needs a name unlike the others'")
         for field in ("given", "scored"):
             self.register_buffer(field, self.mask(getattr(term, field) for term in self.terms), persistent=False)
-        self.register_buffer("also", self.mask([tuple(self.extra_of_subsets)]), persistent=False)
+        self.register_buffer("also", self.mask([tuple(self.extra)]), persistent=False)
         λ = torch.tensor([float((weights or {}).get(name, 1.0)) for name in modalities])
         for name, weight in zip(modalities, λ.tolist(), strict=True):
             if not 0 <= weight < math.inf:
@@ -104,25 +104,12 @@ class Objective(nn.Module):
 
     def checksum(self) -> str:
         """A CRC-32 of the terms, λ and the importance samples: two objectives with the same one ask for the same."""
-        asked = [self.terms, self.weights.tolist(), self.iw_samples]
-        if self.extra_of_subsets != self.extra:
-            asked.append(sorted(self.extra_of_subsets))
-        return f"{zlib.crc32(repr(tuple(asked)).encode()):08x}"
+        return f"{zlib.crc32(repr((self.terms, self.weights.tolist(), self.iw_samples)).encode()):08x}"
 
-    def _also_scored(self, name: str, asked: str | Iterable[str]) -> frozenset[str]:
-        """The modalities that `reconstruct` asks for. Raises UsageError, with `name`, for what it can't be."""
-        modalities = self.model.modalities
-        named = {"given": (), "all": modalities}
-        found = named.get(asked) if isinstance(asked, str) else tuple(asked)
-        if found is None:
-            raise UsageError(f"not {asked}: `{name}` is given, all, or a list of {', '.join(modalities)}")
-        self.model.check_names(*found)
-        return frozenset(found)
-
-    def _in_order(self, term: Term, also: frozenset[str]) -> Term:
-        """The term with its names in the model's order, scoring `also`, too."""
+    def _in_order(self, term: Term) -> Term:
+        """The term with its names in the model's order, scoring `reconstruct`, too."""
         self.model.check_names(*term.given, *term.scored)
-        given, scored = set(term.given), term.scored + tuple(also)
+        given, scored = set(term.given), {*term.scored, *self.extra}
         in_order = self.model.modalities
         return Term(tuple(n for n in in_order if n in given), tuple(n for n in in_order if n in scored))
 
@@ -183,8 +170,8 @@ class Objective(nn.Module):
         Args:
             batch: tensors by modality, each (batch, *event); an absent example's row may hold any finite value.
             beta: the weight of the KL divergence.
-            subsets: the modalities that further terms are given and score, beside `reconstruct_subsets` (see
-                `random_subsets`). As a mask, bool (subsets, modalities), any subsets have the same shapes.
+            subsets: the modalities that further terms are given and score (see `random_subsets`). As a mask, bool
+                (subsets, modalities), any subsets have the same shapes.
             present: bool (batch,) by modality: which examples have it; a modality that isn't named is always there.
             noise: standard normal, (terms, batch, latents), and one more dimension (iw_samples, ...) before them if
                 there are several; drawn when None.
@@ -194,7 +181,7 @@ class Objective(nn.Module):
             terms = terms + [Term(self.model.modalities, self.model.modalities)] * len(subsets)
             given, scored = torch.cat([given, subsets]), torch.cat([scored, subsets | self.also])
         elif subsets:
-            more = [self._in_order(Term(tuple(subset), tuple(subset)), self.extra_of_subsets) for subset in subsets]
+            more = [self._in_order(Term(tuple(subset), tuple(subset))) for subset in subsets]
             terms = terms + more
             given = torch.cat([given, self.mask(t.given for t in more).to(given.device)])
             scored = torch.cat([scored, self.mask(t.scored for t in more).to(given.device)])

@@ -87,7 +87,8 @@ def plain_product(experts: Sequence[tuple[Tensor, Tensor]]) -> distributions.Nor
 
 def repeated(
     terms: Sequence[Sequence[str]],
-    scored_by: Sequence[set[str]],
+    names: Sequence[str],
+    reconstruct: str | Collection[str],
     rows_with: Mapping[str, Sequence[int]],
 ) -> set[tuple[int, int]]:
     """(term, row) that counts for nothing: the term lacks something of the row, and another one comes to the same."""
@@ -95,8 +96,8 @@ def repeated(
     for row in {row for rows in rows_with.values() for row in rows}:
         what: dict[int, tuple[set[str], set[str]]] = {}
         for t, given in enumerate(terms):
-            here = {name for name, rows in rows_with.items() if row in rows}
-            what[t] = (here.intersection(given), here & scored_by[t])
+            scored = {name for name in names if name in given or reconstruct == "all" or name in reconstruct}
+            what[t] = ({name for name in given if row in rows_with[name]}, {n for n in scored if row in rows_with[n]})
         lost = {t for t, given in enumerate(terms) if len(what[t][0]) < len(given)}
         for t in lost:
             others = [u for u in what if u != t and what[u] == what[t]]
@@ -112,7 +113,6 @@ def plain_objective(
     *,
     weights: Mapping[str, float] | None = None,
     reconstruct: str | Collection[str] = "given",
-    reconstruct_subsets: str | Collection[str] | None = None,
     subsets: Sequence[Sequence[str]] = (),
     beta: float = 1.0,
     present: Mapping[str, Tensor] | None = None,
@@ -125,12 +125,7 @@ def plain_objective(
         for name in names
     }
     terms = [names, *([(name,) for name in names] if len(names) > 1 else []), *subsets]
-    scored_by = []
-    for t, given in enumerate(terms):
-        of_subset = reconstruct_subsets is not None and t >= len(terms) - len(subsets)
-        also = reconstruct_subsets if of_subset else reconstruct
-        scored_by.append({name for name in names if name in given or also == "all" or name in (also or ())})
-    counts = {(t, row) for t in range(len(terms)) for row in range(n)} - repeated(terms, scored_by, rows_with)
+    counts = {(t, row) for t in range(len(terms)) for row in range(n)} - repeated(terms, names, reconstruct, rows_with)
     log_prob, n_log_prob = noise.new_zeros(2, len(terms), len(names))
     kl, n_kl = noise.new_zeros(2, len(terms))
     loss = noise.new_zeros(())
@@ -147,7 +142,7 @@ def plain_objective(
                 kl[t] += nats.detach()
                 n_kl[t] += 1
     for m, name in enumerate(names):
-        scoring = [t for t in range(len(terms)) if name in scored_by[t]]
+        scoring = [t for t, given in enumerate(terms) if name in given or reconstruct == "all" or name in reconstruct]
         pairs = [(t, row) for t in scoring for row in z[t] if row in rows_with[name]]
         if pairs:
             p = distribution(model.likelihood(name), torch.stack([z[t][row] for t, row in pairs]))

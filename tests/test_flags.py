@@ -69,7 +69,6 @@ OWN: dict[str, dict[str, list[Any]]] = {
         "--lambda-image": [3],
         "--lambda-attrs": [3],
         "--approx-m": [2],
-        "--reconstruct-subsets": ["all"],
         "--attr-missing": [0.5],
         **FEW_FACES,
     },
@@ -77,7 +76,6 @@ OWN: dict[str, dict[str, list[Any]]] = {
         **{f"--lambda-{name}": [3] for name in ("image", "gray", "edge", "mask", "obscured", "watermark")},
         **{f"--{name}-dir": ["other/celeba/img_align_celeba"] for name in ("image", "gray", "edge", "mask")},
         "--approx-m": [1],
-        "--reconstruct-subsets": ["all", "--approx-m", 1],
         "--missing": [0.5],
     },
 }

@@ -60,7 +60,7 @@ def main() -> None:
         build_model(args.n_latents),
         weights={name: getattr(args, f"lambda_{name}") for name in MODALITIES},
         iw_samples=args.iw_samples,
-        **flags.reconstruct(args),
+        reconstruct=flags.reconstruct(args),
     )
     train = stages.images_first(args, objective.model, train, validation, options, experiment="vision", labels=[])
     fit(

@@ -123,12 +123,6 @@ def training_parser(
             default=approx_m,
             help="ELBO terms of random subsets, drawn each step",
         )
-        model.add_argument(
-            "--reconstruct-subsets",
-            nargs="+",
-            choices=["given", "all", *modalities],
-            help="the same as --reconstruct for these terms; without this flag as --reconstruct says",
-        )
     optimisation = result.add_argument_group("optimisation")
     optimisation.add_argument(
         "--batch-size", type=positive_int, default=batch_size, help="examples a step, over all processes"
@@ -408,21 +402,17 @@ def lr_schedule(args: argparse.Namespace) -> "Schedule":
     return schedules.warmed_up(args.warmup_epochs, courses[args.lr_schedule](args.epochs))
 
 
-def reconstruct(args: argparse.Namespace, groups: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
-    """--reconstruct and --reconstruct-subsets as the objective takes them, by its parameters.
+def reconstruct(args: argparse.Namespace, groups: Mapping[str, Sequence[str]] | None = None) -> str | list[str]:
+    """--reconstruct as the objective takes it; `groups` are names that stand for several modalities.
 
-    `groups`: names that stand for several modalities. Raises UsageError where given or all stands beside other names.
+    Raises UsageError where given or all stands beside other names.
     """
-    found: dict[str, Any] = {}
-    for flag in ("reconstruct", "reconstruct_subsets"):
-        names = getattr(args, flag, None)  # the latter is a flag of the experiments with three modalities or more
-        if names is None:
-            continue
-        if len(names) > 1 and {"given", "all"} & set(names):
-            raise UsageError(f"`{flag}` takes given, all, or names of modalities, not {' '.join(names)}")
-        of_all = names[0] in ("given", "all")
-        found[flag] = names[0] if of_all else [one for name in names for one in (groups or {}).get(name, [name])]
-    return found
+    names = args.reconstruct
+    if len(names) == 1 and names[0] in ("given", "all"):
+        return names[0]
+    if {"given", "all"} & set(names):
+        raise UsageError(f"`reconstruct` takes given, all, or names of modalities, not {' '.join(names)}")
+    return [one for name in names for one in (groups or {}).get(name, [name])]
 
 
 def settings(args: argparse.Namespace) -> dict[str, object]:
