@@ -41,7 +41,7 @@ class Reports:
         lines = "".join(json.dumps(record) + "\n" for record in history)
         write_atomically(self.out_dir / "stats.jsonl", lines.encode())
         last = len(history) if validation is None else len(history) - 1
-        if not (self.out_dir / "tensorboard").exists():
+        if not self.writer and not (self.out_dir / "tensorboard").exists():
             for record in history[:last]:
                 self._write_tensorboard(record, None)
         for record in history[last:]:
@@ -89,10 +89,12 @@ class Reports:
 
 
 def line(record: Record, names: Sequence[str], *, best: bool) -> str:
-    """An epoch in a line, with the ELBOs of `names`; `best` says so."""
+    """An epoch in a line, with the ELBOs of the first seven of `names`; `best` says that it is the best yet."""
     losses = f"loss {record['train/loss']:.2f}  validation loss {record['validation/loss']:.2f}"
     elbos = [
-        f"ELBO({name}) {record[f'validation/{name}/elbo']:.2f}" for name in names if f"validation/{name}/elbo" in record
+        f"ELBO({name}) {record[f'validation/{name}/elbo']:.2f}"
+        for name in names[:7]
+        if f"validation/{name}/elbo" in record
     ]
     metrics = [
         f"{name.removeprefix('validation/')} {value:.4f}"

@@ -302,7 +302,7 @@ def fit(
                 if processes.rank == 0:
                     run.save(best=best)
                     reports.write(run.history, validation)
-                    caught.say(line(run.history[-1], objective.names[:7], best=best))
+                    caught.say(line(run.history[-1], objective.names, best=best))
     objective.eval()
     return run.history
 

@@ -111,9 +111,8 @@ def model_of_two_attributes() -> MVAE:
             self.place = place
 
         def forward(self, there: Tensor) -> tuple[Tensor, Tensor]:
-            signs = nn.functional.one_hot(torch.full_like(there, self.place).long(), 2) * (20.0 * there - 10).unsqueeze(
-                1
-            )
+            signs = torch.zeros(len(there), 2)
+            signs[:, self.place] = 20 * there - 10
             return signs, torch.full_like(signs, -20.0).where(signs != 0, 20.0)
 
     class Value(nn.Module):
