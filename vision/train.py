@@ -13,8 +13,9 @@ from datasets import MODALITIES
 PRESETS = {
     "fast": {
         "reconstruct": ["image", "edge", "mask"],
-        "epochs": 20,
-        "annealing_epochs": 4,
+        "epochs": 8,
+        "beta_hold": 0.5,
+        "annealing_epochs": 3,
         "lr": 1e-3,
         "lr_schedule": "late",
         "warmup_epochs": 0.2,
