@@ -49,7 +49,7 @@ from mvae.datasets.celeba import ATTRIBUTES
 from mvae.estimators import mean_and_error
 from mvae.files import write_atomically
 from mvae.scripts import faces as face_flags
-from mvae.scripts import flags, machine, running, types
+from mvae.scripts import flags, machine, running, training, types
 from mvae.supervision import neighbour_graph, regressed, spread
 
 from experiments import EXPERIMENTS as SETTINGS
@@ -311,7 +311,7 @@ def main() -> None:
     for seed in args.seeds:
         for n in args.n:
             how = argparse.Namespace(n_paired=n, paired_fraction=None, unpaired="image", seed=seed)
-            some, held_out = flags.supervised(how, train, validation, ["image", kind.label])
+            some, held_out = training.supervised(how, train, validation, ["image", kind.label])
             task = Task(args.experiment, n, seed, args, some, held_out, test)
             for method in args.methods:
                 path = Path("results/weak") / f"{args.experiment}-{method}-{n}-{seed}.json"

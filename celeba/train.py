@@ -3,7 +3,7 @@
 The loss is the negative sum of ELBO(image, attrs), ELBO(image) and ELBO(attrs), in nats per example.
 """
 
-from mvae.scripts import faces, flags, running, stages
+from mvae.scripts import faces, running, stages, training
 
 import datasets
 
@@ -34,7 +34,7 @@ PRESETS = {
 
 
 def main() -> None:
-    parser = flags.training_parser(
+    parser = training.parser(
         __doc__,
         modalities=datasets.MODALITIES,
         lambdas={"image": 1.0, "attrs": 10.0},
@@ -55,17 +55,17 @@ def main() -> None:
 
     from model import build_model
 
-    options = flags.options(args)
+    options = training.options(args)
     train, validation = datasets.training_data(
         args.data_dir, args.cache_dir, limit=args.limit, allow_missing=args.allow_missing, workers=args.workers
     )
-    train, validation = flags.supervised(args, train, validation, datasets.MODALITIES)
+    train, validation = training.supervised(args, train, validation, datasets.MODALITIES)
     torch.manual_seed(args.seed)
     objective = Objective(
         build_model(args.n_latents),
         weights={"image": args.lambda_image, "attrs": args.lambda_attrs},
         iw_samples=args.iw_samples,
-        reconstruct=flags.reconstruct(args),
+        reconstruct=training.reconstruct(args),
     )
     train = stages.images_first(
         args, objective.model, train, validation, options, experiment="celeba", labels=["attrs"]
@@ -76,11 +76,11 @@ def main() -> None:
         train,
         validation,
         options,
-        beta=flags.beta_schedule(args),
-        lr=flags.lr_schedule(args),
+        beta=training.beta_schedule(args),
+        lr=training.lr_schedule(args),
         metrics={"attribute_accuracy": metrics.attribute_accuracy(["attrs"])},
         experiment="celeba",
-        settings=flags.settings(args),
+        settings=training.settings(args),
     )
 
 

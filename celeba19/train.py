@@ -5,7 +5,7 @@ in nats per example.
 """
 
 from mvae.datasets.celeba import ATTRIBUTES
-from mvae.scripts import faces, flags, running, stages
+from mvae.scripts import faces, running, stages, training
 
 import datasets
 
@@ -36,7 +36,7 @@ PRESETS = {
 
 
 def main() -> None:
-    parser = flags.training_parser(
+    parser = training.parser(
         __doc__,
         modalities=("image", "attrs"),
         lambdas={"image": 1.0, "attrs": 10.0},
@@ -60,18 +60,18 @@ def main() -> None:
 
     from model import build_model
 
-    options = flags.options(args)
+    options = training.options(args)
     train, validation = datasets.training_data(
         args.data_dir, args.cache_dir, limit=args.limit, allow_missing=args.allow_missing, workers=args.workers
     )
-    train, validation = flags.supervised(args, train, validation, ("image", *ATTRIBUTES))
+    train, validation = training.supervised(args, train, validation, ("image", *ATTRIBUTES))
     train = drop(train, args.attr_missing, ATTRIBUTES, seed=args.seed) if args.attr_missing else train
     torch.manual_seed(args.seed)
     objective = Objective(
         build_model(args.n_latents),
         weights={"image": args.lambda_image, **dict.fromkeys(ATTRIBUTES, args.lambda_attrs)},
         iw_samples=args.iw_samples,
-        reconstruct=flags.reconstruct(args, groups={"attrs": ATTRIBUTES}),
+        reconstruct=training.reconstruct(args, groups={"attrs": ATTRIBUTES}),
     )
     train = stages.images_first(
         args, objective.model, train, validation, options, experiment="celeba19", labels=ATTRIBUTES
@@ -82,11 +82,11 @@ def main() -> None:
         train,
         validation,
         options,
-        beta=flags.beta_schedule(args),
-        lr=flags.lr_schedule(args),
+        beta=training.beta_schedule(args),
+        lr=training.lr_schedule(args),
         metrics={"attribute_accuracy": metrics.attribute_accuracy(ATTRIBUTES)},
         experiment="celeba19",
-        settings=flags.settings(args),
+        settings=training.settings(args),
     )
 
 

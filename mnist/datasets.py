@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mvae.datasets import mnist
-from mvae.scripts import flags, running
+from mvae.scripts import flags, running, training
 from mvae.scripts.kinds import Label, Picture
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ training_data, test_data = partial(mnist.training_data, "MNIST"), partial(mnist.
 
 def examples(split: str, args: argparse.Namespace, settings: Mapping[str, Any]) -> "Data":
     """The split "train", "validation" or "test" as a model of these settings has it."""
-    binarize = flags.recorded(settings, "binarize", bool)
+    binarize = training.recorded(settings, "binarize", bool)
     if split == "test":
         return test_data(args.data_dir, binarize=binarize)
-    train, validation = training_data(args.data_dir, n_val=flags.recorded(settings, "n_val", int), binarize=binarize)
+    train, validation = training_data(args.data_dir, n_val=training.recorded(settings, "n_val", int), binarize=binarize)
     return train if split == "train" else validation
 
 

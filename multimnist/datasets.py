@@ -21,7 +21,7 @@ import numpy as np
 from mvae.datasets import mnist
 from mvae.errors import UsageError, UserError
 from mvae.files import write_atomically
-from mvae.scripts import flags, running, types
+from mvae.scripts import flags, running, training, types
 from mvae.scripts.kinds import Kind, Picture
 
 if TYPE_CHECKING:
@@ -196,10 +196,10 @@ def test_data(canvas_dir: Path) -> "Data":
 
 def examples(split: str, args: argparse.Namespace, settings: Mapping[str, Any]) -> "Data":
     """The split "train", "validation" or "test" of the canvases that a model of these settings is of."""
-    prepare(args.data_dir, args.canvas_dir, flags.recorded(settings, "canvases", dict))
+    prepare(args.data_dir, args.canvas_dir, training.recorded(settings, "canvases", dict))
     if split == "test":
         return test_data(args.canvas_dir)
-    train, validation = training_data(args.canvas_dir, n_val=flags.recorded(settings, "n_val", int))
+    train, validation = training_data(args.canvas_dir, n_val=training.recorded(settings, "n_val", int))
     return train if split == "train" else validation
 
 

@@ -3,7 +3,7 @@
 The loss is the negative sum of ELBO(image, text), ELBO(image) and ELBO(text), in nats per example.
 """
 
-from mvae.scripts import flags, running, stages
+from mvae.scripts import running, stages, training
 
 import datasets
 
@@ -39,7 +39,7 @@ PRESETS = {
 
 
 def main() -> None:
-    parser = flags.training_parser(
+    parser = training.parser(
         __doc__,
         modalities=datasets.MODALITIES,
         lambdas={"image": 1.0, "text": 10.0},
@@ -61,16 +61,16 @@ def main() -> None:
 
     from model import build_model
 
-    options = flags.options(args)
+    options = training.options(args)
     recipe = datasets.prepare(args.data_dir, args.canvas_dir)
     train, validation = datasets.training_data(args.canvas_dir, n_val=args.n_val, limit=args.limit)
-    train, validation = flags.supervised(args, train, validation, datasets.MODALITIES)
+    train, validation = training.supervised(args, train, validation, datasets.MODALITIES)
     torch.manual_seed(args.seed)
     objective = Objective(
         build_model(args.n_latents),
         weights={"image": args.lambda_image, "text": args.lambda_text},
         iw_samples=args.iw_samples,
-        reconstruct=flags.reconstruct(args),
+        reconstruct=training.reconstruct(args),
     )
     train = stages.images_first(
         args, objective.model, train, validation, options, experiment="multimnist", labels=["text"]
@@ -81,11 +81,11 @@ def main() -> None:
         train,
         validation,
         options,
-        beta=flags.beta_schedule(args),
-        lr=flags.lr_schedule(args),
+        beta=training.beta_schedule(args),
+        lr=training.lr_schedule(args),
         metrics={"text_accuracy": metrics.label_accuracy("text")},
         experiment="multimnist",
-        settings={**flags.settings(args), "canvases": recipe},
+        settings={**training.settings(args), "canvases": recipe},
     )
 
 

@@ -18,7 +18,7 @@ from mvae.data import Data
 from mvae.datasets.mnist import load_idx
 from mvae.errors import UserError
 from mvae.estimators import Quantity, evaluate
-from mvae.scripts import flags
+from mvae.scripts import training
 from mvae.synthetic.__main__ import main as make
 
 from helpers import ROOT, assert_ended, environment, run_warm, same, stats, without_times
@@ -159,7 +159,7 @@ def test_every_flag_is_tested(experiment: str, tmp_path: Path) -> None:
 
 def test_every_option_of_a_run_is_its_flags() -> None:
     numbers: dict[str, Any] = {"n_latents": 1, "batch_size": 1, "epochs": 1, "annealing_epochs": 1, "lr": 1.0}
-    parser = flags.training_parser("", modalities=("image", "text"), lambdas={}, approx_m=0, **numbers)
+    parser = training.parser("", modalities=("image", "text"), lambdas={}, approx_m=0, **numbers)
     wanted = {
         "epochs": 7,
         "batch_size": 31,
@@ -173,11 +173,11 @@ def test_every_option_of_a_run_is_its_flags() -> None:
         "out_dir": Path("elsewhere"),
     }
     words = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in wanted.items()]
-    found = flags.options(parser.parse_args([*words, "--threads=1"]))
+    found = training.options(parser.parse_args([*words, "--threads=1"]))
     assert {name: getattr(found, name) for name in wanted} == wanted
-    assert flags.options(parser.parse_args(["--approx-m=3", "--threads=1"])).approx_m == 3
-    assert flags.options(parser.parse_args(["--sync-batchnorm", "--threads=1"])).sync_batchnorm
-    few = [flags.options(parser.parse_args([*words, "--batch-size=31"])) for words in ([], ["--n-paired=5"])]
+    assert training.options(parser.parse_args(["--approx-m=3", "--threads=1"])).approx_m == 3
+    assert training.options(parser.parse_args(["--sync-batchnorm", "--threads=1"])).sync_batchnorm
+    few = [training.options(parser.parse_args([*words, "--batch-size=31"])) for words in ([], ["--n-paired=5"])]
     assert [options.pairs_per_batch for options in few] == [0, 10]
     others = {field.name for field in dataclasses.fields(found)} - wanted.keys()
     assert others == {"approx_m", "sync_batchnorm", "device"}  # the device is that of --cuda
@@ -208,7 +208,7 @@ def read_by(experiment: str) -> set[str]:
 def test_what_mnists_script_takes_of_its_flags_the_others_take_too(experiment: str) -> None:
     own = {"lambda_image", "lambda_text", "n_val", "binarize", "data_dir", "datasets.training_data"}
     taken = read_by("mnist") - own
-    assert {"iw_samples", "lr", "weight_decay", "flags.beta_schedule", "stages.images_first"} <= taken
+    assert {"iw_samples", "lr", "weight_decay", "training.beta_schedule", "stages.images_first"} <= taken
     assert taken <= read_by(experiment)
 
 
@@ -339,7 +339,7 @@ def test_validation_canvases_show_digits_that_no_training_canvas_shows(root: Pat
 
 
 def test_settings_that_train_does_not_record_are_named() -> None:
-    assert flags.recorded({"n_val": 5}, "n_val", int) == 5
+    assert training.recorded({"n_val": 5}, "n_val", int) == 5
     for settings in ({}, {"n_val": "5"}, {"n_val": True}):
         with pytest.raises(UserError, match=r"settings have .* for n_val, and .* of type int"):
-            flags.recorded(settings, "n_val", int)
+            training.recorded(settings, "n_val", int)

@@ -22,9 +22,9 @@ from mnist.model import build_model
 from mvae import OPENMP, checkpoint
 from mvae.errors import UsageError
 from mvae.estimators import Estimate, Evaluation, Quantity, evaluate
-from mvae.scripts import flags, machine
-from mvae.scripts.flags import reconstruct, training_parser
+from mvae.scripts import flags, machine, training
 from mvae.scripts.report import report, write_per_example
+from mvae.scripts.training import reconstruct
 
 from helpers import (
     ROOT,
@@ -181,7 +181,7 @@ def test_train_help_shows_every_flag_and_its_default(tmp_path: Path) -> None:
 def mnist_parser() -> Any:
     lambdas = {"image": 1.0, "text": 10.0}
     numbers: dict[str, Any] = {"n_latents": 4, "batch_size": 5, "epochs": 6, "annealing_epochs": 7, "n_val": 8}
-    return training_parser("", modalities=("image", "text"), lambdas=lambdas, lr=1e-3, **numbers)
+    return training.parser("", modalities=("image", "text"), lambdas=lambdas, lr=1e-3, **numbers)
 
 
 @pytest.mark.parametrize(
@@ -528,12 +528,12 @@ def test_precision_auto_looks_at_the_processor_says_what_it_took_and_records_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     sizes: dict[str, Any] = {"n_latents": 2, "batch_size": 2, "epochs": 1, "annealing_epochs": 1, "lr": 1.0}
-    parser = training_parser(None, modalities=("image", "text"), lambdas={}, **sizes)
+    parser = training.parser(None, modalities=("image", "text"), lambdas={}, **sizes)
     args = parser.parse_args(["--precision", "auto"])
-    options = flags.options(args)
+    options = training.options(args)
     known = {name for name, there in torch.cpu.get_capabilities().items() if there}
     expected = "bf16" if known & {"amx_bf16", "avx512_bf16", "bf16"} else "fp32"
-    assert options.precision == flags.settings(args)["precision"] == expected
+    assert options.precision == training.settings(args)["precision"] == expected
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"--precision auto: {expected}, as this processor has")
 

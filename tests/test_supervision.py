@@ -14,7 +14,7 @@ from mvae import checkpoint
 from mvae.data import Data
 from mvae.errors import UsageError
 from mvae.scripts import stages
-from mvae.scripts.flags import supervised
+from mvae.scripts.training import supervised
 from mvae.supervision import composed_rows, drop, keep_pairs, neighbour_graph, regressed, relabelled, spread, surest
 
 from helpers import assert_refused, assert_same_run, fit_small, run_warm, same, small_data, stats

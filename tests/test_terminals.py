@@ -19,7 +19,7 @@ from mvae import checkpoint
 from mvae.errors import UsageError, UserError, is_out_of_memory
 from mvae.files import locked, whole, write_atomically
 from mvae.processes import Processes
-from mvae.scripts import flags, machine, types
+from mvae.scripts import flags, machine, training, types
 from mvae.scripts.kinds import Picture
 from mvae.scripts.running import SMALLER
 from mvae.training import Options, Stopped
@@ -76,7 +76,8 @@ running.run(main)
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_script_takes_a_path_that_it_does_not_expand(script: Path) -> None:
-    assert "type=Path" not in script.read_text() + (ROOT / "mvae/scripts/flags.py").read_text()
+    shared = [ROOT / "mvae/scripts" / name for name in ("flags.py", "training.py")]
+    assert not any("type=Path" in file.read_text() for file in (script, *shared))
 
 
 @pytest.mark.parametrize(
@@ -284,7 +285,7 @@ def test_file_that_another_flag_names_is_not_written_over(words: list[str]) -> N
 )
 def test_number_too_large_to_be_meant_is_refused(flag: str, value: Any, capsys: pytest.CaptureFixture[str]) -> None:
     sizes: dict[str, Any] = {"n_latents": 2, "batch_size": 2, "epochs": 1, "annealing_epochs": 1, "lr": 1.0}
-    parser = flags.training_parser(None, modalities=("image",), lambdas={}, approx_m=0, **sizes)
+    parser = training.parser(None, modalities=("image",), lambdas={}, approx_m=0, **sizes)
     with pytest.raises(SystemExit) as caught:
         parser.parse_args([flag, str(value)])
     assert caught.value.code == 2

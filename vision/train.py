@@ -5,7 +5,7 @@ subsets, in nats per example. By default every term scores all six, so that each
 the paper's terms score what they are given (--reconstruct given).
 """
 
-from mvae.scripts import flags, running, stages
+from mvae.scripts import running, stages, training
 
 import datasets
 from datasets import MODALITIES
@@ -25,7 +25,7 @@ PRESETS = {
 
 
 def main() -> None:
-    parser = flags.training_parser(
+    parser = training.parser(
         __doc__,
         modalities=MODALITIES,
         lambdas=dict.fromkeys(MODALITIES, 1.0),
@@ -50,18 +50,18 @@ def main() -> None:
 
     from model import build_model
 
-    options = flags.options(args)
+    options = training.options(args)
     train, validation = datasets.training_data(
         datasets.folders(args), args.data_dir, args.cache_dir, limit=args.limit, workers=args.workers
     )
-    train, validation = flags.supervised(args, train, validation, MODALITIES)
+    train, validation = training.supervised(args, train, validation, MODALITIES)
     train = drop(train, args.missing, MODALITIES, seed=args.seed) if args.missing else train
     torch.manual_seed(args.seed)
     objective = Objective(
         build_model(args.n_latents),
         weights={name: getattr(args, f"lambda_{name}") for name in MODALITIES},
         iw_samples=args.iw_samples,
-        reconstruct=flags.reconstruct(args),
+        reconstruct=training.reconstruct(args),
     )
     train = stages.images_first(args, objective.model, train, validation, options, experiment="vision", labels=[])
     fit(
@@ -70,10 +70,10 @@ def main() -> None:
         train,
         validation,
         options,
-        beta=flags.beta_schedule(args),
-        lr=flags.lr_schedule(args),
+        beta=training.beta_schedule(args),
+        lr=training.lr_schedule(args),
         experiment="vision",
-        settings=flags.settings(args),
+        settings=training.settings(args),
     )
 
 

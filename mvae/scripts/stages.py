@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from . import flags
+from . import training
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,10 +68,10 @@ def images_first(
             options, epochs=stage.epochs, pairs_per_batch=0, approx_m=0, out_dir=out_dir,
             resume=options.resume or args.images_dir is not None,
         ),
-        beta=flags.beta_schedule(stage, first=True),
-        lr=flags.lr_schedule(stage),
+        beta=training.beta_schedule(stage, first=True),
+        lr=training.lr_schedule(stage),
         experiment=experiment,
-        settings={name: value for name, value in flags.settings(stage).items() if name in OF_THE_FIRST},
+        settings={name: value for name, value in training.settings(stage).items() if name in OF_THE_FIRST},
     )  # fmt: skip
     return _self_labelled(model, train, few, args.self_labels, args.self_labels_by) if args.self_labels else train
 
