@@ -34,9 +34,7 @@ from .run import Run
 from .schedules import Schedule, constant
 from .stats import Totals
 from .supervision import composed_rows
-
-DIVERGED = 100
-"""A validation loss is that of a run that diverges if it is so many times the loss with which the training began."""
+from .watch import Watch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,7 +204,7 @@ def fit(
     run = Run(
         objective, optimizer, out_dir=options.out_dir, experiment=experiment, settings=settings or {}, facts=facts
     )
-    watch = _Watch(run)
+    watch = Watch(run)
     with (
         processes.together(),
         run.locked(processes.rank),
@@ -345,55 +343,6 @@ def validate(
     found = Totals.of(sums[:size], objective.names, objective.model.modalities).means()
     measured = dict(zip(metrics, sums[size:].view(-1, 2).tolist(), strict=True))
     return found | {name: total / n for name, (total, n) in measured.items() if n}
-
-
-class _Watch:
-    """Notices the first step that isn't finite, without waiting for the device at every step."""
-
-    def __init__(self, run: Run):
-        self.run = run
-        self.first: Tensor | None = None
-        self.start: float | Tensor | None = run.history[0]["train/loss"] if run.history else None
-
-    def look(self, sums: Tensor, *, raise_now: bool) -> None:
-        """Remembers a step's sums unless an earlier step's were bad; those raise UserError if `raise_now`."""
-        if self.first is None and self.start is None:
-            self.start = sums[0] / sums[1]
-        self.first = sums if self.first is None else torch.where(self.first.isfinite().all(), sums, self.first)
-        if raise_now and not self.first.isfinite().all():
-            self.check_weights()
-            self.stop(self.run.totals(self.first).not_finite())
-
-    def check(self) -> None:
-        """Raises UserError if a step so far, or a weight, isn't finite: such a state isn't worth saving."""
-        if self.first is not None:
-            self.look(self.first, raise_now=True)
-        self.check_weights()
-
-    def check_weights(self) -> None:
-        """Raises UserError if a weight isn't finite, as after a finite loss whose gradient was not."""
-        weights = self.run.objective.model.named_parameters()
-        bad = {".".join(name.split(".")[:2]) for name, weight in weights if not weight.isfinite().all()}
-        if bad:
-            self.stop([f"the gradient of {name}" for name in sorted(bad)])
-
-    def check_course(self, loss: float) -> None:
-        """Raises UserError if an epoch's validation loss says that the run diverges.
-
-        It is held against the loss of the run's first step, or after resuming that of its first epoch.
-        """
-        start = math.inf if self.start is None else float(self.start)
-        if loss > DIVERGED * max(abs(start), 100.0):
-            self._stop(f"the run diverges: validation loss {loss:.3g}", f", after {start:.3g} at its start")
-
-    def stop(self, what: list[str]) -> None:
-        more = " and more" if len(what) > 4 else ""
-        self._stop("not finite", f": {', '.join(what[:4])}{more}")
-
-    def _stop(self, what: str, more: str) -> None:
-        where = f"by epoch {self.run.epoch}, step {self.run.step}"
-        remedy = "the last good checkpoint is kept; try a smaller `lr`, or `precision` fp32"
-        raise UserError(f"{what} {where}{more}; {remedy}")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ FLOORS = {
     "plain": "errors files",
     "data": "data supervision",
     "paper": "experts likelihoods layers stats model objective estimators",
-    "run": "schedules metrics checkpoint pictures maps processes run reports training",
+    "run": "schedules metrics checkpoint pictures maps processes run watch reports training",
 }
 """The modules of mvae by floor, from the lowest. `estimators` takes its examples as Data, and no other of the paper."""
 
