@@ -26,7 +26,7 @@ from .model import MVAE
 
 LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 TRAINED = {"settings": dict, "epoch": int, "validation_loss": float, "training_seconds": float}
-"""What a best model's checkpoint says of its training. The latest state's has no validation loss and no total time."""
+"""What a best model's checkpoint says of its training."""
 FORMAT = "mvae checkpoint 3"
 
 
@@ -203,13 +203,15 @@ def load_model(
 ) -> tuple[MVAE, dict[str, Any]]:
     """Rebuilds the model from its file: `build(n_latents)` with the saved weights, in evaluation mode on `device`.
 
-    Returns the model and what the file says of its training: `settings` (the flags), and of a best model `epoch`,
-    `validation_loss` and `training_seconds`. Raises UserError as `load` does, and if the weights don't fit the network.
+    Returns the model and what the file says of its training: `settings` (the flags), `epoch`, `validation_loss` and
+    `training_seconds`. A state within an epoch has no such loss and time, and `epoch` is the one that isn't done.
+    Raises UserError as `load` does, and if the weights don't fit the network.
     """
     content = load(path, experiment)
-    trained = {name: content[name] for name in TRAINED if name in content}
     try:
         check("it", content, {"settings": dict, "n_latents": int, "model": dict, ...: object})
+        content |= _last_epoch(content)
+        trained = {name: content[name] for name in TRAINED if name in content}
         check_plain("settings", content["settings"])
         check("it", trained, {name: TRAINED[name] for name in trained})
         numbers = [content.get(name, 1) for name in ("epoch", "validation_loss", "training_seconds")]
@@ -223,6 +225,20 @@ def load_model(
         what = f"holds weights that don't fit the networks of {experiment}/model.py"
         raise UserError(f"{path} {what}: {reason}") from None
     return model.to(device).eval(), trained
+
+
+def _last_epoch(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What `TRAINED` names, of a latest state that was saved between two epochs; nothing of any other checkpoint.
+
+    Raises ValueError if its history is damaged.
+    """
+    if not content.get("history") or content.get("step"):
+        return {}
+    record = {"epoch": int, "validation/loss": float, "seconds": float, ...: object}
+    check("its history", content["history"], [record, ...])
+    last = content["history"][-1]
+    seconds = sum(record["seconds"] for record in content["history"])
+    return {"epoch": last["epoch"], "validation_loss": last["validation/loss"], "training_seconds": seconds}
 
 
 def outline(build: Callable[[int], MVAE], n_latents: int) -> MVAE:
