@@ -182,7 +182,7 @@ def summary(root: Path, document: Path) -> str:
     about = (
         "*Log p in nats per test example, mean ± standard error over the examples, by importance sampling with "
         f"{' or '.join(f'{n:,}' for n in samples)} draws from q(z | image); below it in italics the paper's (arXiv "
-        "1802.05335, Table 2) and its epochs. Epochs: the one with the best validation loss, of those asked for; "
+        "1802.05335, Table 2) and its epochs. Epochs: the model's, of those asked for; "
         f"minutes: of training up to it.{_about_seeds(shown)}*"
     )
     return f"{table(columns, rows)}\n\n{about}"
@@ -234,7 +234,7 @@ def of_experiment(experiment: str) -> Callable[[Path, Path], str]:
             else:
                 rows.append([name, "", *cells, *([""] if paper else [])])
         epochs = [", ".join(dict.fromkeys(map(epochs_of, some))) for some in recipes.values()]
-        rows.append(["best epoch by validation", "", *epochs, *([f"*{PAPER['epochs'][experiment]}*"] if paper else [])])
+        rows.append(["epoch", "", *epochs, *([f"*{PAPER['epochs'][experiment]}*"] if paper else [])])
         rows.append(["minutes of training up to it", "", *map(minutes_of, recipes.values()), *([""] if paper else [])])
         parts = [table(columns, rows)]
         if by_attribute:

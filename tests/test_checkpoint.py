@@ -284,6 +284,26 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / checkpoint.LATEST
 
 
+def test_latest_state_says_which_epoch_it_ends_its_loss_and_the_time(tmp_path: Path, stopped: Path) -> None:
+    history = fit_small(tmp_path)
+    _, latest = checkpoint.load_model(tmp_path / checkpoint.LATEST, "small", small_model, torch.device("cpu"))
+    _, within = checkpoint.load_model(stopped, "small", small_model, torch.device("cpu"))
+    for trained in (latest, within):
+        assert trained.pop("settings")
+    seconds = sum(record["seconds"] for record in history)
+    loss = history[-1]["validation/loss"]
+    assert latest == {"epoch": len(history), "validation_loss": loss, "training_seconds": seconds}
+    assert within == {"epoch": 2}
+
+
+@pytest.mark.parametrize("history", [[1], [{}], 1], ids=["no record", "a record without fields", "no list"])
+def test_latest_state_whose_history_is_damaged_makes_no_model(tmp_path: Path, history: Any) -> None:
+    content = {"model": small_model().state_dict(), "n_latents": 2, "settings": {}, "step": 0, "history": history}
+    checkpoint.save(tmp_path / checkpoint.LATEST, "small", content)
+    with pytest.raises(UserError, match="its history"):
+        checkpoint.load_model(tmp_path / checkpoint.LATEST, "small", small_model, torch.device("cpu"))
+
+
 def changed(content: Any, path: tuple[Any, ...], change: Callable[[Any], Any] | None) -> Any:
     """`content` with another value in place of that at `path`; without it if `change` is None."""
     if not path:

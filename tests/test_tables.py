@@ -239,6 +239,14 @@ def test_an_experiments_table_has_a_column_for_each_recipe(root: Path) -> None:
     assert ["coherence, label to image", "", "75.0 ± 1.0 (seeds 0.0) %", "–", ""] in rows
 
 
+def test_summary_shows_the_recipe_whose_model_has_most_epochs(root: Path) -> None:
+    last = mnist(0, -90.0)
+    last["training"]["epoch"] = 50
+    write(root / "results" / "mnist-fast-last-0.json", last)
+    assert_ended(tables(root))
+    assert rows_of(root, "summary")[2][2] == "`fast-last`"
+
+
 def test_binary_digits_are_compared_with_the_papers_binary_digits(root: Path) -> None:
     assert rows_of(root, "binarymnist")[2] == ["log p(image)", IMAGE, "-86.50 ± 0.25", "*-86.03*"]
     assert next(row for row in rows_of(root, "summary") if "[binarymnist](mnist/README.md)" in row)
