@@ -149,9 +149,9 @@ def minutes_of(some: Sequence[Run]) -> str:
 
 
 def in_summary(recipes: Mapping[str, list[Run]]) -> str:
-    """The recipe that stands for an experiment: of those called fast, or all, the one whose model has most epochs."""
+    """The recipe that stands for an experiment: of those called fast, or else of all, the one with the most epochs."""
     fast = [recipe for recipe in recipes if recipe.startswith("fast")]
-    return max(fast or recipes, key=lambda recipe: recipes[recipe][0].content["training"]["epoch"])
+    return max(fast or recipes, key=lambda recipe: recipes[recipe][0].content["training"]["settings"]["epochs"])
 
 
 def summary(root: Path, document: Path) -> str:
