@@ -12,6 +12,7 @@ PRESETS = {
         "lambda_text": 25.0,
         "reconstruct": ["text"],
         "iw_samples": 2,
+        "select": "joint",  # the labels are learnt by heart before the pictures are learnt, and have λ in the loss
         "epochs": 40,
         "beta_hold": 1.0,
         "annealing_epochs": 14,

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,7 +15,10 @@ from .files import locked
 from .objective import Objective
 from .processes import Processes
 from .schedules import Schedule
-from .stats import SUBSET, Totals
+from .stats import JOINT, SUBSET, Totals
+
+Selection = Literal["loss", "joint"]
+"""What makes an epoch's model the best: see `mvae.training.Options`."""
 
 MAY_CHANGE = {
     *("epochs", "cuda", "threads", "workers", "log_interval", "save_every", "resume", "command", "commit", "changes")
@@ -155,7 +158,7 @@ class Run:
             checkpoint.check_plain("a record of its history", record)
             checkpoint.check("a record of its history", {"changed": {}, **record}, whole)
         n_steps = max(1, self.asked["n_train"] // max(1, settings["batch_size"]))
-        epochs, losses = ([record[name] for record in saved["history"]] for name in ("epoch", "validation/loss"))
+        epochs = [record["epoch"] for record in saved["history"]]
         numbers = [value for record in saved["history"] for value in record.values() if isinstance(value, float)]
         fits = {
             "n_latents": saved["n_latents"] == self.objective.model.n_latents,
@@ -165,7 +168,7 @@ class Run:
             "epoch": [*epochs, saved["epoch"]] == list(range(1, len(epochs) + 2)),
             "step": 0 <= saved["step"] <= n_steps,
             "seconds": 0 <= saved["seconds"] < math.inf,
-            "best": saved["best"] == min(losses, default=math.inf),
+            "best": saved["best"] == min(map(self._score, saved["history"]), default=math.inf),
             "sums": bool(saved["sums"].isfinite().all()),
         }
         if wrong := [name for name, does in fits.items() if not does]:
@@ -234,10 +237,15 @@ class Run:
         totals = self.totals(self.sums)
         return (totals.loss / totals.n).item()
 
+    def _score(self, record: Mapping[str, Any]) -> float:
+        """What is least in the epoch of the best model, by the fact `select`."""
+        joint = self.asked["select"] == JOINT
+        return -record.get(f"validation/{JOINT}/elbo", math.nan) if joint else record["validation/loss"]
+
     def end_epoch(self, train: torch.Tensor, validation: Mapping[str, float]) -> bool:
         """Records the epoch, whose steps' sums are `train`, and begins the next.
 
-        Returns True if its validation loss is the best yet.
+        Returns True if its model is the best yet.
         """
         totals = self.totals(train)
         record: dict[str, Any] = {
@@ -252,8 +260,8 @@ class Run:
         for changes in self.settings.get("changes", []):
             if changes["epoch"] == self.epoch:
                 record["changed"] = {name: pair for name, pair in changes.items() if name != "epoch"}
-        improved = validation["loss"] < self.best
-        self.best = min(self.best, validation["loss"])
+        score = self._score(record)
+        improved, self.best = score < self.best, min(self.best, score)
         self.history.append(record)
         self.epoch, self.step, self.seconds, self.sums = self.epoch + 1, 0, 0.0, torch.zeros(0).double()
         return improved
@@ -264,7 +272,8 @@ class Run:
         content = {"model": model.state_dict(), "n_latents": model.n_latents, "settings": self.settings}
         if best:
             seconds = sum(record["seconds"] for record in self.history)
-            found = {"epoch": self.epoch - 1, "validation_loss": self.best, "training_seconds": seconds}
+            loss = self.history[-1]["validation/loss"]
+            found = {"epoch": self.epoch - 1, "validation_loss": loss, "training_seconds": seconds}
             checkpoint.save(self.out_dir / checkpoint.BEST, self.experiment, content | found)
         content |= {name: getattr(self, name) for name in STATE}
         content["optimizer"] = self.optimizer.state_dict()

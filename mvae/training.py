@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -30,9 +30,9 @@ from .model import Batch, Precision, check_precision, has_fixed_shapes, running_
 from .objective import Objective, random_subsets
 from .processes import Processes, SharedBatchNorm, signals
 from .reports import Reports, line
-from .run import Run
+from .run import Run, Selection
 from .schedules import Schedule, constant
-from .stats import Totals
+from .stats import JOINT, Totals
 from .supervision import composed_rows
 from .watch import Watch
 
@@ -42,6 +42,8 @@ class Options:
     """How a run goes. `batch_size` is the whole step's, over all processes; `approx_m` is the number of random subsets.
 
     pairs_per_batch: see `mvae.supervision.composed_rows`; 0 for batches of no fixed composition.
+    select: the best model is that of the epoch whose validation has the least "loss", λ and all; or the greatest ELBO
+        of the "joint" term, which has no λ.
     sync_batchnorm: under torchrun, batch norm takes its statistics over all processes' examples, not over each one's.
 
     `out_dir` and `device` may be given as strings. The latest state is saved at the end of each epoch, when a signal
@@ -55,6 +57,7 @@ class Options:
     approx_m: int = 0
     pairs_per_batch: int = 0
     seed: int = 0
+    select: Selection = "loss"
     precision: Precision = "fp32"
     compile: bool = False
     sync_batchnorm: bool = False
@@ -72,6 +75,8 @@ class Options:
             object.__setattr__(self, name, int(value))
         if not self.save_every > 0:
             raise UsageError(f"`save_every` is {self.save_every!r}, and a number of minutes above 0 is wanted")
+        if self.select not in get_args(Selection):
+            raise UsageError(f"`select` is {self.select!r}, and {' or '.join(get_args(Selection))} is wanted")
         check_precision(self.precision)
         for name, kind, wanted in (("out_dir", Path, "a folder"), ("device", torch.device, "one such as cpu or cuda")):
             try:
@@ -170,6 +175,8 @@ def fit(
     owned = {id(weight) for weight in objective.parameters()}
     if not owned.issuperset(id(weight) for group in optimizer.param_groups for weight in group["params"]):
         raise UsageError("`optimizer` holds weights that aren't `objective`'s: it is to be made of its parameters()")
+    if options.select == JOINT and JOINT not in objective.names:
+        raise UsageError("`select` is joint, and `objective` has no term that is given every modality")
     processes = Processes.join(options.device)
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in objective.modules())
     least = 2 if has_batch_norm else 1
@@ -184,7 +191,7 @@ def fit(
         "lr": [float(group["lr"]) for group in optimizer.param_groups],
         **{
             name: getattr(options, name)
-            for name in ("batch_size", "approx_m", "pairs_per_batch", "seed", "precision", "compile")
+            for name in ("batch_size", "approx_m", "pairs_per_batch", "seed", "select", "precision", "compile")
         },
     }
     if options.sync_batchnorm and processes.world > 1:

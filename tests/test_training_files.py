@@ -28,8 +28,9 @@ from mvae.errors import UsageError, UserError
 from mvae.files import locked
 from mvae.likelihoods import Bernoulli
 from mvae.model import MVAE, Batch
+from mvae.objective import Objective, Term
 from mvae.schedules import constant, late
-from mvae.training import Stopped
+from mvae.training import Options, Stopped, fit
 
 from helpers import (
     SHORT,
@@ -720,6 +721,34 @@ def test_best_model_is_that_of_the_epoch_with_the_lowest_validation_loss(tmp_pat
     again = checkpoint.load(tmp_path / "shorter" / checkpoint.BEST, "small")
     assert again["epoch"] == best
     assert same(content["model"], again["model"])
+
+
+def test_best_model_by_the_joint_elbo_leaves_lambda_out(tmp_path: Path) -> None:
+    how = {"epochs": 12, "lr": 0.2, "beta": constant(), "weights": {"label": 100.0}, "select": "joint"}
+    records = fit_small(tmp_path, **how)
+    elbos = [record["validation/joint/elbo"] for record in records]
+    losses = [record["validation/loss"] for record in records]
+    best = int(np.argmax(elbos)) + 1
+    assert best != int(np.argmin(losses)) + 1
+    content = checkpoint.load(tmp_path / checkpoint.BEST, "small")
+    assert (content["epoch"], content["validation_loss"]) == (best, losses[best - 1])
+    (*_, record) = fit_small(tmp_path, **{**how, "epochs": 13}, resume=True)
+    again = checkpoint.load(tmp_path / checkpoint.BEST, "small")
+    assert again["epoch"] == (13 if record["validation/joint/elbo"] > max(elbos) else best)
+
+
+def test_select_that_can_not_be_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="`select` is 'elbo', and loss or joint is wanted"):
+        fit_small(tmp_path, select="elbo")
+    model = small_model()
+    alone = Objective(model, terms=[Term(("image",), ("image",))])
+    adam = torch.optim.Adam(alone.parameters())
+    data, options = small_data(24, seed=0), Options(epochs=1, batch_size=6, select="joint", out_dir=tmp_path / "run")
+    with pytest.raises(UsageError, match="no term that is given every modality"):
+        fit(alone, adam, data, data, options, beta=constant())
+    fit_small(tmp_path / "joint", select="joint")
+    with pytest.raises(UsageError, match="select was joint, now loss"):
+        fit_small(tmp_path / "joint", resume=True)
 
 
 def test_same_seed_gives_the_same_run_and_another_does_not(tmp_path: Path) -> None:

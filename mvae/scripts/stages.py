@@ -65,7 +65,7 @@ def images_first(
         _only(train, image),
         _only(validation, image),
         dataclasses.replace(
-            options, epochs=stage.epochs, pairs_per_batch=0, approx_m=0, out_dir=out_dir,
+            options, epochs=stage.epochs, select="loss", pairs_per_batch=0, approx_m=0, out_dir=out_dir,
             resume=options.resume or args.images_dir is not None,
         ),
         beta=training.beta_schedule(stage, first=True),

@@ -100,6 +100,10 @@ def parser(
     optimisation.add_argument(
         "--weight-decay", type=non_negative_float, default=0.0, help="AdamW's decay of the weights, times the rate"
     )
+    optimisation.add_argument(
+        "--select", choices=["loss", "joint"], default="loss",
+        help="the best model: of the epoch with the least validation loss, or with the greatest joint ELBO, without λ",
+    )  # fmt: skip
     flags.add_precision(optimisation)
     optimisation.add_argument("--compile", action="store_true", help="compile the step; on CUDA, capture it as a graph")
     optimisation.add_argument(
@@ -166,6 +170,7 @@ def options(args: argparse.Namespace) -> "Options":
         approx_m=getattr(args, "approx_m", 0),  # a flag of the experiments with three modalities or more
         pairs_per_batch=_pairs_per_batch(args),
         seed=args.seed,
+        select=args.select,
         precision=args.precision,
         compile=args.compile,
         sync_batchnorm=args.sync_batchnorm,
