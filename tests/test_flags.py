@@ -85,6 +85,7 @@ ELSEWHERE = {
     "--help": "test_house",
     "--preset": "below",
     "--n-val": "below",
+    "--select": "below",
     "--canvas-dir": "below, and test_multimnist",
     "--data-dir": "below, and test_data",
     "--cache-dir": "test_celeba",
@@ -165,6 +166,7 @@ def test_every_option_of_a_run_is_its_flags() -> None:
         "batch_size": 31,
         "pairs_per_batch": 4,
         "seed": 5,
+        "select": "joint",
         "precision": "bf16",
         "compile": True,
         "resume": True,
@@ -228,6 +230,17 @@ def test_preset_sets_the_defaults_and_given_flags_win(experiment: str, root: Pat
     assert settings["warmup_epochs"] > 0
     assert (settings["reconstruct"] != usual["reconstruct"]) == (experiment != "vision")  # its BASE gives the flag
     assert [settings[name] for name in ("epochs", "lr", "annealing_epochs")] == [1, 1e-3, 2]
+
+
+def test_select_says_which_epochs_model_is_the_best(root: Path) -> None:
+    learning = ["--epochs", 6, "--limit", 40, "--lr", 0.02, "--lambda-text", 1000, "--images-first", 1]
+    usual, joint = (train(root, "mnist", *learning, *select) for select in ([], ["--select", "joint"]))
+    assert same(weights(usual, "mnist"), weights(joint, "mnist"))
+    records = stats(usual)
+    least = min(records, key=lambda record: record["validation/loss"])["epoch"]
+    greatest = max(records, key=lambda record: record["validation/joint/elbo"])["epoch"]
+    assert least != greatest
+    assert [checkpoint.load(run / checkpoint.BEST, "mnist")["epoch"] for run in (usual, joint)] == [least, greatest]
 
 
 @pytest.mark.parametrize("experiment", ["mnist", "fashionmnist", "multimnist"])
