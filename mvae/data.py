@@ -110,7 +110,9 @@ class Data:
             rows = torch.arange(len(self), device=self.stored_on) if here is None else here.nonzero().flatten()
             if len(rows) and tensor[0].numel() and not tensor.is_complex():
                 parts = rows.split(512)
-                ends = torch.stack([torch.stack(tensor[part].aminmax()) for part in parts]).double()  # (parts, 2)
+                wide = tensor.dtype in (torch.uint16, torch.uint32)  # torch has no aminmax of these
+                some = (tensor[part].long() if wide else tensor[part] for part in parts)
+                ends = torch.stack([torch.stack(values.aminmax()) for values in some]).double()  # (parts, 2)
                 for end, pick in zip(ends.unbind(dim=1), (torch.argmin, torch.argmax), strict=True):
                     part = parts[int(pick(end))]
                     values = tensor[part].double().flatten()

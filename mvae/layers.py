@@ -66,5 +66,7 @@ def face_decoder(n_channels: int, n_latents: int) -> nn.Sequential:
         nn.ConvTranspose2d(256, 128, 4, 1, 0, bias=False), nn.BatchNorm2d(128), nn.SiLU(),
         nn.ConvTranspose2d(128, 64, 4, 2, 1, bias=False), nn.BatchNorm2d(64), nn.SiLU(),
         nn.ConvTranspose2d(64, 32, 4, 2, 1, bias=False), nn.BatchNorm2d(32), nn.SiLU(),
-        FoldConvTranspose2d(32, 1, 4, 2, 1) if n_channels == 1 else nn.ConvTranspose2d(32, 3, 4, 2, 1, bias=False),
+        FoldConvTranspose2d(32, 1, 4, 2, 1)
+        if n_channels == 1
+        else nn.ConvTranspose2d(32, n_channels, 4, 2, 1, bias=False),
     )  # fmt: skip

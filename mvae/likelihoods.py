@@ -168,7 +168,7 @@ class Gaussian(Likelihood):
         check_shape(x, mean.shape[z.dim() - 2 :])
         error = (x.expand_as(mean) - mean) / self.std
         nats = 0.5 * error.square() + math.log(self.std) + 0.5 * math.log(2 * math.pi)
-        return -nats.flatten(z.dim() - 1).sum(dim=-1)
+        return -nats.reshape(*z.shape[:-1], -1).sum(dim=-1)
 
     def mean(self, z: Tensor) -> Tensor:
         return self.decode(z)

@@ -88,6 +88,8 @@ class Objective(nn.Module):
             singles = [(name,) for name in modalities] if len(modalities) > 1 else []
             terms = [Term(given, given) for given in [modalities, *singles]]
         self.terms = [self._in_order(term) for term in terms]
+        if not self.terms:
+            raise UsageError("`terms` are none, and one or more are wanted")
         self.names = tuple(JOINT if t.given == modalities else "+".join(t.given) for t in self.terms)
         if len(set(self.names)) < len(self.names) or SUBSET in self.names:
             raise UsageError(f"the terms are given {', '.join(self.names)}: each needs a name unlike the others'")
@@ -103,12 +105,15 @@ class Objective(nn.Module):
         self.register_buffer("keys", keys, persistent=False)
 
     def checksum(self) -> str:
-        """A CRC-32 of the terms, λ and the importance samples: two objectives with the same one ask for the same."""
-        return f"{zlib.crc32(repr((self.terms, self.weights.tolist(), self.iw_samples)).encode()):08x}"
+        """A CRC-32 of the terms, what all score, λ and the importance samples: it tells two objectives apart."""
+        asked = (self.terms, sorted(self.extra), self.weights.tolist(), self.iw_samples)
+        return f"{zlib.crc32(repr(asked).encode()):08x}"
 
     def _in_order(self, term: Term) -> Term:
         """The term with its names in the model's order, scoring `reconstruct`, too."""
         self.model.check_names(*term.given, *term.scored)
+        if not term.given:
+            raise UsageError("a term is given no modality, and one or more are wanted")
         given, scored = set(term.given), {*term.scored, *self.extra}
         in_order = self.model.modalities
         return Term(tuple(n for n in in_order if n in given), tuple(n for n in in_order if n in scored))
@@ -118,7 +123,7 @@ class Objective(nn.Module):
         return torch.tensor([[name in subset for name in self.model.modalities] for subset in subsets])
 
     def _posteriors(
-        self, terms: Sequence[Term], mu: Tensor, logvar: Tensor, given: Tensor | None
+        self, terms: Sequence[Term], encoded: Sequence[str], mu: Tensor, logvar: Tensor, given: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """q(z | given) of each term: mu, logvar, each (terms, batch, latents).
 
@@ -126,19 +131,23 @@ class Objective(nn.Module):
         examples of all of them.
 
         Args:
-            mu, logvar: all experts, (modalities, batch, latents).
+            mu, logvar: the experts of the modalities `encoded`, each (experts, batch, latents).
             given: None, or bool (terms, modalities, batch): which examples have the expert, and count for the term.
         """
         alike: dict[int, list[int]] = {}
         for t, term in enumerate(terms):
             alike.setdefault(len(term.given), []).append(t)
         order = {name: m for m, name in enumerate(self.model.modalities)}
+        place = {name: i for i, name in enumerate(encoded)}
         found = []
         for n_experts, members in alike.items():
-            pairs = [(t, order[terms[t].given[i]]) for i in range(n_experts) for t in members]
+            pairs = [(t, terms[t].given[i]) for i in range(n_experts) for t in members]
             size = (n_experts, len(members) * mu.shape[1])
-            some_mu, some_logvar = (_taken(part, [m for _, m in pairs]).reshape(*size, -1) for part in (mu, logvar))
-            present = given if given is None else torch.stack([given[pair] for pair in pairs]).view(1, *size)
+            which = [place[name] for _, name in pairs]
+            some_mu, some_logvar = (_taken(part, which).reshape(*size, -1) for part in (mu, logvar))
+            present = given
+            if given is not None:
+                present = torch.stack([given[t, order[name]] for t, name in pairs]).view(1, *size)
             fused = self.model.fuse(some_mu, some_logvar, present)
             found.append([part.view(len(members), *mu.shape[1:]) for part in fused])
         made = [t for members in alike.values() for t in members]
@@ -192,10 +201,12 @@ class Objective(nn.Module):
         if lacking:
             raise UsageError(f"this batch lacks {', '.join(lacking)}; an example may lack a modality by `present`")
         here = self.model.which(batch, present)
-        # Each modality is encoded once for all terms.
-        mu, logvar = self.model.encode(batch, here)
+        # Each modality is encoded once for all terms; one that none is given isn't shown to its encoder's batch norm.
+        encoded = {name: batch[name] for name in self.model.modalities if any(name in term.given for term in terms)}
+        which = [m for m, name in enumerate(self.model.modalities) if name in encoded]
+        mu, logvar = self.model.encode(encoded, here if here is None else _taken(here, which))
         if here is None and isinstance(subsets, Tensor):
-            here = torch.ones(len(mu), n, dtype=torch.bool, device=mu.device)
+            here = torch.ones(len(self.model.modalities), n, dtype=torch.bool, device=mu.device)
         if here is not None:  # an expert or a score counts for the examples that have the modality
             lost = (given & ~here).any(dim=1)
             given = given & here
@@ -204,7 +215,7 @@ class Objective(nn.Module):
             given, scored = given & fresh, scored & fresh
             mask = scored
 
-        mu, logvar = self._posteriors(terms, mu, logvar, None if here is None else given)
+        mu, logvar = self._posteriors(terms, [*encoded], mu, logvar, None if here is None else given)
         k = self.iw_samples
         if noise is None:
             noise = self.noise(n, len(subsets))

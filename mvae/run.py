@@ -132,7 +132,7 @@ class Run:
         """Raises ValueError, naming the part, unless `saved` is whole and of this network; UsageError as `start`."""
         made_otherwise = f"`resume`: {path} was made with other settings"
         checkpoint.check_plain("settings", saved.get("settings"))
-        self._check_settings(made_otherwise, saved["settings"])
+        self._check_settings(made_otherwise, {"select": "loss", **saved["settings"]})  # older versions had that alone
         checkpoint.check_weights(saved.get("model"), self.objective.model)
         checkpoint.check_optimizer(saved.get("optimizer"), self.optimizer)
         differ = [

@@ -73,7 +73,7 @@ def composed_rows(data: Data, batch_size: int, pairs: int, seed: int) -> list[Te
     """
     if pairs >= batch_size:
         raise UsageError(f"`pairs_per_batch` {pairs} leaves the other examples no place in a batch of {batch_size}")
-    if not pairs or data.present is None:
+    if not pairs or not data.present:
         return permuted_rows(data, batch_size, seed)
     complete = _complete(data.present) if data.pairs is None else data.pairs
     whole, rest = complete.nonzero().flatten(), (~complete).nonzero().flatten()
@@ -114,7 +114,9 @@ def neighbour_graph(points: Tensor, k: int = 10) -> Tensor:
     edges = torch.stack([torch.arange(n, device=points.device).repeat_interleave(k), torch.cat(ends).flatten()])
     both_ways = torch.cat([edges, edges.flip(0)], dim=1)
     degree = torch.zeros(n, device=points.device).index_add_(0, both_ways[0], weights.repeat(2))
-    normalised = weights.repeat(2) / (degree[both_ways[0]] * degree[both_ways[1]]).sqrt()
+    # Each end's root apart: the product of two small degrees may be 0, and so may the degree of a point far from all.
+    scale = degree.clamp(min=TINY).rsqrt()
+    normalised = weights.repeat(2) * (scale[both_ways[0]] * scale[both_ways[1]])
     return torch.sparse_coo_tensor(both_ways, normalised, (n, n), check_invariants=False).coalesce()
 
 
@@ -135,7 +137,7 @@ def spread(graph: Tensor, labels: Tensor, known: Tensor, *, alpha: float = 0.99,
         raise UsageError("no label is `known`, and one or more are wanted")
     classes = int(labels[known].max()) + 1
     # A label that isn't known may hold any value.
-    one_hot = F.one_hot(labels.long().clamp(max=classes - 1), classes).float()
+    one_hot = F.one_hot(labels.long().clamp(0, classes - 1), classes).float()
     one_hot[~known] = 0
     start = found = one_hot.flatten(1)
     for _ in range(rounds):

@@ -175,8 +175,13 @@ def fit(
     owned = {id(weight) for weight in objective.parameters()}
     if not owned.issuperset(id(weight) for group in optimizer.param_groups for weight in group["params"]):
         raise UsageError("`optimizer` holds weights that aren't `objective`'s: it is to be made of its parameters()")
+    modalities = set(objective.model.modalities)
     if options.select == JOINT and JOINT not in objective.names:
         raise UsageError("`select` is joint, and `objective` has no term that is given every modality")
+    if options.select == JOINT and validation.present and not torch.stack([*validation.present.values()]).all(0).any():
+        raise UsageError("`select` is joint, and no validation example has every modality")
+    if wrong := [name for name in metrics or {} if name == "loss" or "/" in name]:
+        raise UsageError(f"{', '.join(wrong)} in `metrics`: a name is not to be loss, nor to have a / in it")
     processes = Processes.join(options.device)
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in objective.modules())
     least = 2 if has_batch_norm else 1
@@ -228,8 +233,10 @@ def fit(
         step_module: Callable[..., tuple[Tensor, Totals]] = objective
         fixed = options.compile or has_fixed_shapes(options.device)
         if processes.world > 1:
-            unused = train.present is not None and not fixed
-            step_module = DistributedDataParallel(objective, find_unused_parameters=unused)
+            # A network has no gradient if a process's examples lack its modality, or no term is given or scores it.
+            lacking = train.present is not None and not fixed
+            idle = any(modalities.difference(*names) for names in zip(*objective.terms, strict=True))
+            step_module = DistributedDataParallel(objective, find_unused_parameters=lacking or idle)
         if options.compile:
             step_module = torch.compile(step_module, mode="reduce-overhead" if options.device.type == "cuda" else None)
         beta_now = torch.zeros((), device=options.device)
@@ -261,13 +268,13 @@ def fit(
             started = time.perf_counter() - run.seconds
             for rows in _bar(batches[run.step :], run, len(batches), options, processes.rank, caught.say):
                 # Of several processes each takes its examples' share of the noise that one alone would draw. What else
-                # a step draws, pixels and dropout, is each one's own.
-                noise = None
+                # a step draws, pixels and dropout, is each one's own, by a seed that isn't the noise's.
+                noise, own = None, 0
                 if processes.world > 1:
                     torch.manual_seed(seed_of(options.seed, run.epoch, run.step, 0))
                     noise = objective.noise(len(rows), len(subsets[run.step]))
-                    noise = noise[..., processes.rank :: processes.world, :]
-                torch.manual_seed(seed_of(options.seed, run.epoch, run.step, processes.rank))
+                    noise, own = noise[..., processes.rank :: processes.world, :], 1 + processes.rank
+                torch.manual_seed(seed_of(options.seed, run.epoch, run.step, own))
                 more = subsets[run.step] if masks is None else masks[run.step]
                 mine = rows[processes.rank :: processes.world]
                 batch, present = train.batch(mine)

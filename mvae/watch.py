@@ -15,17 +15,17 @@ DIVERGED = 100
 class Watch:
     """Notices the first step that isn't finite, without waiting for the device at every step; and a run that diverges.
 
-    first: the sums of the last step, or of the first bad one, on the device. start: the loss that the run began with.
+    first: the sums of the last step, or of the first bad one, on the device. start: the loss of the first step.
     """
 
     def __init__(self, run: Run):
         self.run = run
         self.first: Tensor | None = None
-        self.start: float | Tensor | None = run.history[0]["train/loss"] if run.history else None
+        self.start: Tensor | None = None
 
     def look(self, sums: Tensor, *, raise_now: bool) -> None:
         """Remembers a step's sums unless an earlier step's were bad; those raise UserError if `raise_now`."""
-        if self.first is None and self.start is None:
+        if self.start is None:
             self.start = sums[0] / sums[1]
         self.first = sums if self.first is None else torch.where(self.first.isfinite().all(), sums, self.first)
         if raise_now and not self.first.isfinite().all():
@@ -48,9 +48,10 @@ class Watch:
     def check_course(self, loss: float) -> None:
         """Raises UserError if an epoch's validation loss says that the run diverges.
 
-        It is held against the loss of the run's first step, or after resuming that of its first epoch.
+        The loss is held against that of the first epoch's training, and in this epoch against that of its first step.
         """
-        start = math.inf if self.start is None else float(self.start)
+        history = self.run.history
+        start = history[0]["train/loss"] if history else math.inf if self.start is None else float(self.start)
         if loss > DIVERGED * max(abs(start), 100.0):
             self._stop(f"the run diverges: validation loss {loss:.3g}", f", after {start:.3g} at its start")
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from mvae.data import Data
 from mvae.likelihoods import Bernoulli, Categorical
 from mvae.metrics import Metric
 from mvae.model import MVAE
-from mvae.objective import Objective
+from mvae.objective import Objective, Term
 from mvae.schedules import Schedule, constant, linear
 from mvae.training import Options, fit
 
@@ -213,6 +213,7 @@ def fit_small(
     metrics: Mapping[str, Metric] | None = None,
     settings: Mapping[str, Any] | None = None,
     weights: Mapping[str, float] | None = None,
+    terms: Sequence[Term] | None = None,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
     **options: Any,
 ) -> list[dict[str, Any]]:
@@ -220,7 +221,7 @@ def fit_small(
 
     `lr` is the optimiser's, and `schedule` its course.
     """
-    objective = Objective(model or small_model(), weights=weights)
+    objective = Objective(model or small_model(), weights=weights, terms=terms)
     return fit(
         objective,
         optimizer(objective.parameters(), lr, fused=True),

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mvae.estimators import Quantity, evaluate, of_a_pair
 from mvae.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from mvae.model import MVAE
 from mvae.objective import Objective
-from mvae.schedules import cosine, late, linear
+from mvae.schedules import constant, cosine, late, linear
 from mvae.training import Options, fit, train_step
 
 from helpers import SmallEncoder, at_call, fit_small, small_data, small_model
@@ -253,6 +253,13 @@ def test_value_of_an_absent_example_is_no_trouble(tmp_path: Path) -> None:
     assert data.extremes().tolist() == [0]
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.float16])
+def test_extremes_are_found_in_numbers_of_any_type(dtype: torch.dtype) -> None:
+    values = torch.full((2000, 3), 5.0)
+    values[700, 1], values[1999, 2] = 1, 9
+    assert Data(tensors={"x": values.to(dtype)}).extremes().tolist() == [700, 1999]
+
+
 def test_evaluation_checks_its_data() -> None:
     with pytest.raises(UsageError, match="x: it has values from"):
         evaluate(
@@ -426,3 +433,27 @@ def test_run_that_diverges_without_a_nan_says_so_and_leaves_no_model(tmp_path: P
     with pytest.raises(UserError, match=r"the run diverges: validation loss .*e\+.* at its start.*smaller `lr`"):
         fit_small(tmp_path, model=model, train=data, validation=data, lr=1e3)
     assert not (tmp_path / "model_best.pth.tar").exists()
+
+
+def test_resumed_run_is_held_against_the_loss_of_its_first_epoch_as_the_straight_one_is(tmp_path: Path) -> None:
+    """Its first epoch is so far off that the last one isn't said to diverge, though the second one had come close."""
+    data = Data(tensors={"x": torch.randn(24, 6, generator=torch.Generator().manual_seed(0))})
+
+    def fit(folder: str, epochs: int, **how: Any) -> list[dict[str, Any]]:
+        torch.manual_seed(0)
+        decoder = nn.Linear(2, 6)
+        nn.init.constant_(decoder.bias, 3e4)
+        rate = {"lr": 4e3, "schedule": lambda t: 1.0 if t <= 2 else 0.0 if t <= 2.8 else 30.0, "beta": constant()}
+
+        def bias_alone(weights: Iterable[nn.Parameter], lr: float, fused: bool) -> torch.optim.Optimizer:
+            return torch.optim.Adam([{"params": [w for w in weights if w.shape == (6,)]}], lr, fused=fused)
+
+        model = one(Gaussian(decoder), SmallEncoder(6))
+        how = {**rate, "optimizer": bias_alone, "train": data, "validation": data, **how}
+        return fit_small(tmp_path / folder, model=model, epochs=epochs, **how)
+
+    straight = fit("straight", 3)
+    start, close, far = (record["validation/loss"] for record in straight)
+    assert far > 100 * max(100, close)
+    fit("parts", 2)
+    assert [record["validation/loss"] for record in fit("parts", 3, resume=True)] == [start, close, far]

@@ -49,6 +49,12 @@ def test_log_prob_is_torchs(kind: str) -> None:
     torch.testing.assert_close(found.log_prob(z, x), distribution(found, z).log_prob(x), rtol=1e-12, atol=1e-12)
 
 
+def test_a_value_may_be_a_lone_number() -> None:
+    z, x = torch.randn(4, 7, 1).double(), torch.randn(7).double()
+    found = Gaussian(nn.Flatten(0), std=0.5).log_prob(z, x)
+    torch.testing.assert_close(found, torch.distributions.Normal(z.squeeze(2), 0.5).log_prob(x))
+
+
 def test_grey_values_are_scored_by_the_cross_entropy() -> None:
     found, z = likelihood_of("m0"), latents(7)
     x = torch.rand(7, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -235,6 +235,20 @@ def test_decoders_run_for_what_every_term_scores(reconstruct: str | Sequence[str
     assert all(len(calls) == 1 for calls in decoded.values())
 
 
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_modality_that_no_term_is_given_is_not_encoded(missing: bool) -> None:
+    model, batch = small_model(3), small_batch(3, N_EXAMPLES)
+    present = {"m1": torch.arange(N_EXAMPLES) < 3} if missing else None
+    terms = [Term(("m1",), ("m0", "m1")), Term(("m2",), ("m2",))]
+    encoded, _ = rows_run(model, batch, 1.0, (), present, terms=terms)
+    assert encoded == {"m0": [], "m1": [3 if missing else N_EXAMPLES], "m2": [N_EXAMPLES]}
+    noise, rows = torch.randn(1, N_EXAMPLES, model.n_latents).double(), torch.arange(N_EXAMPLES)
+    _, found = Objective(model, terms=terms[1:])(batch, 1.0, (), present, noise)
+    mu, logvar = model.posterior({"m2": batch["m2"]})
+    z = mu + (logvar / 2).exp() * noise[0]
+    torch.testing.assert_close(found.log_prob[0, 2], model.likelihood("m2").log_prob(z, batch["m2"])[rows].sum())
+
+
 def test_absent_examples_are_not_decoded() -> None:
     model, present = small_model(6), presence_of(6)
     _, decoded = rows_run(model, small_batch(6, N_EXAMPLES), 1.0, (), present)
@@ -425,9 +439,11 @@ def test_checksum_tells_what_an_objective_asks_for() -> None:
         {},
         {"weights": {"m1": 2.0}},
         {"reconstruct": "all"},
+        {"reconstruct": ["m1"]},
         {"iw_samples": 2},
         {"terms": [Term(("m0",), ("m0",))]},
         {"terms": [Term(("m0",), ("m0", "m1"))]},
+        {"terms": [Term(("m0",), ("m0", "m1"))], "reconstruct": ["m1"]},  # a random subset scores m1, too
     ]
     found = [Objective(small_model(3), **some).checksum() for some in asked]
     assert len(set(found)) == len(asked)
@@ -548,6 +564,14 @@ def test_terms_score_what_every_term_is_to_score_too() -> None:
 def test_terms_that_are_given_the_same_are_refused(given: list[tuple[str, ...]]) -> None:
     with pytest.raises(UsageError, match="each needs a name unlike the others'"):
         Objective(small_model(2), terms=[Term(names, names) for names in given])
+
+
+def test_terms_that_are_given_nothing_are_refused() -> None:
+    for terms in ([], [Term((), ("m0",))]):
+        with pytest.raises(UsageError, match="and one or more are wanted"):
+            Objective(small_model(2), terms=terms)
+    with pytest.raises(UsageError, match="given no modality"):
+        Objective(small_model(2))(small_batch(2, 3), 1.0, [()])
 
 
 # What a step costs.

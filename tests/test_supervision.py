@@ -4,16 +4,18 @@ import argparse
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from mnist.model import build_model as build_digits
 from multimnist.model import build_model
-from mvae import checkpoint
-from mvae.data import Data
+from mvae import MVAE, checkpoint
+from mvae.data import Data, binarize, pictures_and_labels
 from mvae.errors import UsageError
-from mvae.scripts import stages
+from mvae.scripts import stages, training
 from mvae.scripts.training import supervised
 from mvae.supervision import composed_rows, drop, keep_pairs, neighbour_graph, regressed, relabelled, spread, surest
 
@@ -264,7 +266,19 @@ def test_an_unknown_label_may_hold_anything() -> None:
     points, truth = two_moons()
     known = torch.arange(200) % 20 == 0
     graph = neighbour_graph(points, k=5)
-    assert torch.equal(spread(graph, truth, known), spread(graph, truth.masked_fill(~known, 255), known))
+    for anything in (255, -1):
+        found = spread(graph, truth.masked_fill(~known, anything), known)
+        assert torch.equal(found, spread(graph, truth, known))
+
+
+def test_labels_spread_although_a_point_is_far_from_all_others() -> None:
+    points, truth = two_moons()
+    far = torch.cat([points, torch.tensor([[1e4, 1e4]])])
+    known = torch.arange(201) % 20 == 0
+    graph = neighbour_graph(far, k=5)
+    assert graph.to_dense().isfinite().all()
+    found = spread(graph, torch.cat([truth, torch.tensor([0])]), known)
+    assert (found[:200].argmax(dim=-1) == truth).all()
 
 
 def test_regression_is_at_the_minimum_of_its_loss() -> None:
@@ -302,6 +316,48 @@ def test_the_surest_are_those_of_the_highest_probability_and_not_the_known_ones(
     assert not (chosen & known).any()
     sure = probabilities.amax(dim=-1).prod(dim=1)
     assert sure[chosen].min() >= sure[~chosen & ~known].max()
+
+
+def pictures(n: int) -> Data:
+    rng = torch.Generator().manual_seed(0)
+    image = torch.randint(256, (n, 1, 28, 28), generator=rng, dtype=torch.uint8)
+    return Data(tensors={"image": image, "text": torch.arange(n) % 10}, transform=pictures_and_labels)
+
+
+def stage(out_dir: Path, train: Data, *words: str) -> tuple[MVAE, Data]:
+    """MNIST's model after the first stage of one epoch, and the second stage's training data."""
+    sizes: dict[str, Any] = {"n_latents": 4, "batch_size": 20, "epochs": 1, "annealing_epochs": 1, "lr": 1e-3}
+    parser = training.parser("", modalities=NAMES, lambdas={"image": 1.0, "text": 1.0}, **sizes)
+    args = parser.parse_args(["--images-first=1", f"--out-dir={out_dir}", "--threads=1", *words])
+    torch.manual_seed(0)
+    model = build_digits(4)
+    options = training.options(args)
+    return model, stages.images_first(args, model, train, train, options, experiment="mnist", labels=["text"])
+
+
+def test_first_stage_knows_no_label(tmp_path: Path) -> None:
+    """What stands where a label isn't known may be anything, and the labels' networks stay as they were drawn."""
+    data = keep_pairs(pictures(60), 20, NAMES, seed=0)
+    unknown = data.tensors["text"].masked_fill(~masks(data)[1], 255)
+    model, _ = stage(tmp_path / "known", data, "--weight-decay=0.5")
+    other, _ = stage(tmp_path / "unknown", relabelled(data, {"text": unknown}, {}), "--weight-decay=0.5")
+    assert same(model.state_dict(), other.state_dict())
+    torch.manual_seed(0)
+    drawn = build_digits(4)
+    for name, stays in (("image", False), ("text", True)):
+        for one, first in zip(*((m.encoders[name], m.likelihood(name)) for m in (model, drawn)), strict=True):
+            assert same(one.state_dict(), first.state_dict()) == stays
+
+
+def test_labels_of_drawn_pixels_do_not_depend_on_what_was_drawn_before(tmp_path: Path) -> None:
+    """Else the processes of a run would go on with different labels."""
+    data = binarize(keep_pairs(pictures(60), 20, NAMES, seed=0), "image")
+    model = build_digits(4)
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(stages._self_labelled(model, data, ["text"], 0.5, "neighbours").checksum())
+    assert found[0] == found[1] != data.checksum()
 
 
 def test_a_text_that_goes_on_after_its_end_is_no_label() -> None:

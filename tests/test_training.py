@@ -1,6 +1,7 @@
 """A step and a run of steps: what is trained and what is reported is the same, in one process and in several."""
 
 import copy
+import itertools
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ from mvae import checkpoint
 from mvae.data import Data, permuted_rows, seed_of
 from mvae.errors import UsageError, UserError
 from mvae.model import MVAE, Batch
-from mvae.objective import Objective
+from mvae.objective import Objective, Term
 from mvae.processes import Processes
 from mvae.schedules import Schedule, constant, cosine, late, linear
 from mvae.training import Options, Stopped, fit, train_step, validate
@@ -429,7 +430,11 @@ def test_two_processes_report_the_steps_of_both(two: Two) -> None:
 
 
 def test_two_processes_draw_noise_unlike_each_others_and_unlike_any_steps(two: Two) -> None:
-    assert len({*two.first["drawn"], *two.second["drawn"]}) == 2 * 12
+    drawn = {*two.first["drawn"], *two.second["drawn"]}
+    assert len(drawn) == 2 * 12
+    for epoch, step in itertools.product((1, 2), range(6)):  # nor like z's noise, which the processes share
+        seeded = torch.Generator().manual_seed(seed_of(0, epoch, step, 0))
+        assert torch.rand((), generator=seeded).item() not in drawn
 
 
 def test_two_processes_draw_the_same_subsets_and_others_at_other_steps(two: Two) -> None:
@@ -470,6 +475,12 @@ def test_two_processes_train_on_examples_that_lack_modalities(tmp_path: Path) ->
     first, second = fit_in(2, tmp_path, present={"label": torch.arange(24) % 3 == 0}, epochs=1)
     assert same(first["model"], second["model"])
     assert first["records"][0]["train/label/elbo"] < 0
+
+
+def test_two_processes_train_on_terms_that_leave_modalities_out(tmp_path: Path) -> None:
+    first, second = fit_in(2, tmp_path, terms=[Term(("image",), ("image", "label"))], epochs=1)
+    assert same(first["model"], second["model"])
+    assert first["records"][0]["train/image/elbo"] < 0
 
 
 def test_two_processes_need_an_example_each(tmp_path: Path) -> None:

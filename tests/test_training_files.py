@@ -724,15 +724,15 @@ def test_best_model_is_that_of_the_epoch_with_the_lowest_validation_loss(tmp_pat
 
 
 def test_best_model_by_the_joint_elbo_leaves_lambda_out(tmp_path: Path) -> None:
-    how = {"epochs": 12, "lr": 0.2, "beta": constant(), "weights": {"label": 100.0}, "select": "joint"}
-    records = fit_small(tmp_path, **how)
+    how: dict[str, Any] = {"lr": 0.2, "beta": constant(), "weights": {"label": 100.0}, "select": "joint"}
+    records = fit_small(tmp_path, epochs=12, **how)
     elbos = [record["validation/joint/elbo"] for record in records]
     losses = [record["validation/loss"] for record in records]
     best = int(np.argmax(elbos)) + 1
     assert best != int(np.argmin(losses)) + 1
     content = checkpoint.load(tmp_path / checkpoint.BEST, "small")
     assert (content["epoch"], content["validation_loss"]) == (best, losses[best - 1])
-    (*_, record) = fit_small(tmp_path, **{**how, "epochs": 13}, resume=True)
+    (*_, record) = fit_small(tmp_path, epochs=13, **how, resume=True)
     again = checkpoint.load(tmp_path / checkpoint.BEST, "small")
     assert again["epoch"] == (13 if record["validation/joint/elbo"] > max(elbos) else best)
 
@@ -749,6 +749,31 @@ def test_select_that_can_not_be_is_refused(tmp_path: Path) -> None:
     fit_small(tmp_path / "joint", select="joint")
     with pytest.raises(UsageError, match="select was joint, now loss"):
         fit_small(tmp_path / "joint", resume=True)
+    fit_small(tmp_path / "older")
+    path = tmp_path / "older" / checkpoint.LATEST
+    older = checkpoint.load(path, "small")
+    del older["settings"]["select"]
+    checkpoint.save(path, "small", older)
+    with pytest.raises(UsageError, match="select was loss, now joint"):
+        fit_small(tmp_path / "older", select="joint", resume=True)
+    assert len(fit_small(tmp_path / "older", epochs=3, resume=True)) == 3
+
+
+def test_joint_elbo_needs_a_complete_validation_example(tmp_path: Path) -> None:
+    for present, complete in ((torch.arange(10) < 1, True), (torch.arange(10) < 0, False)):
+        validation = small_data(10, seed=1, present={"label": present})
+        if complete:
+            fit_small(tmp_path / "some", validation=validation, select="joint")
+            assert (tmp_path / "some" / checkpoint.BEST).exists()
+        else:
+            with pytest.raises(UsageError, match="no validation example has every modality"):
+                fit_small(tmp_path / "none", validation=validation, select="joint")
+
+
+def test_metric_takes_no_name_of_the_objectives(tmp_path: Path) -> None:
+    for name in ("loss", "joint/elbo"):
+        with pytest.raises(UsageError, match=f"{name} in `metrics`"):
+            fit_small(tmp_path, metrics={name: lambda model, batch: torch.zeros(10)})
 
 
 def test_same_seed_gives_the_same_run_and_another_does_not(tmp_path: Path) -> None:

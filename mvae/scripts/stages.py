@@ -62,8 +62,8 @@ def images_first(
     fit(
         alone,
         torch.optim.AdamW(alone.parameters(), args.lr, weight_decay=args.weight_decay, fused=True),
-        _only(train, image),
-        _only(validation, image),
+        _images(train, model.modalities),
+        _images(validation, model.modalities),
         dataclasses.replace(
             options, epochs=stage.epochs, select="loss", pairs_per_batch=0, approx_m=0, out_dir=out_dir,
             resume=options.resume or args.images_dir is not None,
@@ -76,12 +76,14 @@ def images_first(
     return _self_labelled(model, train, few, args.self_labels, args.self_labels_by) if args.self_labels else train
 
 
-def _only(data: "Data", image: str) -> "Data":
-    """The same examples with their image alone."""
+def _images(data: "Data", modalities: Sequence[str]) -> "Data":
+    """The same examples with their image alone, the first of `modalities`."""
     import torch
 
-    here = (data.present or {}).get(image, torch.ones(len(data), dtype=torch.bool, device=data.stored_on))
-    return dataclasses.replace(data, present={image: here})
+    every = torch.ones(len(data), dtype=torch.bool, device=data.stored_on)
+    image, *others = modalities
+    here = {image: (data.present or {}).get(image, every), **dict.fromkeys(others, ~every)}
+    return dataclasses.replace(data, present=here)
 
 
 def _possible(model: "MVAE", name: str, labels: "Tensor", z: "Tensor") -> "Tensor":
@@ -106,6 +108,7 @@ def _self_labelled(model: "MVAE", train: "Data", few: Sequence[str], share: floa
     image, present = model.modalities[0], train.present or {}
     device = next(model.parameters()).device  # where the first stage left the model; the data have stayed
     there, means, batches = train.to(device), [], []
+    torch.manual_seed(0)  # for pixels that are drawn: several processes are to find the same labels
     with torch.no_grad(), evaluating(model):
         for rows in consecutive_rows(there, 1000):
             batch, _ = there.batch(rows)
