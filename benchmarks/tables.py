@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table differs from its files")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of results/ and the READMEs")
     args = parser.parse_args()
+    if not (args.root / "README.md").is_file():
+        raise UserError(f"{args.root} has no README.md: name the folder of results/ and the READMEs")
     for document in documents(args.root):
         old = document.read_text()
         new = rewritten(old, document, args.root, check=args.check)

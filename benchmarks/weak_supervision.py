@@ -261,7 +261,7 @@ METHODS: dict[str, Method] = {
     "paper": paper,
     "no_hold": no_hold,
     "half": lambda task: weak(task, "half", "--self-labels", "0.5"),
-    "no_labels": lambda task: weak(task, "no_labels", "--self-labels", "0"),
+    "no_labels": lambda task: weak(task, "no_labels", "--self-labels", "0", "--pairs-per-batch", "33"),
 }
 
 

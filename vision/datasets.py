@@ -193,11 +193,13 @@ def _remedy(name: str, folders: Mapping[str, Path]) -> str:
     return f"`python setup.py {COMMANDS[name]} {folders['image']} {folders[name]}` makes it, or name --{name}-dir"
 
 
-def _splits(folders: Mapping[str, Path], data_dir: Path, cache_dir: Path, workers: int) -> list["Data"]:
-    """The data of each of `SPLITS`: slices of four files of decoded pictures."""
+def _splits(
+    folders: Mapping[str, Path], data_dir: Path, cache_dir: Path, workers: int, found: Pictures | None = None
+) -> list["Data"]:
+    """The data of each of `SPLITS`: slices of four files of decoded pictures. `found`: what `find` gives, if known."""
     from mvae import Data
 
-    found = find(folders, data_dir)
+    found = found or find(folders, data_dir)
     tensors = {
         name: decoded(
             folders[name],
@@ -221,7 +223,7 @@ def main() -> None:
     found = find(folders(args), args.data_dir)
     counts = ", ".join(f"{name} {n}" for name, n in zip(SPLITS, found.counts, strict=True))
     print(f"{args.image_dir}: {counts} pictures, split by {found.partition or 'their names'}")
-    training_data(folders(args), args.data_dir, args.cache_dir, workers=args.workers)
+    _splits(folders(args), args.data_dir, args.cache_dir, args.workers, found)
     print(f"they are decoded in {args.cache_dir}")
 
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from mvae.datasets.picture_files import eight_bit
 from mvae.errors import UsageError, UserError
-from mvae.scripts import running, types
+from mvae.scripts import flags, running, types
 
 if TYPE_CHECKING:  # only masks need dlib
     import dlib
@@ -303,7 +303,7 @@ def convert_all(args: argparse.Namespace, sources: Sequence[Path], predictor: Pa
 
 
 def parse_arguments() -> argparse.Namespace:
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = flags.Parser(add_help=False)
     shared.add_argument("src", metavar="SRC", type=types.path, help="folder of the pictures")
     shared.add_argument("dst", metavar="DST", type=types.path, help="folder to write into, made if it is absent")
     shared.add_argument(
@@ -312,9 +312,7 @@ def parse_arguments() -> argparse.Namespace:
     shared.add_argument("--overwrite", action="store_true", help="make anew what is there, too")
     shared.add_argument("--limit", type=types.positive_int, metavar="N", help="the first N pictures only")
     description, usage = (__doc__ or "").split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags.Parser(description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("grayscale", parents=[shared], help="luminance, by PIL")
     commands.add_parser("edge", parents=[shared], help="Canny's edges, white on black, by scikit-image")

@@ -5,14 +5,13 @@
 The same bytes each time, for one version of OpenCV.
 """
 
-import argparse
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from mvae.files import write_atomically
-from mvae.scripts import running, types
+from mvae.scripts import flags, running, types
 
 SIZE = 64
 FINER = 16
@@ -60,7 +59,7 @@ def watermark() -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the watermark.")
+    parser = flags.Parser(description="Draw the watermark.")
     default = Path(__file__).with_name("watermark.png")
     parser.add_argument(
         "file", metavar="FILE", nargs="?", type=types.output, default=default, help="default: beside this file"

@@ -202,6 +202,7 @@ def _download(folder: Path, name: str, files: Sequence[str]) -> None:
                     except (URLError, HTTPException, RuntimeError, ConnectionError, TimeoutError) as error:
                         failure = error
                 else:
-                    raise UserError(f"{wanted} and can't be downloaded ({failure}): {remedy}")
+                    why = getattr(failure, "reason", failure)  # of a URLError, in plain words
+                    raise UserError(f"{wanted} and can't be downloaded ({why}): {remedy}")
     except OSError as error:
         raise UserError(f"{wanted} and can't be written there ({error.strerror or error}): {remedy}") from None

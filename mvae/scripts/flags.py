@@ -4,7 +4,7 @@ import argparse
 import functools
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import UsageError
 from .kinds import Controls, Picture, described_by, endpoint, values
@@ -163,7 +163,7 @@ def embedding_parser(description: str | None, controls: Controls) -> argparse.Ar
 
 def exploring_parser(description: str | None) -> argparse.ArgumentParser:
     """The flags of an explore.py."""
-    result = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
+    result = Parser(description=description, formatter_class=_Formatter)
     _add_model_path(result)
     _add_machine_flags(result)
     result.add_argument(
@@ -195,7 +195,10 @@ def _listed(value: Any) -> list[Any]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses to write a file that another flag names, too: one of the two would be lost."""
+    """Says in one line what is wrong, and refuses to write a file that another flag names, too: one would be lost."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; -h shows all flags\n")
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         found = super().parse_args(*args, **kwargs)

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import UsageError
-from ..scripts import running, types
+from ..scripts import flags, running, types
 from .digits import digits
 from .faces import DRAWN, attributes, faces
 from .fashion import garments
@@ -163,9 +163,7 @@ SETS: dict[str, tuple[str, str, dict[str, int], Callable[[Path, Sequence[int], i
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command. Raises UsageError, in one line for the user, if the set can't be written."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mvae.synthetic", description="Make a data set.", exit_on_error=False
-    )
+    parser = flags.Parser(prog="python -m mvae.synthetic", description="Make a data set.", exit_on_error=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (folder, what, splits, _) in SETS.items():
         dataset = folder.removesuffix("/raw").replace("celeba", "CelebA")
