@@ -12,7 +12,7 @@ import pytest
 
 import mvae
 
-from helpers import ROOT, environment, run_warm
+from helpers import ROOT, assert_refused, environment, run_warm
 
 EXPERIMENTS = ("mnist", "fashionmnist", "multimnist", "celeba", "celeba19", "vision")
 
@@ -208,4 +208,22 @@ def test_every_script_explains_itself(experiment: str, script: str, tmp_path: Pa
     done = run_warm(f"{experiment}/{script}", "-h", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"usage: {script}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("mnist/train.py", ["--epochs", 0]),
+        ("mnist/train.py", ["--preset", "best"]),
+        ("celeba/sample.py", []),
+        ("fashionmnist/explore.py", ["model_best.pth.tar", "--cache-dir", "cache"]),
+        ("vision/setup.py", []),
+        ("vision/setup.py", ["edge", "faces"]),
+        ("vision/watermark.py", ["one.png", "two.png"]),
+    ],
+)
+def test_wrong_call_is_one_line(script: str, words: list[object], tmp_path: Path) -> None:
+    done = run_warm(script, *words, cwd=tmp_path)
+    assert_refused(done, 2, f"{Path(script).name}", "; -h shows all flags")
     assert list(tmp_path.iterdir()) == []

@@ -143,6 +143,10 @@ def test_refuses_a_wrong_number(tmp_path: Path, option: str, value: str) -> None
     assert not (tmp_path / "new").exists()
 
 
+def test_refuses_a_call_without_a_folder() -> None:
+    assert_refused(run("digits"), "DIR", "-h")
+
+
 def test_classes_are_balanced() -> None:
     _, labels = digits(1003, np.random.default_rng(0))
     counts = np.bincount(labels)
