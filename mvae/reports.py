@@ -89,7 +89,7 @@ class Reports:
 
 
 def line(record: Record, names: Sequence[str], *, best: bool) -> str:
-    """An epoch in a line, with the ELBOs of the first seven of `names`; `best` says that it is the best yet."""
+    """An epoch in a line, with the ELBOs of the first seven of `names`; `best` says that its model is the best yet."""
     losses = f"loss {record['train/loss']:.2f}  validation loss {record['validation/loss']:.2f}"
     elbos = [
         f"ELBO({name}) {record[f'validation/{name}/elbo']:.2f}"
@@ -102,5 +102,5 @@ def line(record: Record, names: Sequence[str], *, best: bool) -> str:
         if name.startswith("validation/") and name.count("/") == 1 and name != "validation/loss"
     ]
     speed = f"{record['examples_per_second']:.0f} examples/s"
-    start = [f"epoch {record['epoch']}", f"beta {record['beta']:.3f}", losses + " (best)" * best]
-    return "  ".join([*start, *elbos, *metrics, speed])
+    start = [f"epoch {record['epoch']}", f"beta {record['beta']:.3f}", losses]
+    return "  ".join([*start, *elbos, *metrics, speed, *["(best)"] * best])

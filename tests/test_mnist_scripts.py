@@ -75,6 +75,8 @@ def test_train_prints_plain_lines_where_there_is_no_terminal(trained: Trained) -
     epochs = [line for line in lines if "validation loss" in line]
     assert [line.split()[1] for line in epochs] == ["1", "2", "3"]
     assert all("ELBO(joint)" in line and "examples/s" in line for line in epochs)
+    losses = [record["validation/loss"] for record in stats(trained.out_dir)]
+    assert [line.endswith("(best)") for line in epochs] == [loss == min(losses[: i + 1]) for i, loss in enumerate(losses)]
 
 
 def test_stats_have_one_object_an_epoch(trained: Trained) -> None:
