@@ -2,8 +2,10 @@
 
 import argparse
 import csv
+import itertools
 import json
 import math
+import operator
 import os
 import subprocess
 import sys
@@ -76,7 +78,8 @@ def test_train_prints_plain_lines_where_there_is_no_terminal(trained: Trained) -
     assert [line.split()[1] for line in epochs] == ["1", "2", "3"]
     assert all("ELBO(joint)" in line and "examples/s" in line for line in epochs)
     losses = [record["validation/loss"] for record in stats(trained.out_dir)]
-    assert [line.endswith("(best)") for line in epochs] == [loss == min(losses[: i + 1]) for i, loss in enumerate(losses)]
+    least = itertools.accumulate(losses, min)
+    assert [line.endswith("(best)") for line in epochs] == [*map(operator.eq, losses, least)]
 
 
 def test_stats_have_one_object_an_epoch(trained: Trained) -> None:
