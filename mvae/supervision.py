@@ -75,7 +75,7 @@ def composed_rows(data: Data, batch_size: int, pairs: int, seed: int) -> list[Te
         raise UsageError(f"`pairs_per_batch` {pairs} leaves the other examples no place in a batch of {batch_size}")
     if not pairs or not data.present:
         return permuted_rows(data, batch_size, seed)
-    complete = _complete(data.present) if data.pairs is None else data.pairs
+    complete = complete_examples(data.present) if data.pairs is None else data.pairs
     whole, rest = complete.nonzero().flatten(), (~complete).nonzero().flatten()
     if not len(whole) or not len(rest):
         return permuted_rows(data, batch_size, seed)
@@ -210,11 +210,11 @@ def relabelled(data: Data, labels: Mapping[str, Tensor], present: Mapping[str, T
 
     tensors = {**data.tensors, **{key: labels[name] for name, key in stored.items()}}
     before = data.present or {}
-    pairs = _complete(before) if before and data.pairs is None else data.pairs
+    pairs = complete_examples(before) if before and data.pairs is None else data.pairs
     return dataclasses.replace(data, tensors=tensors, transform=transform, present={**before, **present}, pairs=pairs)
 
 
-def _complete(present: Mapping[str, Tensor]) -> Tensor:
+def complete_examples(present: Mapping[str, Tensor]) -> Tensor:
     """bool (N,): the examples that lack nothing."""
     return torch.stack(list(present.values())).all(dim=0)
 

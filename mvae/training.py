@@ -33,7 +33,7 @@ from .reports import Reports, line
 from .run import Run, Selection
 from .schedules import Schedule, constant
 from .stats import JOINT, Totals
-from .supervision import composed_rows
+from .supervision import complete_examples, composed_rows
 from .watch import Watch
 
 
@@ -178,7 +178,7 @@ def fit(
     modalities = set(objective.model.modalities)
     if options.select == JOINT and JOINT not in objective.names:
         raise UsageError("`select` is joint, and `objective` has no term that is given every modality")
-    if options.select == JOINT and validation.present and not torch.stack([*validation.present.values()]).all(0).any():
+    if options.select == JOINT and validation.present and not complete_examples(validation.present).any():
         raise UsageError("`select` is joint, and no validation example has every modality")
     if wrong := [name for name in metrics or {} if name == "loss" or "/" in name]:
         raise UsageError(f"{', '.join(wrong)} in `metrics`: a name is not to be loss, nor to have a / in it")
