@@ -335,6 +335,12 @@ def test_mirror_that_speaks_no_http_is_one_error(tmp_path: Path, monkeypatch: py
             load_idx(tmp_path, "MNIST", "train")
 
 
+def test_mirror_that_is_away_is_told_in_plain_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(official.MNIST, "mirrors", [(tmp_path / "away").as_uri() + "/"])
+    with pytest.raises(UserError, match=r"can't be downloaded \([^<>]*No such file or directory[^<>]*\): put them"):
+        load_idx(tmp_path, "MNIST", "train")
+
+
 def test_absent_files_in_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz.*file/MNIST/raw.*`data_dir`"):

@@ -322,6 +322,10 @@ def test_a_marker_that_is_wrong_is_named(root: Path, text: str, said: str) -> No
     assert_refused(tables(root), 1, "docs/speed.md", said)
 
 
+def test_a_folder_without_pages_is_refused(tmp_path: Path) -> None:
+    assert_refused(tables(tmp_path, "--check"), 1, f"{tmp_path} has no README.md")
+
+
 def test_plots_are_drawn_of_what_has_results(root: Path) -> None:
     record = {"seconds": 60.0, "validation/loss": 200.0, "validation/joint/elbo": -95.0}
     lines = [json.dumps({"epoch": epoch, **record, "validation/label_accuracy": 0.9}) for epoch in (1, 2, 3)]

@@ -268,6 +268,15 @@ def test_pictures_that_a_folder_lacks_are_told_in_one_line(copied: Path, caplog:
     assert str(copied / "edge") not in said
 
 
+def test_datasets_as_a_command_counts_the_pictures_and_warns_once(copied: Path, run_here: RunHere) -> None:
+    (copied / "mask" / NAMES[7]).unlink()
+    done = run_here("vision/datasets.py", "--data-dir", copied, "--cache-dir", copied / "cache", "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("1 are not in data/mask") == len(done.stderr.splitlines()) == 1
+    assert "split by their names" in done.stdout
+    assert len(list((copied / "cache").glob("*.pictures"))) == 4
+
+
 def assert_not_found(data: Path, *said: object) -> None:
     with pytest.raises(UserError) as caught:
         datasets.find(folders(data), data)

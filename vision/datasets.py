@@ -120,18 +120,19 @@ def training_data(
 
     Raises UserError, in one line, for what is missing, doesn't fit or is damaged.
     """
-    train, validation, _ = _splits(folders, data_dir, cache_dir, workers)
+    train, validation, _ = _splits(folders, find(folders, data_dir), cache_dir, workers)
     return train[:limit], validation
 
 
 def test_data(folders: Mapping[str, Path], data_dir: Path, cache_dir: Path, *, workers: int) -> "Data":
     """The test split, as `training_data` gives the others."""
-    return _splits(folders, data_dir, cache_dir, workers)[2]
+    return _splits(folders, find(folders, data_dir), cache_dir, workers)[2]
 
 
 def examples(split: str, args: argparse.Namespace, settings: Mapping[str, Any]) -> "Data":
     """The split "train", "validation" or "test" of the pictures that the flags name."""
-    return _splits(folders(args), args.data_dir, args.cache_dir, args.workers)[SPLITS.index(split)]
+    of_all = folders(args)
+    return _splits(of_all, find(of_all, args.data_dir), args.cache_dir, args.workers)[SPLITS.index(split)]
 
 
 def find(folders: Mapping[str, Path], data_dir: Path) -> Pictures:
@@ -193,13 +194,10 @@ def _remedy(name: str, folders: Mapping[str, Path]) -> str:
     return f"`python setup.py {COMMANDS[name]} {folders['image']} {folders[name]}` makes it, or name --{name}-dir"
 
 
-def _splits(
-    folders: Mapping[str, Path], data_dir: Path, cache_dir: Path, workers: int, found: Pictures | None = None
-) -> list["Data"]:
-    """The data of each of `SPLITS`: slices of four files of decoded pictures. `found`: what `find` gives, if known."""
+def _splits(folders: Mapping[str, Path], found: Pictures, cache_dir: Path, workers: int) -> list["Data"]:
+    """The data of each of `SPLITS`: slices of four files of decoded pictures, those that `find` found."""
     from mvae import Data
 
-    found = found or find(folders, data_dir)
     tensors = {
         name: decoded(
             folders[name],
@@ -223,7 +221,7 @@ def main() -> None:
     found = find(folders(args), args.data_dir)
     counts = ", ".join(f"{name} {n}" for name, n in zip(SPLITS, found.counts, strict=True))
     print(f"{args.image_dir}: {counts} pictures, split by {found.partition or 'their names'}")
-    _splits(folders(args), args.data_dir, args.cache_dir, args.workers, found)
+    _splits(folders(args), found, args.cache_dir, args.workers)
     print(f"they are decoded in {args.cache_dir}")
 
 
