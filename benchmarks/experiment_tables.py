@@ -182,8 +182,8 @@ def summary(root: Path, document: Path) -> str:
     about = (
         "*Log p in nats per test example, mean ± standard error over the examples, by importance sampling with "
         f"{' or '.join(f'{n:,}' for n in samples)} draws from q(z | image); below it in italics the paper's (arXiv "
-        "1802.05335, Table 2) and its epochs. Epochs: the model's, of those asked for; "
-        f"minutes: of training up to it.{_about_seeds(shown)}*"
+        "1802.05335, Table 2), where log p(second | image) is the difference of two, and its epochs. Epochs: the "
+        f"model's, of those asked for; minutes: of training up to it, on {_devices(shown)}.{_about_seeds(shown)}*"
     )
     return f"{table(columns, rows)}\n\n{about}"
 
@@ -200,6 +200,14 @@ def summarized(experiment: str, some: Sequence[Run]) -> list[str]:
     cells.append("<br>balanced ".join(measured[name].percent() for name in shown.read if name in measured) or "–")
     cells.append(f"{', '.join(dict.fromkeys(map(epochs_of, some)))}<br>*{PAPER['epochs'][experiment]}*")
     return [*cells, minutes_of(some), f"{some[0].content['n_examples']:,}"]
+
+
+def _devices(shown: Iterable[Sequence[Run]]) -> str:
+    """What the runs trained on: "1 CPU thread", or "a GPU"."""
+    settings = [run.content["training"]["settings"] for some in shown for run in some]
+    cpu = sorted({one["threads"] for one in settings if not one["cuda"]})
+    parts = [f"{' or '.join(map(str, cpu))} CPU thread{'s' * (cpu != [1])}"] if cpu else []
+    return " or ".join(parts + ["a GPU"] * any(one["cuda"] for one in settings))
 
 
 def _about_seeds(shown: Iterable[Sequence[Run]]) -> str:

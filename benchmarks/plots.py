@@ -123,7 +123,7 @@ def curves(root: Path) -> Figure | None:
             row[2].set_ylim(top=1.0)
         else:
             row[2].set_visible(False)
-        row[0].legend(frameon=False)
+        row[0].legend(loc="lower right", edgecolor="none", framealpha=0.8)  # a curve may pass under the names
         for panel in (row[0], row[2]):
             panel.xaxis.get_major_locator().set_params(integer=True)
     for panel, unit in zip(panels[-1], ("epochs", "minutes of training", "epochs"), strict=True):

@@ -67,9 +67,9 @@ def weak(experiment: str) -> Callable[[Path, Path], str]:
         commits = ", ".join(sorted({str(file["commit"])[:7] for file in files}))
         totals = {f"Pairs of {file['total']:,} examples; " for file in files if "total" in file}
         parts.append(
-            f"*{''.join(totals)}{files[0]['n_examples']:,} test examples. Means over {_seeds(seeds)}, which draw "
-            "the pairs and the weights, ± the standard error over them; differences are paired. A share of the pairs "
-            f"validates, but where all labels of the validation examples do. Commit {commits}.*"
+            f"*{''.join(totals)}{files[0]['n_examples']:,} test examples. Means over {_seeds(seeds)} of the pairs and "
+            "the weights, ± the standard error over several; differences are paired. A share of the pairs validates, "
+            f"except in rows that are stopped by all validation labels. Commit {commits}.*"
         )
         return "\n\n".join(parts)
 

@@ -91,6 +91,8 @@ def log_likelihood(
         targets: sets of modalities, at least one each.
         noise: standard normal (draws, batch, latents), two draws or more: it alone is random.
         max_rows: bounds the latents decoded in one call, and so the memory; the result doesn't depend on it.
+
+    Raises UsageError for a name that is no modality's, or noise of another shape.
     """
     return _from_draws(model, batch, proposal, targets, (), noise, max_rows)[0]
 
@@ -100,7 +102,7 @@ def predict(
 ) -> dict[str, Tensor]:
     """The means of the modalities `names` given others: E_q(z|given)[mean of p(x | z)], each (batch, *event).
 
-    For a label: its probabilities. `noise` and `max_rows` as in `log_likelihood`.
+    For a label: its probabilities. `noise`, `max_rows` and errors as in `log_likelihood`.
     """
     return _from_draws(model, batch, given, (), names, noise, max_rows)[1]
 
@@ -209,8 +211,8 @@ def evaluate(
         processes: those that share the examples, batch by batch; all find the same as one alone would.
         progress: wraps the list of batches, to show a bar.
 
-    Raises UsageError for a name that is no modality's, data that the model doesn't take, or a quantity or prediction
-    for which no example has all modalities.
+    Raises UsageError for a name that is no modality's, a quantity without a target, fewer than two samples, data that
+    the model doesn't take, or a quantity or prediction for which no example has all modalities.
     """
     predictions = predictions or {}
     for quantity in quantities:

@@ -17,8 +17,8 @@ Fusion = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 def product(mu: Tensor, logvar: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """q(z | X) for many subsets X at once: the product of the prior and the present experts.
 
-    With T_i = 1 / var_i: var = 1 / (1 + sum T_i) and mu = var * sum T_i mu_i, computed in log space, so that
-    log-variances from -80 to 80 are right in float32. An absent expert's numbers may be anything.
+    With T_i = 1 / var_i: var = 1 / (1 + sum T_i) and mu = var * sum T_i mu_i (Cao & Fleet 2014), computed in log space,
+    so that log-variances from -80 to 80 are right in float32. An absent expert's numbers may be anything.
 
     Args:
         mu, logvar: (experts, batch, latents).
@@ -43,7 +43,10 @@ def kl_to_prior(mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def draw(mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """A reparameterised draw mu + std * noise; `noise` is standard normal and may have more leading dimensions."""
+    """A reparameterised draw mu + std * noise (Kingma & Welling 2014, section 2.4), of the shape of `noise`.
+
+    mu, logvar: (..., latents). noise: standard normal, of their shape or with more dimensions before it.
+    """
     return mu + (0.5 * logvar).exp() * noise
 
 

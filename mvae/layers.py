@@ -8,8 +8,8 @@ class FoldConvTranspose2d(nn.ConvTranspose2d):
     """A transposed convolution without bias, dilation or groups, as one matrix product and a fold.
 
     It has the weights and gives the numbers of nn.ConvTranspose2d: a product makes each place's values for its kernel's
-    square, and `fold` adds up the squares. On a CPU that takes half the time where the output has one channel, or the
-    input few places.
+    square, and `fold` adds up the squares. On a CPU that is faster where the output has one channel, or the input few
+    places. (n, in_channels, h, w) -> (n, out_channels, stride * (h - 1) + kernel_size - 2 * padding, the same of w).
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: int):

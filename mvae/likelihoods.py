@@ -29,7 +29,7 @@ class Likelihood(nn.Module, ABC):
 
     Args:
         decoder: (rows, latents) -> (rows, *event). Batch norm in it takes its statistics in training over the rows of
-            all ELBO terms together: the running ones, which evaluation uses, then fit every term's latents.
+            all ELBO terms together: the running ones, which evaluation uses, are then of that same mixture.
     """
 
     def __init__(self, decoder: nn.Module):
@@ -51,12 +51,13 @@ class Likelihood(nn.Module, ABC):
 
     @abstractmethod
     def sample(self, z: Tensor, temperature: float = 1.0) -> Tensor:
-        """A draw from p(x | z) to the power 1 / temperature, normalised."""
+        """A draw from p(x | z) to the power 1 / temperature, normalised: (..., batch, *event)."""
 
     def check(self, x: Tensor, z: Tensor) -> None:
         """Raises UsageError, with what would be right, unless x (batch, *event) is what log_prob(z, x) scores.
 
-        `fit` and `evaluate` ask it of their first batch; z is (batch, latents). A subclass says which values x may
+        `fit` and `evaluate` ask it of their first examples and of those with the smallest and largest values; z is
+        (batch, latents). A subclass says which values x may
         have. Here x is to have the mean's shape, or for labels the mean's without the classes.
         """
         shape = self.mean(z).shape
@@ -155,7 +156,10 @@ class Categorical(Likelihood):
 
 
 class Gaussian(Likelihood):
-    """Independent Gaussian values of one fixed standard deviation `std`; the decoder gives the means."""
+    """Independent Gaussian values; the decoder gives the means. `std`: the standard deviation of all, in x's unit.
+
+    Raises UsageError unless `std` is above 0.
+    """
 
     def __init__(self, decoder: nn.Module, std: float = 1.0):
         super().__init__(decoder)

@@ -27,6 +27,8 @@ class MVAE(nn.Module):
         likelihoods: by the same names, p(x | z); see `mvae.likelihoods`.
         n_latents: the size of z.
         fuse: from the experts to the posterior; see `mvae.experts.product` for the shapes.
+
+    Raises UsageError for encoders and likelihoods of unlike names, or values of another kind.
     """
 
     def __init__(
@@ -283,5 +285,6 @@ def running_in(precision: Precision, device: torch.device) -> torch.autocast:
 
 
 def check_precision(precision: str) -> None:
+    """Raises UsageError for a name that is no precision's."""
     if precision not in get_args(Precision):
         raise UsageError(f"`precision` is {precision!r}, and {' or '.join(get_args(Precision))} is wanted")

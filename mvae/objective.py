@@ -53,7 +53,9 @@ class Objective(nn.Module):
             modality, the picture, is E[log 1/K sum_k w_k], w = exp(sum of λ_i log p(x_i | z)) (p(z) / q(z | X))^β
             (Burda et al. 2016, equation 8, where λ = β = 1), and the posterior's gradient is the doubly
             reparameterised one (Tucker et al. 2019). The other terms stay ELBOs, of K draws: their bound would be as
-            content with one good draw of K, and pictures drawn from a q(z | label) that wide are of any label.
+            content with one good draw of K, and a q(z | label) that wide gives pictures of other labels, too.
+
+    Raises UsageError for an unknown name, a λ below 0, no draw, or terms that are none or alike.
     """
 
     given: Tensor

@@ -28,6 +28,7 @@ class Reports:
         self.writer: SummaryWriter | None = None
 
     def close(self) -> None:
+        """Writes out what TensorBoard still holds back."""
         if self.writer:
             self.writer.close()
 

@@ -30,7 +30,7 @@ def linear(epochs: float) -> Schedule:
 def held(epochs: float, schedule: Schedule) -> Schedule:
     """0 over the first `epochs`, then `schedule` as if it began there.
 
-    For β: a network that first learns to reconstruct keeps more of its latents in use.
+    For β: the networks first learn to reconstruct.
     """
     _check(epochs >= 0, epochs, "0 or more")
     return lambda t: 0.0 if t < epochs else schedule(t - epochs)

@@ -44,7 +44,11 @@ class Options:
     pairs_per_batch: see `mvae.supervision.composed_rows`; 0 for batches of no fixed composition.
     select: the best model is that of the epoch whose validation has the least "loss", λ and all; or the greatest ELBO
         of the "joint" term, which has no λ.
+    precision: "bf16" runs the networks in bfloat16; see `train_step`.
+    compile: whether the step is compiled (torch.compile), and on CUDA captured as a graph.
     sync_batchnorm: under torchrun, batch norm takes its statistics over all processes' examples, not over each one's.
+    resume: whether to go on from the latest state in `out_dir`, if there is one.
+    log_interval: steps between two looks at the loss, for the bar; on a GPU also for values that aren't finite.
 
     `out_dir` and `device` may be given as strings. The latest state is saved at the end of each epoch, when a signal
     asks the run to stop, and every `save_every` minutes.
@@ -166,8 +170,9 @@ def fit(
         The epochs' records, as in stats.jsonl.
 
     Raises:
-        UsageError: settings that differ from the checkpoint's, a run in `out_dir` that would be overwritten, or data
-            whose first batch, or whose smallest or largest stored values, the model doesn't take.
+        UsageError: settings, optimiser or schedules that don't fit the objective, the data or the checkpoint; a run in
+            `out_dir` that would be overwritten; or data whose first batch, or whose smallest or largest stored values,
+            the model doesn't take.
         UserError: a loss or gradient that isn't finite, or a loss that says that the run diverges (no file is
             overwritten), or a file that can't be written.
         Stopped: SIGINT, SIGTERM or SIGHUP, after saving; resuming goes on from that very step.

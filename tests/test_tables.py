@@ -51,6 +51,7 @@ def estimate(quantity: str, proposal: str, mean: float) -> dict[str, Any]:
 def loglike(experiment: str, seed: int, rows: list[dict[str, Any]], measures: Mapping[str, float]) -> dict[str, Any]:
     """What loglike.py --json writes."""
     settings = {"command": f"python {experiment}/train.py --seed {seed}", "commit": "a" * 40, "seed": seed}
+    settings |= {"cuda": False, "threads": 1}
     return {
         "command": f"python {experiment}/loglike.py MODEL --json FILE",
         "commit": "b" * 40,

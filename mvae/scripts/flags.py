@@ -26,7 +26,7 @@ STEPS = 8
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the flags of every script: --data-dir, --seed, --threads, --cuda. Defaults are shown in --help."""
+    """A parser of scripts that read data: --data-dir, --seed, --threads, --cuda. --help shows the defaults."""
     result = Parser(description=description, formatter_class=_Formatter)
     default = os.environ.get("MVAE_DATA_DIR") or "./data"
     result.add_argument(
@@ -72,7 +72,7 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def model_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the flags of every script that takes a trained model."""
+    """A parser with the flags of scripts that take a trained model and read data."""
     result = parser(description)
     _add_model_path(result)
     return result

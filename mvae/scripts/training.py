@@ -194,6 +194,8 @@ def supervised(args: argparse.Namespace, train: "Data", validation: "Data", name
 
     The pairs are shared out in proportion, so that validation knows no more labels than training does. They are spread
     evenly over the classes where a label is one of several classes. `names`: of the modalities, the image's first.
+
+    Raises UsageError for fewer pairs than two or more than there are examples.
     """
     from ..supervision import keep_pairs
 

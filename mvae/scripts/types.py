@@ -30,6 +30,7 @@ def output(text: str) -> Path:
 
 
 def csv_or_npz(text: str) -> Path:
+    """A file to write, whose name ends in .csv or .npz."""
     if not text.endswith((".csv", ".npz")):
         raise argparse.ArgumentTypeError(f"{text!r} ends neither in .csv nor in .npz")
     return output(text)
@@ -46,6 +47,7 @@ def _number(kind: type, allowed: Callable, wanted: str, text: str):
 
 
 def host(text: str) -> str:
+    """An address to listen at: any text but the empty one."""
     if not text:  # to a socket that is any address: the page would be open to other machines
         raise argparse.ArgumentTypeError("'' is no address")
     return text
@@ -69,6 +71,7 @@ concurrency = whole_number(1, 1024)
 
 
 def real_number(least: float, most: float, wanted: str) -> Callable[[str], float]:
+    """The type of numbers from `least` to `most`; `wanted` says so in the message."""
     return functools.partial(_number, float, lambda value: least <= value <= most, wanted)
 
 
