@@ -248,7 +248,7 @@ def of_experiment(experiment: str) -> Callable[[Path, Path], str]:
         if by_attribute:
             parts.append(attribute_table(by_attribute, list(recipes)))
         parts.append(
-            "*Log p in nats per test example; mean ± standard error over the examples."
+            "*Log p in nats per test example; mean ± standard error over the examples. Commands are of their commits."
             + _about_seeds(recipes.values())
             + "*"
         )
