@@ -174,7 +174,7 @@ def prepare(data_dir: Path, canvas_dir: Path, recipe: Mapping[str, Any] | None =
         return dataclasses.asdict(wanted)
     found = _read(canvas_dir)["recipe"]
     if recipe is not None and found != recipe:
-        remedy = f"name another --canvas-dir, or make them: {Recipe.of(recipe).command}"
+        remedy = f"name the folder of those, or make them in another: {Recipe.of(recipe).command} --canvas-dir FOLDER"
         raise UserError(f"{path} holds other canvases than the model was trained on: {remedy}")
     return found
 

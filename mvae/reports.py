@@ -97,6 +97,7 @@ def line(record: Record, names: Sequence[str], *, best: bool) -> str:
         for name in names[:7]
         if f"validation/{name}/elbo" in record
     ]
+    elbos += ["... (all in stats.jsonl)"] * (len(names) > 7)
     metrics = [
         f"{name.removeprefix('validation/')} {value:.4f}"
         for name, value in record.items()

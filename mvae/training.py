@@ -234,7 +234,8 @@ def fit(
             # A folder that can't be written is better known before the first step.
             reports.write(run.history, None if run.step else validation)
             if run.epoch > options.epochs:
-                print(f"nothing is left to do: {options.out_dir} holds a run of {run.epoch - 1} epochs", flush=True)
+                done = f"{run.epoch - 1} epoch{'s' * (run.epoch > 2)}"
+                print(f"nothing is left to do: {options.out_dir} holds a run of {done}", flush=True)
         step_module: Callable[..., tuple[Tensor, Totals]] = objective
         fixed = options.compile or has_fixed_shapes(options.device)
         if processes.world > 1:

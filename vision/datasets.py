@@ -1,8 +1,8 @@
 """Vision: faces (64x64) as `image` and as five pictures derived from it, all in [0, 1].
 
 `gray`, `edge` and `mask` (1 channel; edges and regions are white on black) are read from the folders that setup.py
-makes; `obscured` (its right half black) and `watermark` (a translucent picture over it), like `image` of 3 channels,
-are computed from the batch, on its device.
+makes, where masks are black on white; `obscured` (its right half black) and `watermark` (a translucent picture over
+it), like `image` of 3 channels, are computed from the batch, on its device.
 
 As a command it looks whether the folders are complete, and decodes their pictures: python datasets.py [--image-dir DIR]
 """

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from . import training
+from . import running, training
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +59,8 @@ def images_first(
     )  # fmt: skip
     stage = argparse.Namespace(**{**vars(args), "epochs": args.images_first})
     out_dir = args.images_dir or args.out_dir / "images"
+    if running.is_first():
+        print(f"first stage, in {out_dir}: the images alone", flush=True)
     fit(
         alone,
         torch.optim.AdamW(alone.parameters(), args.lr, weight_decay=args.weight_decay, fused=True),
@@ -73,7 +75,14 @@ def images_first(
         experiment=experiment,
         settings={name: value for name, value in training.settings(stage).items() if name in OF_THE_FIRST},
     )  # fmt: skip
-    return _self_labelled(model, train, few, args.self_labels, args.self_labels_by) if args.self_labels else train
+    said, labelled = f"second stage, in {args.out_dir}", train
+    if args.self_labels:
+        labelled = _self_labelled(model, train, few, args.self_labels, args.self_labels_by)
+        had, have = (int(sum((data.present or {})[name].sum() for name in few)) for data in (train, labelled))
+        said += f": {have} of the {len(few) * len(train)} labels, {had} of them given"
+    if running.is_first():
+        print(said, flush=True)
+    return labelled
 
 
 def _images(data: "Data", modalities: Sequence[str]) -> "Data":
