@@ -9,11 +9,10 @@ import datasets
 
 PRESETS = {
     "fast": {
-        "lambda_text": 50.0,
-        "reconstruct": ["all"],
-        "epochs": 20,
+        "reconstruct": ["text"],
+        "epochs": 30,
         "beta_hold": 1.0,
-        "annealing_epochs": 7,
+        "annealing_epochs": 11,
         "lr": 2e-3,
         "lr_schedule": "late",
         "warmup_epochs": 0.2,
