@@ -96,6 +96,7 @@ def coherence(
     n: int,
     given: Sequence[str] = ("text",),
     name: str = "image",
+    temperature: float = 1.0,
 ) -> Tensor:
     """Whether a classifier reads the label off pictures that are drawn given it.
 
@@ -107,6 +108,7 @@ def coherence(
         n: pictures for each label.
         given: the label's modality; or several, one for each value of a label.
         name: the picture's modality.
+        temperature: what the variance of z is multiplied by.
 
     Returns:
         bool (labels, n, *label): where the classifier reads what was given.
@@ -114,7 +116,7 @@ def coherence(
     right = []
     for label in labels.split(1):
         values = [label] if len(given) == 1 else label.unbind(dim=1)
-        z = model.draw(dict(zip(given, values, strict=True)), n, label.device)
+        z = model.draw(dict(zip(given, values, strict=True)), n, label.device, temperature)
         right.append(classify(model.mean(z, [name])[name]) == label)
     return torch.stack(right)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, cast, get_args
 
@@ -176,9 +177,13 @@ class MVAE(nn.Module):
             reason = f"{str(error).splitlines()[0]}; the weights are {weight.dtype}"
             raise UsageError(f"{name}: its {network} fails on {x.dtype} of {tuple(x.shape)}: {reason}") from error
 
-    def draw(self, given: Batch, n: int, device: torch.device) -> Tensor:
-        """n draws of z, (n, latents), given one example of some modalities; from the prior if `given` is empty."""
+    def draw(self, given: Batch, n: int, device: torch.device, temperature: float = 1.0) -> Tensor:
+        """n draws of z, (n, latents), given one example of some modalities; from the prior if `given` is empty.
+
+        temperature: what the variance of z is multiplied by.
+        """
         mu, logvar = self.posterior(given)
+        logvar = logvar + math.log(temperature)
         return experts.draw(mu, logvar, torch.randn(n, self.n_latents, device=device, dtype=mu.dtype))
 
     def mean(self, z: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

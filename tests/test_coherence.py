@@ -145,6 +145,19 @@ def test_labels_of_several_modalities_are_given_and_read_side_by_side() -> None:
     assert abs(crossed.float().mean().item() - 0.5) < 0.1
 
 
+def test_a_low_temperature_draws_nearer_to_the_mean() -> None:
+    seen = []
+
+    def left(pictures: Tensor) -> Tensor:
+        seen.append(pictures)
+        return pictures[:, :1] > 0
+
+    for temperature in (1.0, 0.25):
+        torch.manual_seed(0)
+        coherence(model_of_two_attributes(), left, torch.ones(1, 1), n=50, given=("left",), temperature=temperature)
+    torch.testing.assert_close(seen[1][:, 1], seen[0][:, 1] / 2)  # the right is as the prior has it
+
+
 def test_prior_agreement_compares_the_picture_and_the_label_of_one_draw() -> None:
     torch.manual_seed(0)
     assert prior_agreement(model_of_codes(), largest, n=300).tolist() == [True] * 300
