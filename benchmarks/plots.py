@@ -123,7 +123,8 @@ def curves(root: Path) -> Figure | None:
             row[2].set_ylim(top=1.0)
         else:
             row[2].set_visible(False)
-        row[0].legend(loc="lower right", edgecolor="none", framealpha=0.8)  # a curve may pass under the names
+        # Beside the metrics there is room; ELBOs of a long run pass everywhere.
+        row[2 if titles else 0].legend(*row[0].get_legend_handles_labels(), frameon=False)
         for panel in (row[0], row[2]):
             panel.xaxis.get_major_locator().set_params(integer=True)
     for panel, unit in zip(panels[-1], ("epochs", "minutes of training", "epochs"), strict=True):
