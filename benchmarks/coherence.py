@@ -158,9 +158,15 @@ def main() -> None:
 
     label = experiment.label
     names = experiment.apart or (label,)
-    coherent = metrics.coherence(model, read, labels, n=args.n_pictures, given=names).flatten(0, 1)
+
+    def coherence(temperature: float) -> Tensor:
+        """Where the labels are read, (pictures, *label)."""
+        n = args.n_pictures
+        return metrics.coherence(model, read, labels, n=n, given=names, temperature=temperature).flatten(0, 1)
+
+    coherent = coherence(1.0)
     agrees = metrics.prior_agreement(model, read, n=args.n_prior, labels=names)
-    typical = metrics.coherence(model, read, labels, n=args.n_pictures, given=names, temperature=0.5).flatten(0, 1)
+    typical = coherence(0.5)
     truth, as_read = [], []
     for rows in consecutive_rows(validation, 500):
         batch, _ = validation.batch(rows)

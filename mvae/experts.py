@@ -42,11 +42,14 @@ def kl_to_prior(mu: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mu.square() + logvar.expm1() - logvar).sum(dim=-1)
 
 
-def draw(mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+def draw(mu: Tensor, logvar: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
     """A reparameterised draw mu + std * noise (Kingma & Welling 2014, section 2.4), of the shape of `noise`.
 
-    mu, logvar: (..., latents). noise: standard normal, of their shape or with more dimensions before it.
+    mu, logvar: (..., latents). noise: standard normal, of their shape or with more dimensions before it. temperature:
+    what the variance is multiplied by.
     """
+    if temperature != 1:  # a training step is spared the sum
+        logvar = logvar + math.log(temperature)
     return mu + (0.5 * logvar).exp() * noise
 
 

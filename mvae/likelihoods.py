@@ -57,8 +57,8 @@ class Likelihood(nn.Module, ABC):
         """Raises UsageError, with what would be right, unless x (batch, *event) is what log_prob(z, x) scores.
 
         `fit` and `evaluate` ask it of their first examples and of those with the smallest and largest values; z is
-        (batch, latents). A subclass says which values x may
-        have. Here x is to have the mean's shape, or for labels the mean's without the classes.
+        (batch, latents). A subclass says which values x may have. Here x is to have the mean's shape, or for labels
+        the mean's without the classes.
         """
         shape = self.mean(z).shape
         if x.shape != shape[:-1]:

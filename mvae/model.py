@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, cast, get_args
 
@@ -183,8 +182,8 @@ class MVAE(nn.Module):
         temperature: what the variance of z is multiplied by.
         """
         mu, logvar = self.posterior(given)
-        logvar = logvar + math.log(temperature)
-        return experts.draw(mu, logvar, torch.randn(n, self.n_latents, device=device, dtype=mu.dtype))
+        noise = torch.randn(n, self.n_latents, device=device, dtype=mu.dtype)
+        return experts.draw(mu, logvar, noise, temperature)
 
     def mean(self, z: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """E[x | z], or a label's probabilities, of the modalities named, each (..., batch, *event)."""

@@ -1,6 +1,5 @@
 """What a model believes given some modalities: samples, the values it expects, which expert decides, and bounds."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -72,7 +71,7 @@ def believe(
         shares = dict(zip(("prior", *names), precision.softmax(dim=0).cpu(), strict=True))
         widths = {name: _width(one) for name, one in zip(names, expert_logvar, strict=True)}
     widths["all"] = _width(logvar)
-    z = experts.draw(mu, logvar + math.log(temperature), noise)
+    z = experts.draw(mu, logvar, noise, temperature)
     for latent, shift in (shifts or {}).items():
         z[:, latent] += shift
     samples = {name: kind.join(model.mean(z, kind.modalities(name)), name) for name, kind in controls.items()}

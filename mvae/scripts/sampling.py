@@ -5,7 +5,6 @@ import contextlib
 import functools
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -136,7 +135,7 @@ def draw(
         torch.manual_seed(seed)
         for start in range(0, n, BLOCK):
             noise = torch.randn(min(BLOCK, n - start), model.n_latents, generator=rng).to(device)
-            z = experts.draw(mu, logvar + math.log(temperature), noise)
+            z = experts.draw(mu, logvar, noise, temperature)
             values, likeliest = {}, {}
             for name, kind in controls.items():
                 names = kind.modalities(name)
