@@ -1,14 +1,11 @@
-"""Errors that a user can mend: the scripts print them as one line, without a traceback.
-
-A message names a parameter in backticks: `batch_size`. The scripts print the flag in its place: --batch-size.
-"""
+"""Errors of the user: scripts print them as one line on stderr, without a traceback."""
 
 import errno
 import re
 
 
 class UserError(Exception):
-    """What was wrong and what would be right, in one line. Scripts print it and exit with `status`."""
+    """What is wrong and what would be right, in one line. Scripts print it and exit with `status`."""
 
     status = 1
 
@@ -20,6 +17,6 @@ class UsageError(UserError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory didn't suffice, of the machine or of a GPU. torch has several errors for that."""
+    """Return whether the machine or a GPU ran out of memory, for which torch raises several kinds of error."""
     no_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
     return no_memory or re.search("(out of|not enough|t allocate) memory", str(error)) is not None
