@@ -1,32 +1,32 @@
 """CelebA: faces (3, 64, 64) in [0, 1] as `image`, and 18 attributes, each 0 or 1, as `attrs` (18).
 
-As a command it looks whether the set is complete, and decodes its pictures: python datasets.py [--data-dir DIR]
+As a command it checks the data set and decodes its pictures: python datasets.py [--data-dir DIR]
 """
 
-import argparse
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mvae.datasets import celeba
-from mvae.scripts import faces, running
-from mvae.scripts.kinds import Attributes, Picture
+from mvae import cli
+from mvae.data import celeba
+from mvae.data.celeba import ATTRIBUTES, Source
+from mvae.data.dataset import Data
+from mvae.tools.controls import Attributes, Picture
 
-if TYPE_CHECKING:
-    from mvae import Data
-
+NAME = "celeba"
 MODALITIES = ("image", "attrs")
-CONTROLS = {"image": Picture("RGB", 64), "attrs": Attributes(celeba.ATTRIBUTES)}
-training_data, test_data = celeba.training_data, celeba.test_data
+CONTROLS = {"image": Picture("RGB", 64), "attrs": Attributes(ATTRIBUTES)}
+
+training_data = celeba.training_data
 
 
-def examples(split: str, args: argparse.Namespace, settings: Mapping[str, Any]) -> "Data":
-    """The official split "train", "validation" or "test"."""
-    return faces.examples(split, args, training_data, test_data)
+def examples(split: str, config: Source, settings: Mapping[str, Any]) -> Data:
+    """Return the official split "train", "validation" or "test"."""
+    return celeba.examples(split, config)
 
 
 def main() -> None:
-    faces.prepare(__doc__)
+    celeba.prepare(cli.parse(__doc__, Source))
 
 
 if __name__ == "__main__":
-    running.run(main)
+    cli.run(main)

@@ -1,43 +1,32 @@
 """Estimate log-likelihoods of CelebA's test split by importance sampling, in nats per example, without λ.
 
-Colour pixels are scored by the Bernoulli cross-entropy, which is not a normalised density. The attributes predicted
-from an image are those more probable than not, by the mean of p(attrs | z) over q(z | image).
+Colour pixels are scored by the Bernoulli cross-entropy, which isn't a normalised density. The attributes predicted from
+an image are those more probable than not, by the mean of p(attrs | z) over q(z | image).
 """
 
-from mvae.datasets.celeba import ATTRIBUTES
-from mvae.scripts import faces, flags, machine, running
+from dataclasses import dataclass
 
-import datasets
+from mvae import cli
+from mvae.data.celeba import ATTRIBUTES
+from mvae.run.evaluate import of_a_pair
+from mvae.run.metrics import accuracies
+from mvae.tools.report import Loglike, estimate, load, report
+
+from datasets import NAME, Source, examples
+from model import build_model
+
+
+@dataclass(kw_only=True)
+class Config(Loglike, Source):
+    pass
 
 
 def main() -> None:
-    parser = flags.loglike_parser(__doc__)
-    faces.add_flags(parser)
-    args = parser.parse_args()
-
-    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
-    from mvae import checkpoint, metrics
-    from mvae.estimators import evaluate, of_a_pair
-    from mvae.scripts.report import report
-
-    from model import build_model
-
-    device = machine.device(args)
-    model, trained = checkpoint.load_model(args.model_path, "celeba", build_model, device)
-    with machine.processes(args, device) as processes:
-        found = evaluate(
-            model,
-            datasets.examples(args.split, args, trained["settings"])[: args.limit].to(device),
-            quantities=of_a_pair(("image",), ("attrs",)),
-            predictions={"attrs": ("image",)},
-            n_samples=args.n_samples,
-            seed=args.seed,
-            precision=args.precision,
-            processes=processes,
-            progress=running.progress,
-        )
-    report(found, metrics.accuracies(found.predictions["attrs"], found.truth["attrs"], ATTRIBUTES), args, trained)
+    config = cli.parse(__doc__, Config)
+    model, data, trained = load(config, NAME, build_model, examples)
+    found = estimate(config, model, data, of_a_pair(("image",), ("attrs",)), predictions={"attrs": ("image",)})
+    report(found, accuracies(found.predictions["attrs"], found.truth["attrs"], ATTRIBUTES), config, trained)
 
 
 if __name__ == "__main__":
-    running.run(main)
+    cli.run(main)

@@ -1,27 +1,28 @@
-"""Draw faces and attributes from the model, given nothing, a picture, attributes, or both.
+"""Draw faces and attributes from the model, conditioned on nothing, a picture, attributes, or both.
 
-Writes sample_image.png, a grid of the pictures' means, and sample_attrs.txt, a line of each one's more probable
-attributes in the same order. The attributes are one vector: those that --condition-on-attrs doesn't name are absent.
+Writes sample_image.png, a grid of the pictures' means, and sample_attrs.txt, a line with the more probable attributes
+of each, in the same order. The attributes are one vector: those that --condition-on-attrs doesn't name are absent.
 """
 
-from mvae.scripts import faces, flags, running
+from dataclasses import dataclass
 
-import datasets
+from mvae import cli
+from mvae.tools.sampling import Sampling, sample
+
+from datasets import CONTROLS, NAME, Source, examples
+from model import build_model
+
+
+@dataclass(kw_only=True)
+class Config(Sampling, Source):
+    # Conditions
+    condition_on_image: tuple[str, ...] = ()  # picture file, or attributes to find a held-out picture; each is a row
+    condition_on_attrs: tuple[str, ...] = ()  # attributes of a row, such as Male,-Smiling (a minus: absent)
 
 
 def main() -> None:
-    parser = flags.sampling_parser(__doc__, datasets.CONTROLS)
-    faces.add_flags(parser)
-    flags.add_conditions(parser, datasets.CONTROLS)
-    args = parser.parse_args(faces.arguments())
-
-    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
-    from mvae.scripts import sampling
-
-    from model import build_model
-
-    sampling.sample(args, "celeba", build_model, datasets.CONTROLS, datasets.examples)
+    sample(cli.parse(__doc__, Config), NAME, build_model, CONTROLS, examples)
 
 
 if __name__ == "__main__":
-    running.run(main)
+    cli.run(main)

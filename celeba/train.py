@@ -1,88 +1,89 @@
-"""Train the MVAE on CelebA faces and their attributes, one vector of 18; the pictures are decoded once.
+"""Train the MVAE on CelebA faces and a vector of 18 attributes: maximise ELBO(image, attrs) + ELBO(image) + ELBO(attrs).
 
-The loss is the negative sum of ELBO(image, attrs), ELBO(image) and ELBO(attrs), in nats per example.
+The images are decoded once, into --cache-dir.
 """
 
-from mvae.scripts import faces, running, stages, training
+from dataclasses import dataclass, replace
+from typing import Literal
 
-import datasets
+from mvae import Data, Objective, Run, Term, cli
+from mvae.data import supervision
+from mvae.run import checkpoint, metrics, schedules
+from mvae.run.config import TwoStages
 
+import torch
+
+from datasets import NAME, Source, training_data
+from model import build_model
+
+IMAGE, ATTRS, BOTH = ("image",), ("attrs",), ("image", "attrs")
+ALSO = {"given": (), "all": BOTH, "image": IMAGE, "attrs": ATTRS}
+
+
+@dataclass(kw_only=True)
+class Config(TwoStages, Source):
+    # CelebA
+    lambda_image: float = 1  # weight of log p(image | z)
+    lambda_attrs: float = 10  # weight of log p(attrs | z)
+    reconstruct: Literal["given", "all", "image", "attrs"] = "given"  # what each term reconstructs beyond its inputs
+
+
+PAPER = Config(n_latents=100, batch_size=100, epochs=100, annealing_epochs=20, lr=1e-4)
+SHORT = replace(PAPER, beta_hold=1, lr=1e-3, lr_schedule="late", warmup_epochs=0.2, weight_decay=0.05)
 PRESETS = {
-    "fast": {
-        "reconstruct": ["all"],
-        "epochs": 20,
-        "beta_hold": 1.0,
-        "annealing_epochs": 7,
-        "lr": 1e-3,
-        "lr_schedule": "late",
-        "warmup_epochs": 0.2,
-        "weight_decay": 0.05,
-    },
-    "weak": {
-        "reconstruct": ["attrs"],
-        "images_first": 10,
-        "beta_hold": 1.0,
-        "annealing_epochs": 4,
-        "epochs": 4,
-        "lr": 1e-3,
-        "lr_schedule": "late",
-        "warmup_epochs": 0.2,
-        "weight_decay": 0.05,
-    },
+    "paper": PAPER,
+    "fast": replace(SHORT, reconstruct="all", epochs=20, annealing_epochs=7),
+    "weak": replace(SHORT, reconstruct="attrs", images_first=10, epochs=4, annealing_epochs=4),
 }
-"""Defaults for --preset, in place of the paper's, which are below."""
+
+
+def fit(
+    config: Config,
+    objective: Objective,
+    train: Data,
+    validation: Data,
+    measure: dict,
+    *,
+    done: int = 0,
+    shared: bool = False,
+) -> None:
+    """Train for `config.epochs`. done: epochs of an earlier stage, which β counts. shared: see `Run`."""
+    optimizer = torch.optim.AdamW(objective.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
+    beta = schedules.held(config.beta_hold, schedules.linear(config.annealing_epochs))
+    rate = schedules.warmed_up(config.warmup_epochs, schedules.named(config.lr_schedule, config.epochs))
+    with Run(NAME, objective, optimizer, config, shared=shared) as run:
+        for _ in run.epochs(config.epochs):
+            for batch, present in run.batches(train, config.batch_size, config.pairs):
+                run.set(lr=config.lr * rate(run.t), beta=beta(run.t + done))
+                loss, parts = run.objective(batch, run.beta, present=present)
+                run.backward(loss, parts)
+                run.step()
+            run.validate(validation, measure)
 
 
 def main() -> None:
-    parser = training.parser(
-        __doc__,
-        modalities=datasets.MODALITIES,
-        lambdas={"image": 1.0, "attrs": 10.0},
-        n_latents=100,
-        batch_size=100,
-        epochs=100,
-        annealing_epochs=20,
-        lr=1e-4,
-        presets=PRESETS,
+    config = cli.parse(__doc__, PRESETS)
+    train, validation = training_data(config, limit=config.limit)
+    train, validation = supervision.share_pairs(
+        train, validation, config.paired, BOTH, unpaired=config.unpaired, seed=config.seed
     )
-    faces.add_flags(parser)
-    args = parser.parse_args()
+    torch.manual_seed(config.seed)
+    model = checkpoint.initialised(build_model(config.n_latents), config.init, NAME)
+    λ = {"image": config.lambda_image, "attrs": config.lambda_attrs}
 
-    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
-    import torch
+    if config.images_first:
+        images = Objective(model, [Term(IMAGE, IMAGE, iw="image")], weights=λ, iw_samples=config.iw_samples)
+        first = config.first_stage(NAME)
+        fit(first, images, train.only("image"), validation.only("image"), {}, shared=bool(config.images_dir))
+        if config.self_labels:
+            train = supervision.self_labelled(model, train, ATTRS, share=config.self_labels, by=config.self_labels_by)
 
-    from mvae import Objective, fit, metrics
-
-    from model import build_model
-
-    options = training.options(args)
-    train, validation = datasets.training_data(
-        args.data_dir, args.cache_dir, limit=args.limit, allow_missing=args.allow_missing, workers=args.workers
-    )
-    train, validation = training.supervised(args, train, validation, datasets.MODALITIES)
-    torch.manual_seed(args.seed)
-    objective = Objective(
-        build_model(args.n_latents),
-        weights={"image": args.lambda_image, "attrs": args.lambda_attrs},
-        iw_samples=args.iw_samples,
-        reconstruct=training.reconstruct(args),
-    )
-    train = stages.images_first(
-        args, objective.model, train, validation, options, experiment="celeba", labels=["attrs"]
-    )
-    fit(
-        objective,
-        torch.optim.AdamW(objective.parameters(), args.lr, weight_decay=args.weight_decay, fused=True),
-        train,
-        validation,
-        options,
-        beta=training.beta_schedule(args),
-        lr=training.lr_schedule(args),
-        metrics={"attribute_accuracy": metrics.attribute_accuracy(["attrs"])},
-        experiment="celeba",
-        settings=training.settings(args),
-    )
+    also = ALSO[config.reconstruct]
+    terms = [Term(BOTH, BOTH + also, iw="image"), Term(IMAGE, IMAGE + also, iw="image"), Term(ATTRS, ATTRS + also)]
+    objective = Objective(model, terms, weights=λ, iw_samples=config.iw_samples)
+    measure = {"attribute_accuracy": metrics.attribute_accuracy(ATTRS)}
+    fit(config, objective, train, validation, measure, done=config.images_first)
 
 
 if __name__ == "__main__":
-    running.run(main)
+    cli.run(main)

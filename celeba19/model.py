@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvae import MVAE, Batch, Bernoulli, experts
-from mvae.datasets.celeba import ATTRIBUTES
+from mvae.data.celeba import ATTRIBUTES
 from mvae.layers import FaceEncoder, face_decoder
 from mvae.likelihoods import float32_at_least
 
@@ -104,18 +104,13 @@ class MVAE19(MVAE):
         )
         self.attribute_encoders, self.attribute_decoders = attribute_encoders, attribute_decoders
 
-    def encode(self, batch: Batch, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As MVAE's, but that an absent attribute's rows may hold anything: no fusion takes them."""
-        parts = []
-        if "image" in batch:
-            parts.append(super().encode({"image": batch["image"]}, None if present is None else present[:1]))
-        here = [i for i, name in enumerate(ATTRIBUTES) if name in batch]
-        if here:
-            mu, logvar = self.attribute_encoders(values_of(batch))
-            if len(here) < len(ATTRIBUTES):
-                mu, logvar = mu[here], logvar[here]
-            parts.append((float32_at_least(mu), float32_at_least(logvar)))
-        mu, logvar = (torch.cat(part) for part in zip(*parts, strict=True))
+    def encode(self, batch: Batch, present: Tensor) -> tuple[Tensor, Tensor]:
+        """As MVAE's, with one call for all attributes. An absent attribute's rows may hold any values."""
+        image = super().encode({name: batch[name] for name in batch if name == "image"}, present)
+        if len(batch) == ("image" in batch):
+            return image
+        parts = zip(image, self.attribute_encoders(values_of(batch)), strict=True)
+        mu, logvar = (torch.cat([zeros[:1], float32_at_least(attributes)]) for zeros, attributes in parts)
         return mu, logvar
 
     def mean(self, z: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
@@ -127,10 +122,10 @@ class MVAE19(MVAE):
             found |= dict(zip(ATTRIBUTES, means, strict=True))
         return {name: found[name] for name in names}
 
-    def log_prob(self, z: Tensor, batch: Batch, scored: Sequence[Sequence[str]], mask: Tensor | None = None) -> Tensor:
+    def log_prob(self, z: Tensor, batch: Batch, decoded: Sequence[Sequence[str]], mask: Tensor | None = None) -> Tensor:
         """As MVAE's, with one call for all attributes."""
-        image = super().log_prob(z, batch, [[name for name in names if name == "image"] for names in scored], mask)
-        order, counts, every = orders(tuple(map(tuple, scored)), z.device)
+        image = super().log_prob(z, batch, [[name for name in names if name == "image"] for names in decoded], mask)
+        order, counts, every = orders(tuple(map(tuple, decoded)), z.device)
         if not order.shape[1]:
             return image
         rows = z.expand(len(ATTRIBUTES), *z.shape) if every else z[order]  # (attributes, n, batch, latents)
@@ -145,22 +140,21 @@ class MVAE19(MVAE):
 
 @torch.compiler.assume_constant_result
 @functools.lru_cache(maxsize=64)
-def orders(scored: tuple[tuple[str, ...], ...], device: torch.device) -> tuple[Tensor, Tensor, bool]:
-    """The terms that each attribute decodes, (attributes, n); those that count, bool (terms, attributes, 1); if all do.
+def orders(decoded: tuple[tuple[str, ...], ...], device: torch.device) -> tuple[Tensor, Tensor, bool]:
+    """Return the terms that each attribute decodes, (attributes, n); which count, (terms, attributes, 1); if all do.
 
-    They are those that score the attribute, and others after them up to the most that any attribute has, so that all
-    attributes have as many rows and go through their layers together. They are made once for each composition: so on a
-    GPU no step has a copy to wait for.
+    They are those that reconstruct the attribute, then others, up to the most that any attribute has: so all attributes
+    have as many rows and go through their layers together. They are cached, so that no step on a GPU copies them.
     """
-    wanted = [[name in names for names in scored] for name in ATTRIBUTES]
+    wanted = [[name in names for names in decoded] for name in ATTRIBUTES]
     n = max(map(sum, wanted))
-    order = [sorted(range(len(scored)), key=[not score for score in scores].__getitem__)[:n] for scores in wanted]
+    order = [sorted(range(len(decoded)), key=[not score for score in scores].__getitem__)[:n] for scores in wanted]
     counts = torch.tensor(wanted).T.unsqueeze(2)
     return torch.tensor(order, dtype=torch.long).to(device), counts.to(device), all(map(all, wanted))
 
 
 def values_of(batch: Batch) -> Tensor:
-    """The attributes of a batch, (attributes, batch); zeros for one that isn't in it."""
+    """Return the attributes of a batch, (attributes, batch); zeros for one that isn't in it."""
     some = next(batch[name] for name in ATTRIBUTES if name in batch)
     return torch.stack([batch.get(name, torch.zeros_like(some)) for name in ATTRIBUTES])
 

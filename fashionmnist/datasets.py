@@ -1,41 +1,39 @@
 """FashionMNIST: pictures (1, 28, 28) in [0, 1] as `image`, and the numbers 0 to 9 of their classes as `text`.
 
-As a command it downloads what is absent, and checks it: python datasets.py [--data-dir DIR]
+As a command it downloads what is absent and checks it: python datasets.py [--data-dir DIR]
 """
 
-import argparse
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mvae.datasets import mnist
-from mvae.scripts import flags, running, training
-from mvae.scripts.kinds import Label, Picture
+from mvae import cli
+from mvae.data import mnist
+from mvae.data.dataset import Data, DataDir
+from mvae.tools.controls import Label, Picture
 
-if TYPE_CHECKING:
-    from mvae import Data
-
+NAME = "fashionmnist"
 MODALITIES = ("image", "text")
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 CONTROLS = {"image": Picture("L", 28, dark=True, pen=4), "text": Label(CLASSES)}
+Source = DataDir
 
 training_data, test_data = partial(mnist.training_data, "FashionMNIST"), partial(mnist.test_data, "FashionMNIST")
 
 
-def examples(split: str, args: argparse.Namespace, settings: Mapping[str, Any]) -> "Data":
-    """The split "train", "validation" or "test" as a model of these settings has it."""
-    binarize = training.recorded(settings, "binarize", bool)
+def examples(split: str, config: Source, settings: Mapping[str, Any]) -> Data:
+    """Return the split "train", "validation" or "test" as a model with these settings uses it."""
     if split == "test":
-        return test_data(args.data_dir, binarize=binarize)
-    train, validation = training_data(args.data_dir, n_val=training.recorded(settings, "n_val", int), binarize=binarize)
+        return test_data(config.data_dir, binarize=settings["binarize"])
+    train, validation = training_data(config.data_dir, n_val=settings["n_val"], binarize=settings["binarize"])
     return train if split == "train" else validation
 
 
 def main() -> None:
-    print(mnist.check("FashionMNIST", flags.parser(__doc__).parse_args().data_dir))
+    print(mnist.check("FashionMNIST", cli.parse(__doc__, Source).data_dir))
 
 
 if __name__ == "__main__":
-    running.run(main)
+    cli.run(main)

@@ -1,26 +1,28 @@
-"""Draw pictures and class names from the model, given nothing, a picture, a class, or both.
+"""Draw clothes and their classes from the model, conditioned on nothing, a picture, a class, or both.
 
-Writes sample_image.png, a grid of the pictures' means, and sample_text.txt, the name of the most probable class of
-each, in the same order.
+Writes sample_image.png, a grid of the pictures' means, and sample_text.txt, the most probable class of each, in the
+same order.
 """
 
-from mvae.scripts import flags, running
+from dataclasses import dataclass
 
-import datasets
+from mvae import cli
+from mvae.tools.sampling import Sampling, sample
+
+from datasets import CONTROLS, NAME, Source, examples
+from model import build_model
+
+
+@dataclass(kw_only=True)
+class Config(Sampling, Source):
+    # Conditions
+    condition_on_image: tuple[str, ...] = ()  # picture file, or a class to find a held-out picture; each is a row
+    condition_on_text: tuple[str, ...] = ()  # classes, by number or name, separated by commas; each is a row
 
 
 def main() -> None:
-    parser = flags.sampling_parser(__doc__, datasets.CONTROLS)
-    flags.add_conditions(parser, datasets.CONTROLS)
-    args = parser.parse_args()
-
-    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
-    from mvae.scripts import sampling
-
-    from model import build_model
-
-    sampling.sample(args, "fashionmnist", build_model, datasets.CONTROLS, datasets.examples)
+    sample(cli.parse(__doc__, Config), NAME, build_model, CONTROLS, examples)
 
 
 if __name__ == "__main__":
-    running.run(main)
+    cli.run(main)

@@ -1,23 +1,23 @@
-"""The networks for MultiMNIST: a canvas in convolutional layers, and its digits as a sequence in recurrent ones.
+"""The networks for MultiMNIST: convolutions for canvases, and recurrent networks for the strings of their digits.
 
-The shapes are those of Wu & Goodman (2018) and its public code. That code's text decoder feeds back its own most
-probable symbol in training and evaluation alike, so what it scores is no probability of the text; here p(text | z) is
-autoregressive, and sums to 1 over all texts.
+The shapes are those of Wu & Goodman (2018) and its public code. That code's text decoder is fed its own most probable
+symbols even in training, so its score isn't a probability of the text. Here p(text | z) is autoregressive, and sums to
+1 over all texts.
 """
 
 from collections.abc import Callable
-
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mvae import MVAE, Bernoulli, Likelihood, experts
 from mvae.errors import UsageError
 from mvae.layers import FoldConvTranspose2d
 from mvae.likelihoods import float32_at_least
 
-LENGTH, FILL, START, N_SYMBOLS = 4, 10, 11, 12
-"""Of a text: its places, and the symbols after the digits: the one that fills it up, and the decoder's first input."""
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LENGTH = 4  # symbols of a text
+FILL, START, N_SYMBOLS = 10, 11, 12  # after the digits 0 to 9: padding, and the decoder's first input
 
 HIDDEN, LAYERS = 200, 2
 
@@ -54,9 +54,9 @@ def image_decoder(n_latents: int) -> nn.Sequential:
 
 
 class TextEncoder(nn.Module):
-    """q(z | text): (batch, LENGTH) symbols -> mu, logvar, each (batch, latents), from the sum of both directions' ends.
+    """q(z | text): (batch, LENGTH) symbols -> mu, logvar, each (batch, latents), from the sum of both final states.
 
-    The public code takes the output at the last place, where the backward direction has read one symbol only.
+    The public code uses the output at the last symbol, where the backward direction has read only that one.
     """
 
     def __init__(self, n_latents: int):
@@ -73,10 +73,10 @@ class TextEncoder(nn.Module):
 
 
 class TextDecoder(nn.Module):
-    """The next symbol's logits after each of some symbols, given z.
+    """Predict the symbol after each previous one, given z.
 
-    z (rows, latents), previous symbols (rows, places) -> logits (rows, places, FILL + 1), and the state to go on from.
-    START is never next, so it has no logit.
+    z (rows, latents), previous symbols (rows, n) -> logits (rows, n, FILL + 1), and the state for the next call. START
+    never follows a symbol, so it has no logit.
     """
 
     def __init__(self, n_latents: int):
@@ -95,17 +95,17 @@ class TextDecoder(nn.Module):
 
 
 class Text(Likelihood):
-    """p(text | z) = the product over places of p(symbol | z, the symbols before), with the decoder of `TextDecoder`.
+    """p(text | z): the product of p(symbol | z, previous symbols) over the symbols, by a `TextDecoder`.
 
-    A text is up to LENGTH digits; a shorter one ends at its first FILL, and every place after that is FILL with
-    probability 1. So the texts of 0 to LENGTH digits have all the probability, and it sums to 1.
+    A text has up to LENGTH digits. A shorter one ends at its first FILL, after which every symbol is FILL with
+    probability 1. So the probabilities of the texts of 0 to LENGTH digits sum to 1.
     """
 
     def log_prob(self, z: Tensor, x: Tensor) -> Tensor:
-        """log p(text | z) in nats, (..., batch), of x (batch, LENGTH): digits, then FILL.
+        """Return log p(text | z) in nats, (..., batch), of x (batch, LENGTH): digits, then FILL.
 
-        The decoder is shown the true symbols before each place (teacher forcing): that is the chain rule, in training
-        and evaluation alike.
+        The decoder's inputs are the true previous symbols (teacher forcing), which is the chain rule, in training and
+        in evaluation.
         """
         x = x.expand(*z.shape[:-1], LENGTH).reshape(-1, LENGTH)
         previous = torch.cat([torch.full_like(x[:, :1], START), x[:, :-1]], dim=1)
@@ -115,25 +115,25 @@ class Text(Likelihood):
         return torch.where(previous == FILL, after_end, nats).sum(dim=1).reshape(z.shape[:-1])
 
     def mean(self, z: Tensor) -> Tensor:
-        """Each place's probabilities after the most probable symbols before it: (..., batch, LENGTH, FILL + 1).
+        """Return each symbol's probabilities after the most probable previous ones: (..., batch, LENGTH, FILL + 1).
 
-        Their argmax is the text that is decoded greedily. The expectation over texts has no closed form.
+        Their argmax is the greedily decoded text. The expectation over texts has no closed form.
         """
         return self._write(z, lambda logits: logits.argmax(dim=1))[1]
 
     def sample(self, z: Tensor, temperature: float = 1.0) -> Tensor:
-        """A draw of the text's symbols, (..., batch, LENGTH), from p(text | z) with all logits / `temperature`."""
+        """Draw texts (..., batch, LENGTH) from p(text | z) with logits / `temperature`."""
         return self._write(z, lambda logits: torch.distributions.Categorical(logits=logits / temperature).sample())[0]
 
     def check(self, x: Tensor, z: Tensor) -> None:
         if x.dtype != torch.int64 or x.shape != (len(z), LENGTH):
-            raise UsageError(f"it is {x.dtype} of {tuple(x.shape)}, and a text is torch.int64 of {LENGTH} symbols")
+            raise UsageError(f"must be torch.int64 of shape {(len(z), LENGTH)}, got {x.dtype} of {tuple(x.shape)}")
         ended = (x[:, :-1] == FILL) & (x[:, 1:] != FILL)
         if x.min() < 0 or x.max() > FILL or ended.any():
-            raise UsageError(f"a text's symbols are digits 0 to 9, and after them {FILL} alone")
+            raise UsageError(f"a text must be digits 0 to 9, and after them {FILL} only")
 
     def _write(self, z: Tensor, choose: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Decodes place by place: the symbols that `choose` takes, given logits (rows, FILL + 1), and probabilities."""
+        """Decode with `choose` picking each symbol by its logits (rows, FILL + 1); return symbols and probabilities."""
         rows = z.reshape(-1, z.shape[-1])
         symbol = torch.full_like(rows[:, 0], START, dtype=torch.long)
         only_fill = torch.full((FILL + 1,), -torch.inf, device=z.device)
@@ -149,11 +149,11 @@ class Text(Likelihood):
 
 
 def build_model(n_latents: int) -> MVAE:
-    """The MVAE of image and text."""
+    """Return the MVAE of image and text."""
     model = MVAE(
         encoders={"image": ImageEncoder(n_latents), "text": TextEncoder(n_latents)},
         likelihoods={"image": Bernoulli(image_decoder(n_latents)), "text": Text(TextDecoder(n_latents))},
         n_latents=n_latents,
         fuse=experts.product,
     )
-    return model.to(memory_format=torch.channels_last)  # faster convolutions, on a CPU and on a GPU
+    return model.to(memory_format=torch.channels_last)  # faster convolutions on CPUs and GPUs

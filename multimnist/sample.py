@@ -1,27 +1,28 @@
-"""Draw canvases and texts from the model, given nothing, a canvas, a text, or both.
+"""Draw canvases and texts from the model, conditioned on nothing, a canvas, a text, or both.
 
 Writes sample_image.png, a grid of the canvases' means, and sample_text.txt, a line for each in the same order: the text
-decoded greedily, or drawn with --draw. The empty canvas's line is empty.
+decoded greedily, or drawn with --draw. The line of an empty canvas is empty.
 """
 
-from mvae.scripts import flags, running
+from dataclasses import dataclass
 
-import datasets
+from mvae import cli
+from mvae.tools.sampling import Sampling, sample
+
+from datasets import CONTROLS, NAME, Source, examples
+from model import build_model
+
+
+@dataclass(kw_only=True)
+class Config(Sampling, Source):
+    # Conditions
+    condition_on_image: tuple[str, ...] = ()  # picture file, or a text to find a held-out picture; each is a row
+    condition_on_text: tuple[str, ...] = ()  # texts of up to four digits, separated by commas; each is a row
 
 
 def main() -> None:
-    parser = flags.sampling_parser(__doc__, datasets.CONTROLS)
-    datasets.add_canvas_dir(parser)
-    flags.add_conditions(parser, datasets.CONTROLS)
-    args = parser.parse_args()
-
-    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
-    from mvae.scripts import sampling
-
-    from model import build_model
-
-    sampling.sample(args, "multimnist", build_model, datasets.CONTROLS, datasets.examples)
+    sample(cli.parse(__doc__, Config), NAME, build_model, CONTROLS, examples)
 
 
 if __name__ == "__main__":
-    running.run(main)
+    cli.run(main)

@@ -60,7 +60,10 @@ def parse(description: str | None, config: type[C] | Mapping[str, C], argv: Sequ
         required = default is dataclasses.MISSING
         shown = None if required else _shown(default)
         how = {"help": help_.replace("%", "%%") + (f" (default: {shown})" if shown else ""), **_reader(hints[name])}
+        if name.startswith("no_"):  # it has no opposite
+            how["action"] = "store_true"
         if required:
+            how.pop("metavar", None)  # its name says more
             parser.add_argument(name, **how)
             continue
         if group not in groups:

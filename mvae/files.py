@@ -1,110 +1,86 @@
-"""Files that are written whole or not at all, arrays that are written row by row, and locks."""
+"""Atomic writes, arrays written row by row, and locks."""
 
 import contextlib
 import errno
+import logging
 import os
+import secrets
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from .errors import UserError
 
+log = logging.getLogger(__name__)
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that at any moment either the old content or the new stands under its name.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, 524}
+"""The errors of disks without locks; 524 is Linux's own ENOTSUPP, which some network disks return."""
 
-    Raises UserError if the folder can't be written or the disk is full; the old file is then still there.
-    """
-    with whole(path) as file:
+STREAMS = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
+"""The folders of /dev/stdout and its like, which may link to a regular file."""
+
+
+def write_atomically(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Write a file so that at any moment it holds its old content or the new; see `whole`."""
+    with whole(path, sync=sync) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which stands under its name when the block has ended without an error.
+def whole(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
+    """Open a temporary file that replaces `path` when the block ends; after an error `path` is unchanged.
 
-    Until then the old file is there, and after an error still. Raises UserError as `write_atomically` does.
+    Missing folders are created, and a symbolic link stays one: its target is replaced. `sync` waits for the disk, so
+    that a power cut can't leave an empty file. Raises UserError if the file can't be written.
     """
     check_writable(path)
-    temporary = _temporary(path)
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        with made(path.parent):
-            try:
-                with open(temporary, "wb") as file:
-                    yield file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                if sync:
                     file.flush()
                     os.fsync(file.fileno())
-                os.replace(temporary, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
-                raise
-        if hasattr(os, "O_DIRECTORY"):  # not on Windows, where a folder can't be synced
-            folder = os.open(path.parent, os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"can't write {path}: {reason}; what was there before is unchanged") from None
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
+        raise UserError(f"can't write {path}: {error.strerror or error}") from None
 
 
 def check_writable(path: Path) -> None:
-    """Raises UserError if `whole` can't write this file, as far as that can be known before."""
+    """Raise UserError if `whole` can't write this file, as far as that is known before the work."""
+    target = Path(os.path.realpath(path))
     try:
-        of_system = {Path("/dev"), Path("/proc")} & {*path.absolute().parents}  # such as /dev/stdout
-        if of_system or _mode(path) not in (stat.S_IFREG, None):
-            raise UserError(f"can't write {path}: that is a folder or a device, and a file is wanted")
-        _mode(_temporary(path))  # its name may be too long
-        folder = next(folder for folder in path.absolute().parents if _mode(folder) is not None)
+        with contextlib.suppress(FileNotFoundError):
+            if path.absolute().parent in STREAMS or not stat.S_ISREG(target.stat().st_mode):
+                raise UserError(f"can't write {path}: not a regular file")
+        folder = next(folder for folder in target.parents if folder.exists())
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from None
 
 
-def _mode(path: Path) -> int | None:
-    """What kind of file stands there; None if there is none."""
-    try:
-        return stat.S_IFMT(os.stat(path).st_mode)
-    except FileNotFoundError:
-        return None
-
-
-@contextlib.contextmanager
-def made(folder: Path) -> Iterator[None]:
-    """Makes a folder, and those above it. After an error in the block, those that were made and are empty are gone."""
-    new = [one for one in (folder, *folder.parents) if not one.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        for one in new:
-            with contextlib.suppress(OSError):
-                one.rmdir()
-        raise
-
-
 @contextlib.contextmanager
 def npy(path: Path, n: int) -> Iterator[Callable[[np.ndarray], None]]:
-    """A function that appends rows to the .npy file of a float32 array (n, ...), so that no memory holds all of it.
+    """Yield a function that appends rows to the .npy file of a float32 array (n, ...), which never is in memory.
 
-    Raises UserError as `write_atomically` does.
+    Raises UserError if the file can't be written.
     """
     with whole(path) as file:
 
         def append(rows: np.ndarray) -> None:
             if not file.tell():
-                about = {"descr": "<f4", "fortran_order": False, "shape": (n, *rows.shape[1:])}
-                np.lib.format.write_array_header_2_0(file, about)
+                header = {"descr": "<f4", "fortran_order": False, "shape": (n, *rows.shape[1:])}
+                np.lib.format.write_array_header_2_0(file, header)
             file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
 
         yield append
@@ -112,26 +88,26 @@ def npy(path: Path, n: int) -> Iterator[Callable[[np.ndarray], None]]:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: Callable[[], object] | None = None) -> Iterator[None]:
-    """Holds the lock of the file `path`, which is made if it is absent, and stays. A lock ends with its process.
+    """Hold the lock of the file `path`, which is created if absent and stays. The system frees it with the process.
 
-    If another process holds the lock: calls `wait` and waits, or without it raises BlockingIOError. Systems and disks
-    that have no such locks go without.
+    If another process holds the lock, raise BlockingIOError, or with `wait` call it once and wait. On a disk without
+    locks, log a warning and continue without one.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
+    lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed process
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire(blocking=False)
+        except Timeout:
             if wait is None:
-                raise
+                raise BlockingIOError(errno.EAGAIN, "locked by another process", str(path)) from None
             wait()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
+            lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.warning("can't lock %s (%s): continuing without a lock", path, error.strerror)
+    try:
         yield
+    finally:
+        lock.release()

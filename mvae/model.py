@@ -1,9 +1,8 @@
 """The Multimodal Variational Autoencoder: an expert and a likelihood for each modality, over one latent z ~ N(0, I)."""
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ Batch = Mapping[str, Tensor]
 """Tensors by modality name, each (batch, *event)."""
 
 Precision = Literal["fp32", "bf16"]
-"""What networks compute in; log-probabilities and sums are float32 or better."""
+"""Of the networks; log-probabilities and sums are always float32 or better."""
 
 
 class MVAE(nn.Module):
@@ -25,10 +24,10 @@ class MVAE(nn.Module):
     Args:
         encoders: by modality name, a module (batch, *event) -> mu, logvar, each (batch, latents).
         likelihoods: by the same names, p(x | z); see `mvae.likelihoods`.
-        n_latents: the size of z.
-        fuse: from the experts to the posterior; see `mvae.experts.product` for the shapes.
+        n_latents: size of z.
+        fuse: from the experts to one Gaussian; see `mvae.experts.product` for the shapes.
 
-    Raises UsageError for encoders and likelihoods of unlike names, or values of another kind.
+    Raises UsageError if the names differ, or a value is of the wrong type.
     """
 
     def __init__(
@@ -41,12 +40,14 @@ class MVAE(nn.Module):
     ):
         super().__init__()
         if set(encoders) != set(likelihoods) or not encoders:
-            raise UsageError(f"`encoders` are for {sorted(encoders)}, `likelihoods` for {sorted(likelihoods)}")
+            raise UsageError(
+                f"encoders and likelihoods must name the same modalities, got {sorted(encoders)}, {sorted(likelihoods)}"
+            )
         if not isinstance(n_latents, int) or n_latents < 1:
-            raise UsageError(f"`n_latents` is {n_latents!r}, and a whole number above 0 is wanted")
+            raise UsageError(f"n_latents must be an integer >= 1, got {n_latents!r}")
         for name, likelihood in likelihoods.items():
             if not isinstance(likelihood, Likelihood):
-                raise UsageError(f"{name} of `likelihoods` is a {type(likelihood).__name__}, and no mvae.Likelihood")
+                raise UsageError(f"{name}: expected an mvae.Likelihood, got a {type(likelihood).__name__}")
         self.modalities = tuple(encoders)
         self.n_latents = n_latents
         self.fuse = fuse
@@ -54,106 +55,141 @@ class MVAE(nn.Module):
             self.encoders = nn.ModuleDict(encoders)
             self.decoders = nn.ModuleDict({name: likelihoods[name] for name in self.modalities})
         except (KeyError, TypeError) as error:  # such as a name with a dot in it
-            raise UsageError(f"these modalities can't be modules of torch: {error.args[0]}") from None
-
-    def encode(self, batch: Batch, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Runs each encoder once.
-
-        Args:
-            batch: the modalities to encode; one that isn't in it is left out of the result.
-            present: None, or bool (modalities of the batch, batch): which examples have which. The others are not
-                shown to the encoder (nor to its batch norm), and their rows of the result are zeros.
-
-        Returns:
-            mu, logvar: (modalities of the batch, batch, latents), in the order of `self.modalities`.
-        """
-        mus: list[Tensor] = []
-        logvars: list[Tensor] = []
-        for name in self.modalities:
-            if name not in batch:
-                continue
-            x = batch[name]
-            if present is None:
-                mu, logvar = self.encoders[name](x)
-            else:
-                here = present[len(mus)]
-                rows = shown(here)
-                mu, logvar = torch.zeros(2, len(x), self.n_latents, device=x.device)
-                if len(rows):
-                    with lone_example(self.encoders[name], len(rows)):
-                        some = self.encoders[name](x[rows])
-                    mu, logvar = (placed(part, rows, here) for part in some)
-            mus.append(mu)
-            logvars.append(logvar)
-        mu, logvar = torch.stack(mus), torch.stack(logvars)
-        return float32_at_least(mu), float32_at_least(logvar)
+            raise UsageError(f"invalid modality name or encoder: {error.args[0]}") from None
 
     def check_names(self, *names: str) -> None:
-        """Raises UsageError for a name that is no modality's."""
+        """Raise UsageError for a name that isn't a modality."""
         unknown = sorted(set(names) - set(self.modalities))
         if unknown:
-            raise UsageError(f"no modality is called {', '.join(unknown)}; there are {', '.join(self.modalities)}")
+            raise UsageError(f"unknown modality {', '.join(unknown)}; expected {', '.join(self.modalities)}")
 
     def likelihood(self, name: str) -> Likelihood:
-        """p(x | z) of one modality."""
+        """Return p(x | z) of one modality."""
         return cast(Likelihood, self.decoders[name])
 
-    def which(self, batch: Batch, present: Mapping[str, Tensor] | None) -> Tensor | None:
-        """Which examples have which modality: bool (modalities of the batch, batch); None if all have all.
+    def presence(self, batch: Batch, present: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the presence mask, bool (modalities, batch): False for a modality that isn't in `batch`.
 
         Raises UsageError for modalities of unequal length, and masks that aren't bool (batch,) of a modality.
         """
-        names = [name for name in self.modalities if name in batch]
-        lengths = {name: len(batch[name]) for name in names}
-        if len(set(lengths.values())) != 1:
-            found = ", ".join(f"{n} of {name}" for name, n in lengths.items()) or "none"
-            raise UsageError(f"a batch has a row of each modality for each example, and this one has {found}")
-        if present is None:
-            return None
+        n = next(iter(batch.values())).shape[0]
+        if any(x.shape[0] != n for x in batch.values()):
+            lengths = ", ".join(f"{name} {x.shape[0]}" for name, x in batch.items())
+            raise UsageError(f"modalities of a batch must have the same number of examples, got {lengths}")
+        device = next(iter(batch.values())).device
+        everywhere, nowhere = (torch.full((n,), value, device=device) for value in (True, False))
+        present = present or {}
         self.check_names(*present)
-        some = batch[names[0]]
-        always = torch.ones(len(some), dtype=torch.bool, device=some.device)
         for name, here in present.items():
-            if here.dtype != torch.bool or here.shape != always.shape:
-                found = f"{here.dtype} of shape {tuple(here.shape)}"
-                raise UsageError(f"{name} of `present` is {found}, and torch.bool of {tuple(always.shape)} is wanted")
-        return torch.stack([present.get(name, always) for name in names])
+            if here.dtype != torch.bool or here.shape != everywhere.shape:
+                got = f"{here.dtype} of shape {tuple(here.shape)}"
+                raise UsageError(f"present[{name!r}] must be torch.bool of shape ({n},), got {got}")
+        return torch.stack([present.get(name, everywhere) if name in batch else nowhere for name in self.modalities])
+
+    def encode(self, batch: Batch, present: Tensor) -> tuple[Tensor, Tensor]:
+        """Run each encoder once, on the examples that have its modality: an absent value never meets batch norm.
+
+        Args:
+            batch: the modalities to encode.
+            present: bool (modalities, batch), see `presence`.
+
+        Returns:
+            mu, logvar: (modalities, batch, latents), zeros where absent.
+        """
+        found = []
+        for name, here in zip(self.modalities, present.unbind(), strict=True):
+            expert = torch.zeros(2, len(here), self.n_latents, device=here.device)
+            rows = rows_of(here) if name in batch else here[:0]
+            if len(rows):
+                with lone_example(self.encoders[name], len(rows)):
+                    mu, logvar = self.encoders[name](batch[name][rows])
+                parts = (placed(float32_at_least(part), rows, here) for part in (mu, logvar))
+                expert = torch.stack([*parts])
+            found.append(expert)
+        mu, logvar = torch.stack(found, dim=1)
+        return mu, logvar
 
     def posterior(self, batch: Batch, present: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """q(z | the modalities in `batch`): mu, logvar, each (batch, latents); of an empty one the prior, (1, latents).
+        """Return q(z | the modalities in `batch`): mu, logvar, each (batch, latents); the prior, (1, latents), if empty.
 
-        `present`, bool (batch,) by modality, says which examples have it; one that isn't named is there for all. Where
-        one is absent its row may hold anything.
-
-        Raises UsageError for names that no modality has, and rows that don't fit each other.
+        `present`, bool (batch,) by modality, says which examples have it, by default all; an absent row may hold any
+        value. Raises UsageError for unknown names, and rows or masks that don't fit each other.
         """
         self.check_names(*batch)
         if not batch:
             mu, logvar = next(self.parameters()).new_zeros(2, 1, self.n_latents)
             return mu, logvar
-        here = self.which(batch, present)
-        mu, logvar = self.encode(batch, here)
-        mu, logvar = self.fuse(mu, logvar, None if here is None else here.unsqueeze(0))
+        here = self.presence(batch, present)
+        mu, logvar = self.fuse(*self.encode(batch, here), here.unsqueeze(0))
         return mu[0], logvar[0]
+
+    def draw(self, given: Batch, n: int, device: torch.device, temperature: float = 1.0) -> Tensor:
+        """Draw n values of z, (n, latents), conditioned on one example of some modalities; on none: from the prior.
+
+        temperature: multiplies the variance of z.
+        """
+        mu, logvar = self.posterior(given)
+        noise = torch.randn(n, self.n_latents, device=device, dtype=mu.dtype)
+        return experts.draw(mu, logvar, noise, temperature)
+
+    def mean(self, z: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return E[x | z], or a label's probabilities, of the modalities named, each (..., batch, *event)."""
+        return {name: self.likelihood(name).mean(z) for name in names}
+
+    def log_prob(self, z: Tensor, batch: Batch, decoded: Sequence[Sequence[str]], mask: Tensor | None = None) -> Tensor:
+        """Return log p(x_m | z_t) of the modalities that each term reconstructs.
+
+        Args:
+            z: (terms, batch, latents).
+            batch: the reconstructed modalities, each (batch, *event).
+            decoded: for each term, the modalities to decode. One that no term reconstructs isn't decoded.
+            mask: bool (terms, modalities, batch), which of these scores count; the others are not decoded. None: all.
+
+        Returns:
+            (terms, modalities, batch) in nats, zero where nothing counts.
+        """
+        each, nothing = z.unbind(), z.new_zeros(z.shape[1])
+        columns = []
+        for m, name in enumerate(self.modalities):
+            column = [nothing] * len(each)
+            terms = [t for t, names in enumerate(decoded) if name in names]
+            if terms:  # one call of the decoder for all of them
+                some = z if len(terms) == len(each) else torch.stack([each[t] for t in terms])
+                counts = None if mask is None else torch.stack([mask[t, m] for t in terms])
+                for t, nats in zip(terms, self._scores(name, some, batch[name], counts).unbind(), strict=True):
+                    column[t] = nats
+            columns.append(torch.stack(column))
+        return torch.stack(columns, dim=1)
+
+    def _scores(self, name: str, z: Tensor, x: Tensor, counts: Tensor | None) -> Tensor:
+        """Return log p(x | z), (terms, batch), of z (terms, batch, latents), zero where `counts` is False."""
+        likelihood = self.likelihood(name)
+        if counts is None:
+            return likelihood.log_prob(z, x)
+        rows = rows_of(counts.flatten())
+        if not len(rows):
+            return z.new_zeros(counts.shape)
+        with lone_example(likelihood, len(rows)):
+            nats = likelihood.log_prob(z.flatten(0, 1)[rows], x[rows % z.shape[1]])
+        return placed(nats, rows, counts.flatten()).view(counts.shape)
 
     @torch.no_grad()
     def check(
         self, batch: Batch, present: Mapping[str, Tensor] | None = None, names: Sequence[str] | None = None
     ) -> None:
-        """Runs the networks on a batch, in evaluation mode, to know that encoders, latents, decoders and data fit.
+        """Check by a dry run in evaluation mode that encoders, likelihoods, n_latents and data fit each other.
 
-        Raises UsageError, naming the modality and what would be right. `names`: the modalities to check; None: all.
+        Raises UsageError, naming the modality and what would be right. `names`: the modalities to check (default: all).
         """
         names = self.modalities if names is None else names
         lacking = [name for name in names if name not in batch]
         if lacking:
-            raise UsageError(f"there is no {lacking[0]} in it: it has {', '.join(batch)}")
-        here = self.which({name: batch[name] for name in names}, present)
+            raise UsageError(f"the batch lacks {lacking[0]}: it has {', '.join(batch)}")
+        here = self.presence({name: batch[name] for name in names}, present)
         with evaluating(self):
-            for m, name in enumerate(name for name in self.modalities if name in names):
-                x = batch[name] if here is None else batch[name][here[m]]
-                if len(x):
-                    self._check_one(name, x)
+            for name, rows in zip(self.modalities, here, strict=True):
+                if rows.any():
+                    self._check_one(name, batch[name][rows])
 
     def _check_one(self, name: str, x: Tensor) -> None:
         network, weight = "likelihood", next(self.parameters())
@@ -162,105 +198,48 @@ class MVAE(nn.Module):
             self.likelihood(name).check(x, z)
             nats = self.likelihood(name).log_prob(z, x)
             if nats.shape != x.shape[:1]:
-                raise UsageError(f"its log_prob is of shape {tuple(nats.shape)}, and one of {(len(x),)} is wanted")
+                raise UsageError(f"log_prob must have shape {(len(x),)}, got {tuple(nats.shape)}")
             network = "encoder"
             for part in self.encoders[name](x):
                 if part.shape != z.shape:
-                    wanted = f"mu and logvar of {tuple(z.shape)} each: `n_latents` is {self.n_latents}"
-                    raise UsageError(f"its encoder makes {tuple(part.shape)}, and is to make {wanted}")
+                    raise UsageError(f"the encoder must return mu, logvar of {tuple(z.shape)}, got {tuple(part.shape)}")
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
-        except Exception as error:  # networks fail in many ways on what they aren't made for
+        except Exception as error:  # a network fails in many ways on data that it isn't made for
             if is_out_of_memory(error):
                 raise
             reason = f"{str(error).splitlines()[0]}; the weights are {weight.dtype}"
-            raise UsageError(f"{name}: its {network} fails on {x.dtype} of {tuple(x.shape)}: {reason}") from error
-
-    def draw(self, given: Batch, n: int, device: torch.device, temperature: float = 1.0) -> Tensor:
-        """n draws of z, (n, latents), given one example of some modalities; from the prior if `given` is empty.
-
-        temperature: what the variance of z is multiplied by.
-        """
-        mu, logvar = self.posterior(given)
-        noise = torch.randn(n, self.n_latents, device=device, dtype=mu.dtype)
-        return experts.draw(mu, logvar, noise, temperature)
-
-    def mean(self, z: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """E[x | z], or a label's probabilities, of the modalities named, each (..., batch, *event)."""
-        return {name: self.likelihood(name).mean(z) for name in names}
-
-    def log_prob(self, z: Tensor, batch: Batch, scored: Sequence[Sequence[str]], mask: Tensor | None = None) -> Tensor:
-        """log p(x_m | z_t) for the modalities that each term scores; a modality no term scores isn't decoded.
-
-        Args:
-            z: (terms, batch, latents).
-            batch: the scored modalities, each (batch, *event).
-            scored: for each term, the names of the modalities to score.
-            mask: None, or bool (terms, modalities, batch): which of those scores count. The others are not decoded.
-
-        Returns:
-            (terms, modalities, batch) in nats, zero where nothing was scored.
-        """
-        nothing = z.new_zeros(z.shape[1])
-        each: tuple[Tensor, ...] = ()  # z's terms, if some are to be taken
-        columns = []
-        for m, name in enumerate(self.modalities):
-            terms = [t for t, names in enumerate(scored) if name in names]
-            if not terms:
-                columns.append(nothing.expand(len(z), -1))
-                continue
-            wanted = z
-            if len(terms) < len(z):
-                each = each or z.unbind()
-                wanted = torch.stack([each[t] for t in terms])
-            if mask is None:  # one call of the decoder for all its terms
-                scores = self.likelihood(name).log_prob(wanted, batch[name])
-            else:  # one call for all its terms' examples that count
-                counts = torch.stack([mask[t, m] for t in terms]).flatten()
-                rows = shown(counts)
-                scores = z.new_zeros(wanted.shape[:2])
-                if len(rows):
-                    x = batch[name][rows % z.shape[1]]
-                    with lone_example(self.likelihood(name), len(rows)):
-                        some = self.likelihood(name).log_prob(wanted.flatten(0, 1)[rows], x)
-                    scores = placed(some, rows, counts).view(scores.shape)
-            if len(terms) < len(z):  # back to their terms' places, with zeros between them
-                gaps = [after - t - 1 for t, after in itertools.pairwise([-1, *terms, len(z)])]
-                zeros = [nothing.expand(gap, -1) for gap in gaps]
-                scores = torch.cat([zeros[0], *itertools.chain(*zip(scores.split(1), zeros[1:], strict=True))])
-            columns.append(scores)
-        return torch.stack(columns, dim=1)
+            raise UsageError(f"{name}: the {network} fails on {x.dtype} of {tuple(x.shape)}: {reason}") from error
 
 
-def shown(here: Tensor) -> Tensor:
-    """The rows that a network is to be run on, (rows,), of those where `here`, bool (n,), is True.
+def rows_of(here: Tensor) -> Tensor:
+    """Return the rows (rows,) to run a network on: those where `here`, bool (n,), is True.
 
-    On a CPU they are those rows. Elsewhere to know them would make the host wait for the device, and in a compiled step
-    it would change the shapes: there are always n rows, and one where `here` is False is another where it is True, each
-    of these in turn. So batch norm sees no others, in whatever way they are counted.
+    On a GPU knowing them would make the host wait, and in a compiled step change its shapes. There it is always n rows:
+    a row that is absent is replaced by one that is present, each of these in turn, so that batch norm sees no others.
     """
     if not has_fixed_shapes(here.device):
         return here.nonzero().squeeze(1)
-    there_first = (~here).byte().argsort(stable=True)
+    present_first = (~here).byte().argsort(stable=True)
     turn = ((~here).cumsum(0) - 1) % here.sum().clamp(min=1)
-    return torch.where(here, torch.arange(len(here), device=here.device), there_first[turn])
+    return torch.where(here, torch.arange(len(here), device=here.device), present_first[turn])
 
 
 def placed(values: Tensor, rows: Tensor, here: Tensor) -> Tensor:
-    """The values (rows, ...) of the rows that `shown` gave, at their places: (n, ...), zeros where `here` is False."""
+    """Put the values (rows, ...) of `rows_of(here)` back into their places: (n, ...), zeros where `here` is False."""
     if not has_fixed_shapes(here.device):
         return values.new_zeros(len(here), *values.shape[1:]).index_copy(0, rows, values)
     return torch.where(here.view(-1, *[1] * (values.dim() - 1)), values, 0.0)
 
 
 def has_fixed_shapes(device: torch.device) -> bool:
-    """Whether shapes may not depend on values: on a GPU, which is asked for nothing, and in a compiled step."""
+    """Return whether shapes must not depend on values: on a GPU (no wait for the host) or in a compiled step."""
     return device.type != "cpu" or torch.compiler.is_compiling()
 
 
 @contextlib.contextmanager
 def lone_example(network: nn.Module, n: int) -> Iterator[None]:
-    """For n = 1 row, has batch norm use its running statistics, as in evaluation: one row has no variance."""
+    """Let batch norm use its running statistics for n = 1 row, which has no variance."""
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and n == 1]
     for norm in norms:
         norm.eval()
@@ -273,22 +252,16 @@ def lone_example(network: nn.Module, n: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Has the network in evaluation mode within, and afterwards in the mode that it was in."""
-    was_training = network.training
+    """Switch to evaluation mode, then give each module its own mode back: a frozen one stays frozen."""
+    training = [module for module in network.modules() if module.training]
     network.eval()
     try:
         yield
     finally:
-        network.train(was_training)
+        for module in training:
+            module.training = True
 
 
-def running_in(precision: Precision, device: torch.device) -> torch.autocast:
-    """Has networks on `device` compute in this precision within. Raises UsageError if there is none of this name."""
-    check_precision(precision)
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """Return the context in which networks run in `precision`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def check_precision(precision: str) -> None:
-    """Raises UsageError for a name that is no precision's."""
-    if precision not in get_args(Precision):
-        raise UsageError(f"`precision` is {precision!r}, and {' or '.join(get_args(Precision))} is wanted")

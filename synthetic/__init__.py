@@ -1,1 +1,1 @@
-"""Made data in the layout of the real sets: python -m mvae.synthetic digits|fashion|faces DIR."""
+"""Synthetic data sets in the layout of the real ones: python -m synthetic digits|fashion|faces DIR."""

@@ -1,11 +1,11 @@
-"""Made digits. Each is one of several pen-stroke forms of its class, bent, slanted, scaled, turned and shifted at
-random, and drawn with a random pen."""
+"""Synthetic digits: pen strokes in several forms a class, each bent, slanted, scaled, turned and shifted at random, and
+drawn with a random pen."""
 
 import cv2
 import numpy as np
 
-# The pen's path for each class, in several forms: "x,y" points, y downwards, a digit being 100 units high. A smooth
-# curve goes through the points of a stroke and closes where it ends as it began; "|" lifts the pen or turns a corner.
+# The pen's path for each class, in several forms: points "x,y" with y downwards; a digit is 100 units high. A smooth
+# curve goes through the points of a stroke, closed if the last point is the first; "|" lifts the pen or turns a corner.
 FORMS = {
     0: (
         "30,0 12,12 3,35 2,62 12,90 30,100 48,90 58,62 57,35 48,12 30,0",
@@ -71,8 +71,11 @@ FORMS = {
 
 
 def pen_path(form: str, step: float = 4.0) -> list[np.ndarray]:
-    """The strokes of a form in `FORMS`, each (n_points, 2) float64 of (x, y): a Catmull-Rom curve, a point every `step`
-    units of its length (so that the points' mean is the ink's centre)."""
+    """Return the strokes of a form in `FORMS`, each (n_points, 2) float64 of (x, y).
+
+    A stroke is a Catmull-Rom curve with a point every `step` units of its length, so that the mean of the points is the
+    centre of the ink.
+    """
     strokes = []
     for stroke in form.split("|"):
         knots = np.array([point.split(",") for point in stroke.split()], dtype=np.float64)
@@ -89,14 +92,14 @@ def pen_path(form: str, step: float = 4.0) -> list[np.ndarray]:
 
 
 def place(points: np.ndarray, thickness: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Bends and places n copies of a form's `points`, (n_points, 2) in its units, for pens of `thickness`, (n,) pixels.
+    """Bend and place n copies of a form's `points`, (n_points, 2) in its units, for pens of `thickness`, (n,) pixels.
 
-    As in MNIST, a digit with its pen fits a box of 20x20 pixels, whose ink is centred in the image: here up to a shift,
-    and less of it where the digit would touch the border. Returns (n, n_points, 2) float64 of (x, y) in pixels.
+    As in MNIST, a digit fits a box of 20x20 pixels, and the centre of its ink is the centre of the image; here with a
+    small shift that keeps it off the border. Returns (n, n_points, 2) float64 of (x, y) in pixels.
     """
     n = len(thickness)
     u, v = (points - (points.min(axis=0) + points.max(axis=0)) / 2).T / 50  # v in [-1, 1], u about [-0.6, 0.6]
-    # smooth functions of the place, so that strokes which meet go on meeting
+    # smooth functions of the position, so that strokes that meet still meet
     basis = np.stack([u * v, u**2, v**2, np.sin(np.pi * u) / 2, np.sin(np.pi * v) / 2])
     bent = np.stack([u, v], axis=1) + np.einsum("nkc,kp->npc", rng.normal(0, 0.11, (n, len(basis), 2)), basis)
 
@@ -115,15 +118,17 @@ def place(points: np.ndarray, thickness: np.ndarray, rng: np.random.Generator) -
 
 
 def digits(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draws n made digits: images (n, 28, 28) uint8, white (255) on black, and labels (n,) uint8 in random order, whose
-    ten counts differ by at most one."""
+    """Draw n digits: images (n, 28, 28) uint8, white (255) on black, and labels (n,) uint8 in random order.
+
+    The counts of the ten labels differ by at most one.
+    """
     zoom, fraction_bits = 4, 4  # drawn at four times the size, for grey edges
     labels = rng.permutation(np.arange(n) % 10).astype(np.uint8)
     style = rng.random(n)  # chooses the form
     pen = (rng.normal(2.15, 0.5, n).clip(1.25, 3.75) * zoom).round().astype(int)  # in pixels of the zoomed canvas
     blur = rng.uniform(0.3, 0.55, n)
-    ink = rng.uniform(1.1, 1.5, n)  # above 1 the stroke's middle saturates, as MNIST's does
-    faint = np.full((28, 28), 16, dtype=np.uint8)  # and its surroundings are quite black
+    ink = rng.uniform(1.1, 1.5, n)  # above 1 the middle of a stroke saturates, as in MNIST
+    faint = np.full((28, 28), 16, dtype=np.uint8)  # subtracted, so that the background is black
     images = np.empty((n, 28, 28), dtype=np.uint8)
     for digit, paths in FORMS.items():
         for form, path in enumerate(paths):
@@ -131,7 +136,7 @@ def digits(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
             ends = np.cumsum([len(stroke) for stroke in strokes])[:-1]
             members = np.flatnonzero((labels == digit) & ((style * len(paths)).astype(int) == form))
             placed = place(np.concatenate(strokes), pen[members] / zoom, rng)
-            # OpenCV's coordinates are of pixel centres, in fixed point
+            # OpenCV takes coordinates of pixel centres, in fixed point
             fixed = ((placed * zoom - 0.5) * 2**fraction_bits).round().astype(np.int32)
             for i, points in zip(members, fixed, strict=True):
                 canvas = np.zeros((28 * zoom, 28 * zoom), dtype=np.uint8)

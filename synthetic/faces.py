@@ -1,5 +1,5 @@
-"""Made faces. Each is a frontal face in the aligned frame of CelebA's images, painted in layers from the hair behind it
-to the glasses before it; what its attributes leave free (form, skin, light, gaze, clothes, background) is random."""
+"""Synthetic faces: frontal, in the aligned frame of CelebA's images, painted in layers from the hair behind the head to
+the glasses in front. What the attributes leave open (form, skin, light, gaze, clothes, background) is random."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 HEIGHT, WIDTH = 218, 178
-CENTRE = (88.5, 111)  # (x, y) of the middle between the eyes, from where the points below count, in pixels, y downwards
+CENTRE = (88.5, 111)  # (x, y) in pixels of the middle between the eyes, the origin of all points below; y downwards
 
 DRAWN = (
     "Bald",
@@ -31,15 +31,15 @@ DRAWN = (
     "Wavy_Hair",
     "Wearing_Hat",
 )
-"""The attributes that can be seen in a made face."""
+"""The attributes that a synthetic face shows."""
 
 
 def parse(points: str) -> np.ndarray:
-    """ "x,y x,y ..." as (n_points, 2) float64."""
+    """Return "x,y x,y ..." as (n_points, 2) float64."""
     return np.array([point.split(",") for point in points.split()], dtype=np.float64)
 
 
-# The features of an unmoved face, in the order of iBUG's 68 points; those on the image's right are mirrored.
+# The features of an average face, in the order of iBUG's 68 points; the right half of the image mirrors the left.
 BROW = parse("-33,-13.5 -28.5,-18 -22.5,-19.5 -16,-18.5 -10,-16")
 BRIDGE = parse("0,-2 0,6 0,14 0,22")
 NOSTRILS = parse("-8.5,27.5 -4.5,29 0,30 4.5,29 8.5,27.5")
@@ -48,15 +48,15 @@ MOUTH = parse(
     "-16.5,41 -10.5,38.5 -4,37 0,38 4,37 10.5,38.5 16.5,41 10,46 4.5,48.5 0,49 -4.5,48.5 -10,46 "
     "-14,41 -5,41 0,41.5 5,41 14,41 5,41.8 0,42.3 -5,41.8"
 )
-SMILE = parse(  # how far a smile moves the points of the mouth
+SMILE = parse(  # the shift of the mouth's points by a smile
     "-4.5,-3 -2,-0.5 -0.5,0.8 0,1 0.5,0.8 2,-0.5 4.5,-3 3,0 1,1 0,1 -1,1 -3,0 "
     "-4.5,-3 -1.5,1.2 0,1.8 1.5,1.2 4.5,-3 1.5,1.4 0,2 -1.5,1.4"
 )
-OPENING = parse(  # and how far opening does
+OPENING = parse(  # and by opening it
     "0.5,1 0,0 0,-0.5 0,-0.5 0,-0.5 0,0 -0.5,1 0,5 0,7 0,7.5 0,7 0,5 0.5,1 0,-0.5 0,-0.5 0,-0.5 -0.5,1 0,7 0,7.5 0,7"
 )
 
-# The indexes of the person's right and left eye, and brow, each from its outer end.
+# Indices of the person's right and left eye, and of the brows, each from its outer end.
 EYES = np.array([(36, 37, 38, 39, 40, 41), (45, 44, 43, 42, 47, 46)])
 BROWS = np.array([(17, 18, 19, 20, 21), (26, 25, 24, 23, 22)])
 
@@ -80,8 +80,10 @@ SHADOW = ((86, 60, 120), (54, 74, 120), (110, 66, 50), (64, 60, 64), (60, 104, 9
 
 
 def attributes(n: int, rng: np.random.Generator) -> np.ndarray:
-    """Draws the attributes of n faces, (n, 18) bool in the order of `DRAWN`: roughly as they come together in people,
-    each in 4 % of the faces or more, and none that another would hide."""
+    """Draw the attributes of n faces, (n, 18) bool in the order of `DRAWN`.
+
+    They are correlated roughly as in people. Each occurs in at least 4 % of the faces, and none hides another.
+    """
 
     def chance(if_male: float, otherwise: float) -> np.ndarray:
         return rng.random(n) < np.where(male, if_male, otherwise)
@@ -89,7 +91,7 @@ def attributes(n: int, rng: np.random.Generator) -> np.ndarray:
     male = rng.random(n) < 0.45
     bald = chance(0.14, 0.01)
     hat = chance(0.12, 0.08) & ~bald
-    hair = ~bald & ~hat  # that can be seen in front
+    hair = ~bald & ~hat  # visible in front
     form = rng.random(n)
     colour = rng.choice(len(HAIR), n, p=[0.3, 0.22, 0.26, 0.13, 0.09])
     receding = chance(0.28, 0.02) & hair
@@ -115,14 +117,14 @@ def attributes(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def mirror(points: np.ndarray) -> np.ndarray:
-    """The points (n_points, 2) on the other side of the face."""
+    """Return points (n_points, 2) mirrored to the other side of the face."""
     return points * (-1, 1)
 
 
 def features(has: Mapping[str, bool], rng: np.random.Generator) -> np.ndarray:
-    """The 68 points of a random face with these attributes, unplaced: (68, 2) float64."""
+    """Return the 68 points of a random face with these attributes, relative to CENTRE: (68, 2) float64."""
     male = has["Male"]
-    # The jaw is half of a superellipse: the higher its exponent, the squarer.
+    # The jaw is half of a superellipse; a higher exponent makes it squarer.
     angle = np.linspace(0, np.pi, 17)
     half_width, depth = rng.normal(43.5 if male else 41.5, 1.6), rng.normal(76 if male else 72, 2)
     exponent = rng.normal(2.45 if male else 1.95, 0.1)
@@ -143,7 +145,7 @@ def features(has: Mapping[str, bool], rng: np.random.Generator) -> np.ndarray:
     mouth[:12, 1] += (fullness - 1) * (mouth[:12, 1] - mouth[[12, 13, 13, 14, 15, 15, 16, 17, 17, 18, 19, 19], 1])
     mouth[:, 1] += rng.normal(0, 1)
     points = np.concatenate([jaw, brow, mirror(brow)[::-1], nose, eye, mirror(eye)[[3, 2, 1, 0, 5, 4]], mouth])
-    yaw = rng.normal(0, 1.5)  # in pixels: what is in front goes farther
+    yaw = rng.normal(0, 1.5)  # in pixels; the nose, in front, moves farther
     points[17:, 0] += yaw
     points[28:36, 0] += 0.5 * yaw
     return points
@@ -151,7 +153,7 @@ def features(has: Mapping[str, bool], rng: np.random.Generator) -> np.ndarray:
 
 @functools.cache
 def spline(n: int, closed: bool) -> np.ndarray:
-    """The weights of n knots in the points of a Catmull-Rom curve through them: (n_points, n) float64."""
+    """Return the weights of n knots in the points of a Catmull-Rom curve through them: (n_points, n) float64."""
     knots = np.eye(n)
     knots = knots[[-1, *range(n), 0, 1]] if closed else knots[[0, *range(n), -1]]
     p0, p1, p2, p3 = (knots[i : len(knots) - 3 + i, None] for i in range(4))
@@ -162,76 +164,76 @@ def spline(n: int, closed: bool) -> np.ndarray:
 
 @functools.cache
 def grid() -> tuple[np.ndarray, np.ndarray]:
-    """x and y of the pixels from CENTRE, (1, WIDTH) and (HEIGHT, 1) float32."""
+    """Return x and y of the pixels relative to CENTRE, (1, WIDTH) and (HEIGHT, 1) float32."""
     x = np.arange(WIDTH, dtype=np.float32)[None] - CENTRE[0]
     return x, np.arange(HEIGHT, dtype=np.float32)[:, None] - CENTRE[1]
 
 
 @functools.cache
 def grain() -> np.ndarray:
-    """White noise of mean 128 and standard deviation 32, of which each face takes a part: (2 HEIGHT, 2 WIDTH) uint8."""
+    """Return white noise of mean 128 and standard deviation 32, which all faces crop: (2 HEIGHT, 2 WIDTH) uint8."""
     noise = np.random.default_rng(0).standard_normal((2 * HEIGHT, 2 * WIDTH), dtype=np.float32)
     return (128 + 32 * noise).clip(0, 255).astype(np.uint8)
 
 
 def some_grain(rng: np.random.Generator) -> np.ndarray:
-    """(HEIGHT, WIDTH) uint8."""
+    """Return a random crop of the grain, (HEIGHT, WIDTH) uint8."""
     top, left = rng.integers((HEIGHT, WIDTH))
     return grain()[top : top + HEIGHT, left : left + WIDTH]
 
 
 def ellipse(centre: np.ndarray | tuple[float, float], half_width: float, half_height: float) -> np.ndarray:
-    """Eight points around an ellipse, (8, 2)."""
+    """Return eight points around an ellipse, (8, 2)."""
     return OCTAGON * (half_width, half_height) + centre
 
 
 def moved(points: np.ndarray, x: float, y: float) -> np.ndarray:
-    """A point (2,) or points (n_points, 2), farther to the right by x and down by y."""
+    """Return a point (2,) or points (n_points, 2) moved to the right by x and down by y."""
     return points + np.array((x, y))
 
 
 def arch(half_width: float, top: float, bottom: float) -> np.ndarray:
-    """The upper half of an ellipse, from left to right: (9, 2)."""
+    """Return the upper half of an ellipse, from left to right: (9, 2)."""
     return moved(ARCH * (half_width, bottom - top), 0, bottom)
 
 
 def mix(a: np.ndarray, b: np.ndarray | tuple[float, ...], share: float) -> np.ndarray:
-    """A colour or point between a and b."""
+    """Return a colour or point between a and b."""
     return a + (np.asarray(b) - a) * share
 
 
 @dataclass(frozen=True, kw_only=True)
 class Face:
-    """A face while it is painted. Colours are (3,), points (n_points, 2) from CENTRE, before the face is turned."""
+    """A face being painted. Colours are (3,), points (n_points, 2) relative to CENTRE, before the face is turned."""
 
     has: Mapping[str, bool]
     rng: np.random.Generator
     points: np.ndarray
-    """The 68 of its features."""
+    """The 68 points of the features."""
     shift: np.ndarray
-    """Where the middle between the eyes is, (x, y) in the image."""
+    """The middle between the eyes, (x, y) in the image."""
     turn: np.ndarray
-    """(2, 2): how the face is turned and scaled."""
+    """The matrix (2, 2) that turns and scales the face."""
     light: float
-    """Where it comes from: from the left (-1) to the right (1)."""
+    """The direction of the light, from the left (-1) to the right (1)."""
     skin: np.ndarray
     hair: np.ndarray
     length: float
-    """How far down the hair comes, as y."""
+    """The lower end of the hair, as y."""
     volume: float
-    """How far the hair stands off the head, in pixels."""
+    """The thickness of the hair around the head, in pixels."""
     canvas: np.ndarray
     """(HEIGHT, WIDTH, 3) uint8."""
     shade: np.ndarray
-    """What the skin's colour is multiplied with, times 128: (HEIGHT / 2, WIDTH / 2, 3) uint8."""
+    """The factor of the skin's colour, times 128: (HEIGHT / 2, WIDTH / 2, 3) uint8."""
 
     @property
     def half_width(self) -> float:
-        """Half the width of the head."""
+        """Half of the head's width."""
         return float(self.points[16, 0])
 
     def place(self, points: np.ndarray) -> np.ndarray:
-        """Points as (x, y) in the image."""
+        """Return points as (x, y) in the image."""
         return points @ self.turn + self.shift
 
     def paint(
@@ -243,11 +245,13 @@ class Face:
         smooth: bool = True,
         image: np.ndarray | None = None,
     ) -> None:
-        """Fills the outline through `points`, or draws the line through them where it has a `width`, in pixels; on the
-        canvas, or on another image of any size."""
+        """Fill the outline through `points`, or with a `width` in pixels draw the line through them.
+
+        Paints on the canvas, or on another image of any size.
+        """
         image = self.canvas if image is None else image
         fraction_bits = 4
-        units = 2**fraction_bits * image.shape[1] / WIDTH  # OpenCV's coordinates are of pixel centres, in fixed point
+        units = 2**fraction_bits * image.shape[1] / WIDTH  # OpenCV takes coordinates of pixel centres, in fixed point
         placed = self.place(spline(len(points), not width) @ points if smooth else points)
         fixed = [np.rint(placed * units + (units - 2**fraction_bits) / 2).astype(np.int32)]
         ink = colour.tolist() if isinstance(colour, np.ndarray) else colour
@@ -257,7 +261,7 @@ class Face:
             cv2.fillPoly(image, fixed, ink, cv2.LINE_AA, fraction_bits)
 
     def cover(self, outlines: Sequence[np.ndarray], texture: np.ndarray) -> None:
-        """Fills the outlines with the texture (HEIGHT, WIDTH, 3) uint8, the edges a little soft."""
+        """Fill the outlines with the texture (HEIGHT, WIDTH, 3) uint8, with slightly soft edges."""
         mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
         for points in outlines:
             self.paint(points, (255,), image=mask)
@@ -267,13 +271,13 @@ class Face:
         self.canvas[region] = cv2.blendLinear(texture[region], self.canvas[region], share, 255 - share)
 
     def darken(self, points: np.ndarray, factor: float | Sequence[float], width: int = 0) -> None:
-        """Multiplies the skin's colour with `factor`, which may be above 1, in and about an outline or a line."""
+        """Multiply the skin's colour by `factor`, which may be above 1, inside an outline or along a line."""
         red, green, blue = (factor, factor, factor) if isinstance(factor, float) else factor
         self.paint(points, (128 * red, 128 * green, 128 * blue), width, image=self.shade)
 
 
 def background(rng: np.random.Generator) -> np.ndarray:
-    """A few blurred colours, (HEIGHT, WIDTH, 3) uint8."""
+    """Return a few blurred colours, (HEIGHT, WIDTH, 3) uint8."""
     colours = rng.uniform(10, 240) + rng.normal(0, 22, 3) + rng.normal(0, rng.uniform(5, 45), (4, 3, 1))
     colours = colours + rng.normal(0, 10, (4, 3, 3))
     small = cv2.resize(colours.clip(0, 255).astype(np.uint8), (WIDTH // 4, HEIGHT // 4), interpolation=cv2.INTER_CUBIC)
@@ -281,8 +285,10 @@ def background(rng: np.random.Generator) -> np.ndarray:
 
 
 def strands(face: Face) -> np.ndarray:
-    """Hair with its strands and its gloss, to be cut to shape: (HEIGHT, WIDTH, 3) uint8. Strands hang straight down
-    from the top of the head, or go in waves; hair without a form is matt."""
+    """Return a texture of hair with strands and gloss, (HEIGHT, WIDTH, 3) uint8.
+
+    Strands hang down from the top of the head, straight or in waves; hair that is neither is matt.
+    """
     x, y = grid()
     rng = face.rng
     wavy, straight = face.has["Wavy_Hair"], face.has["Straight_Hair"]
@@ -303,7 +309,7 @@ def strands(face: Face) -> np.ndarray:
 
 
 def hairline(face: Face) -> np.ndarray:
-    """Where the hair begins above the forehead, from right to left: (15, 2)."""
+    """Return the edge of the hair above the forehead, from right to left: (15, 2)."""
     rng = face.rng
     x = np.linspace(1, -1, 15) * (face.half_width + 0.5)
     along = np.abs(np.linspace(1, -1, 15))
@@ -320,7 +326,7 @@ def hairline(face: Face) -> np.ndarray:
 
 
 def locks(face: Face) -> np.ndarray:
-    """The outer edge of the hair on the right, from the ear down: (n, 2)."""
+    """Return the outer edge of the hair on the right, from the ear down: (n, 2)."""
     down = np.linspace(4, face.length, 4 + int(face.length / 9))
     out = face.volume - 0.0005 * (down - 30) ** 2
     if face.has["Wavy_Hair"]:
@@ -329,7 +335,7 @@ def locks(face: Face) -> np.ndarray:
 
 
 def paint_hair_behind(face: Face, hair: np.ndarray, side: np.ndarray) -> None:
-    """The hair at the sides and behind the neck."""
+    """Paint the hair at the sides and behind the neck."""
     top = arch(face.half_width + face.volume, -62 - face.volume, 0)
     end = np.array([(face.half_width - 3, face.length + 4), (face.half_width * 0.6, face.length + 3)])
     side = np.concatenate([side, end])
@@ -351,7 +357,7 @@ def paint_neck(face: Face) -> None:
 
 
 def shade_head(face: Face, edge: np.ndarray | None) -> None:
-    """Light and shadow on the skin; `edge` throws a shadow on the forehead, where there is hair or a hat."""
+    """Shade the skin; the `edge` of the hair or the hat casts a shadow on the forehead."""
     has, points = face.has, face.points
     x, y = (axis[::2, ::2] for axis in grid())
     x, y = x - np.float32(face.shift[0] - CENTRE[0]), y - np.float32(face.shift[1] - CENTRE[1])
@@ -388,7 +394,7 @@ def shade_head(face: Face, edge: np.ndarray | None) -> None:
 
 
 def paint_head(face: Face) -> None:
-    """Ears and skin."""
+    """Paint ears and skin."""
     if face.length < 20:
         for side in (-1, 1):
             face.paint(ellipse((side * (face.half_width + 1), 12), 6, 12), face.skin * 0.82)
@@ -408,7 +414,7 @@ def paint_nose(face: Face) -> None:
 
 
 def paint_eyes(face: Face) -> None:
-    """Eyes and brows."""
+    """Paint eyes and brows."""
     rng, has, skin = face.rng, face.has, face.skin
     made_up, bushy, male = has["Heavy_Makeup"], has["Bushy_Eyebrows"], has["Male"]
     iris = np.array(IRIS[rng.integers(len(IRIS))]) * rng.normal(1, 0.1)
@@ -443,7 +449,7 @@ def paint_eyes(face: Face) -> None:
 
 
 def paint_mouth(face: Face) -> None:
-    """Lips and teeth, and the moustache over them."""
+    """Paint lips and teeth, and the moustache over them."""
     rng, has, skin = face.rng, face.has, face.skin
     mouth = face.points[48:68]
     outer, upper, lower = mouth[:12], mouth[12:17], mouth[[12, 19, 18, 17, 16]]
@@ -477,7 +483,7 @@ def paint_mouth(face: Face) -> None:
 
 
 def paint_hair_before(face: Face, hair: np.ndarray, side: np.ndarray, edge: np.ndarray) -> None:
-    """The locks beside the face, and, where there is no hat, the hair above it down to the `edge`."""
+    """Paint the locks at the sides of the face and, without a hat, the hair above it down to the `edge`."""
     outlines = []
     if face.length > 30:
         near = side - (face.volume + face.rng.uniform(0, 5), 0) - np.array((3, 0)) * np.sin(side[:, 1:] / 30)
@@ -494,7 +500,7 @@ def paint_hair_before(face: Face, hair: np.ndarray, side: np.ndarray, edge: np.n
 
 
 def paint_hat(face: Face, low: float) -> None:
-    """A woolly hat, a cap with a peak, or a hat with a brim; `low` is its lower edge, as y."""
+    """Paint a woolly hat, a cap with a peak, or a hat with a brim; `low` is its lower edge, as y."""
     rng, half_width = face.rng, face.half_width + 5
     colour = rng.uniform(10, 230) + rng.normal(0, 45, 3)
     band = (colour + rng.choice([-60, 60], 3)).clip(5, 250)
@@ -541,17 +547,17 @@ def paint_glasses(face: Face) -> None:
 
 
 def photograph(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The canvas exposed a little wrongly, a little out of focus, with a grain: (HEIGHT, WIDTH, 3) uint8."""
+    """Return the canvas slightly over- or underexposed, slightly out of focus, with grain: (HEIGHT, WIDTH, 3) uint8."""
     soft = cv2.GaussianBlur(canvas, (3, 3), rng.uniform(0.4, 0.7))
     noise, share = cv2.cvtColor(some_grain(rng), cv2.COLOR_GRAY2RGB), rng.uniform(1, 4) / 32
     return cv2.addWeighted(soft, rng.normal(1, 0.06), noise, share, -128 * share)
 
 
 def draw(has: Mapping[str, bool], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a face with these attributes, a bool for each of `DRAWN`.
+    """Draw a face with these attributes, a bool for each of `DRAWN`.
 
-    Returns the image, (HEIGHT, WIDTH, 3) uint8 of red, green and blue, and its 68 points in iBUG's order, (68, 2) int64
-    of (x, y) in pixels: jaw, right brow, left brow, nose, right eye, left eye, mouth (the person's right and left).
+    Returns the image, (HEIGHT, WIDTH, 3) uint8 RGB, and its 68 points in iBUG's order, (68, 2) int64 of (x, y) in
+    pixels: jaw, right brow, left brow, nose, right eye, left eye, mouth (the person's right and left).
     """
     angle, scale = rng.normal(0, 0.035), rng.normal(1, 0.02)
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)
@@ -602,6 +608,6 @@ def draw(has: Mapping[str, bool], rng: np.random.Generator) -> tuple[np.ndarray,
 
 
 def faces(attributes: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Draws a face for each row of attributes, (n, 18) bool in the order of `DRAWN`: image and points as of `draw`."""
+    """Draw a face for each row of attributes, (n, 18) bool in the order of `DRAWN`; yield image and points (`draw`)."""
     for row in attributes:
         yield draw(dict(zip(DRAWN, row.tolist(), strict=True)), rng)

@@ -1,15 +1,15 @@
-"""Made garments, shoes and bags. Each is a random mixture of several silhouettes of its class, bent and shifted, and
-cut from random cloth."""
+"""Synthetic garments, shoes and bags: random mixtures of several silhouettes a class, bent and shifted, and cut from
+random cloth."""
 
 import math
 
 import cv2
 import numpy as np
 
-# The parts of each class of FashionMNIST in several forms, whose points correspond, so that a mixture of forms is one,
-# too: areas of two materials, "body" and "trim", and Bézier curves, "strap" (of trim) and "seam" (dark). Points are
-# "x,y", y downwards, a garment being 100 units high, a shoe as long; all but shoes are symmetric about x = 0, and their
-# right half is given.
+# The parts of each class of FashionMNIST, in several forms. The points of the forms correspond, so that a mixture of
+# forms is a form. Parts are areas of two materials, "body" and "trim", and Bézier curves, "strap" (of trim) and "seam"
+# (dark). Points are "x,y" with y downwards; a garment is 100 units high, a shoe 100 units long. All but shoes are
+# symmetric about x = 0, and only their right half is listed.
 AREAS = ("body", "trim")
 SHOES = (5, 7, 9)
 GARMENTS = {
@@ -19,7 +19,7 @@ GARMENTS = {
         "body 0,24 7,14 13,1 29,6 40,26 31,33 26,30 23,58 27,98 0,100 | trim 0,40 1,40 1,41 0,41",
         "body 0,20 9,16 14,1 22,1 24,18 25,26 26,32 24,60 27,98 0,100 | trim 0,50 14,50 14,60 0,60",
     ),
-    1: (  # Trouser: slim, straight, wide, with the legs apart
+    1: (  # Trouser: slim, straight, wide, with spread legs
         "body 0,1 13,0 16,18 14,55 11,100 4,100 4,60 0,30 | seam 0,3 0,26",
         "body 0,1 14,0 18,22 17,60 17,100 5,100 4,60 0,32 | seam 0,3 0,26",
         "body 0,1 13,0 18,24 19,60 25,100 6,100 4,60 0,34 | seam 0,3 0,28",
@@ -105,7 +105,7 @@ GARMENTS = {
 
 
 def garment_parts(kind: int) -> list[tuple[str, np.ndarray]]:
-    """The parts of a class in `GARMENTS` in the order of drawing: name, and points (n_forms, n_points, 2) float64."""
+    """Return the parts of a class of `GARMENTS` in drawing order: name, and points (n_forms, n_points, 2) float64."""
     parts = []
     for forms in zip(*(form.split("|") for form in GARMENTS[kind]), strict=True):
         words = [form.split() for form in forms]
@@ -122,17 +122,17 @@ def garment_parts(kind: int) -> list[tuple[str, np.ndarray]]:
 
 
 def bezier(points: np.ndarray) -> np.ndarray:
-    """The curves of n sets of control points, (n, n_points, 2), each as a line through nine points: (n, 9, 2)."""
+    """Return the Bézier curves of n sets of control points, (n, n_points, 2), each as nine points: (n, 9, 2)."""
     k, t = np.arange(points.shape[1]), np.linspace(0, 1, 9)[:, None]
     weight = [math.comb(k[-1], i) for i in k] * t**k * (1 - t) ** k[::-1]
     return np.einsum("tp,npc->ntc", weight, points)
 
 
 def fit(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Bends and stretches n garments a little, each (n_points, 2) in its units, and places them.
+    """Bend and stretch n garments a little, each (n_points, 2) in its units, and place them.
 
-    As in FashionMNIST, the longer side about fills the image, and the box is centred: here up to a shift. Returns
-    (n, n_points, 2) float64 of (x, y) in pixels.
+    As in FashionMNIST, the longer side nearly fills the image, and the box is centred; here with a small shift.
+    Returns (n, n_points, 2) float64 of (x, y) in pixels.
     """
     n = len(points)
     u, v = np.moveaxis(points - (points.min(axis=1, keepdims=True) + points.max(axis=1, keepdims=True)) / 2, 2, 0) / 50
@@ -146,8 +146,10 @@ def fit(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def cloth(patterned: float, rng: np.random.Generator) -> np.ndarray:
-    """The brightness of a piece of cloth with soft folds and a grain, (28, 28) float64 in [0, 1]; with probability
-    `patterned` it is striped across, or along, or both, or printed."""
+    """Return the brightness of a piece of cloth with soft folds and a grain, (28, 28) float64 in [0, 1].
+
+    With probability `patterned` it has horizontal stripes, vertical stripes, both, or a print.
+    """
     x, y = np.arange(28), np.arange(28)[:, None]
 
     def wave(place: np.ndarray, shortest: float, longest: float) -> np.ndarray:
@@ -163,10 +165,12 @@ def cloth(patterned: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def garments(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draws n made garments, shoes and bags: images (n, 28, 28) uint8 on black (0), and labels (n,) uint8, numbered as
-    FashionMNIST's classes, in random order, whose ten counts differ by at most one."""
+    """Draw n garments, shoes and bags: images (n, 28, 28) uint8 on black (0), and labels (n,) uint8 in random order.
+
+    Labels are the numbers of FashionMNIST's classes; their ten counts differ by at most one.
+    """
     zoom, fraction_bits = 4, 4  # drawn at four times the size, for grey edges
-    paint = {"body": (255, 0), "seam": (130, 0), "trim": (0, 255), "strap": (0, 255)}  # how much of the two materials
+    paint = {"body": (255, 0), "seam": (130, 0), "trim": (0, 255), "strap": (0, 255)}  # amounts of the two materials
     labels = rng.permutation(np.arange(n) % 10).astype(np.uint8)
     images = np.empty((n, 28, 28), dtype=np.uint8)
     for kind, forms in GARMENTS.items():

@@ -7,16 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
-import torch
-
 from multimnist import datasets
 from multimnist import model as networks
 from multimnist.datasets import Recipe
-from mvae import checkpoint
+from mvae import cli
 from mvae.errors import UsageError, UserError
-from mvae.synthetic.digits import digits as made_digits
+from mvae.run import checkpoint
+from synthetic.digits import digits as synthetic_digits
+
+import numpy as np
+import pytest
+import torch
 
 from helpers import assert_ended, assert_refused, assert_same_run, run_warm, stats
 
@@ -32,7 +33,7 @@ def draw(images: np.ndarray, labels: np.ndarray, n: int = 1200, seed: int = 0, *
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    return made_digits(300, np.random.default_rng(0))
+    return synthetic_digits(300, np.random.default_rng(0))
 
 
 @pytest.fixture(scope="module")
@@ -143,38 +144,45 @@ def test_canvases_follow_from_the_seed(digits: tuple[np.ndarray, np.ndarray], re
 
 
 @pytest.mark.parametrize(
-    ("recipe", "said"),
+    ("flags", "said"),
     [
-        ({"min_digits": 3, "max_digits": 2}, "--min-digits 3"),
-        ({"no_resize": True}, "--no-fixed"),
-        ({"no_translate": True, "max_digits": 1}, "--no-fixed"),
-        ({"fixed": False, "no_translate": True}, "--max-digits 1"),
-        ({"fixed": False, "no_resize": True}, "--max-digits 2"),
-        ({"scramble": True, "reverse": True}, "exclude each other"),
+        (["--min-digits=3", "--max-digits=2"], "got 3 and 2"),
+        (["--max-digits=5"], "max_digits <= 4"),
+        (["--no-resize"], "need --no-fixed"),
+        (["--no-translate", "--max-digits=1"], "need --no-fixed"),
+        (["--no-fixed", "--no-translate"], "--max-digits 1"),
+        (["--no-fixed", "--no-resize"], "--max-digits 2"),
+        (["--scramble", "--reverse"], "can't be combined"),
+        (["--train=0"], "train must be"),
+        (["--seed=-1"], "seed must be"),
     ],
 )
-def test_impossible_combinations_are_wrong_calls(recipe: dict[str, Any], said: str) -> None:
+def test_impossible_recipes_are_refused(flags: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        Recipe(**recipe)
+        cli.parse(None, Recipe, flags)
 
 
-def test_a_recipes_command_makes_that_recipe() -> None:
-    recipe = Recipe(max_digits=2, fixed=False, no_resize=True, reverse=True, seed=7, train=30)
-    flags = datasets._parser().parse_args(recipe.command.split()[2:])
-    assert Recipe(**{name: getattr(flags, name) for name in dataclasses.asdict(recipe)}) == recipe
+@pytest.mark.parametrize("flags", ["", "--fixed", "--max-digits 2 --no-fixed --no-resize --reverse --seed 7"])
+def test_a_recipes_command_makes_that_recipe(flags: str) -> None:
+    recipe = cli.parse(None, Recipe, flags.split())
+    assert cli.parse(None, Recipe, recipe.command.split()[2:]) == recipe
+    assert (recipe == Recipe()) == (flags in ("", "--fixed"))
 
 
 # The file of canvases
 
 
-def test_prepare_makes_the_canvases_where_there_are_none(digits_dir: Path, tmp_path: Path) -> None:
-    recipe = dataclasses.asdict(Recipe(**SMALL))
+def test_prepare_makes_missing_canvases_and_keeps_existing_ones(digits_dir: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.asdict(Recipe(**SMALL, fixed=False, seed=5))
     assert datasets.prepare(digits_dir, tmp_path / "new", recipe) == recipe
+    assert datasets.prepare(tmp_path / "no data", tmp_path / "new") == recipe
     train, validation = datasets.training_data(tmp_path / "new", n_val=25)
     assert (len(train), len(validation), len(datasets.test_data(tmp_path / "new"))) == (275, 25, 50)
+    with pytest.raises(UserError, match=r"python datasets.py .*--scramble"):
+        datasets.prepare(digits_dir, tmp_path / "new", recipe | {"scramble": True})
 
 
-def test_batches_are_as_the_networks_want_them(digits_dir: Path, tmp_path: Path) -> None:
+def test_batches_have_the_networks_types_and_shapes(digits_dir: Path, tmp_path: Path) -> None:
     datasets.make(digits_dir, tmp_path, Recipe(**SMALL))
     batch, _ = datasets.test_data(tmp_path).batch(torch.arange(50))
     assert batch["image"].shape == (50, 1, 50, 50)
@@ -184,70 +192,20 @@ def test_batches_are_as_the_networks_want_them(digits_dir: Path, tmp_path: Path)
     assert batch["text"].dtype == torch.long
 
 
-def test_prepare_takes_the_canvases_that_are_there(digits_dir: Path, tmp_path: Path) -> None:
-    recipe = Recipe(**SMALL, fixed=False, seed=5)
-    datasets.make(digits_dir, tmp_path, recipe)
-    assert datasets.prepare(tmp_path / "no data", tmp_path) == dataclasses.asdict(recipe)
-
-
-def test_prepare_refuses_other_canvases_than_wanted(digits_dir: Path, tmp_path: Path) -> None:
-    datasets.make(digits_dir, tmp_path, Recipe(**SMALL))
-    with pytest.raises(UserError, match=r"python datasets.py .*--scramble"):
-        datasets.prepare(digits_dir, tmp_path, dataclasses.asdict(Recipe(**SMALL, scramble=True)))
-
-
-@pytest.mark.parametrize("change", [{"train": "7"}, {"train": -7}, {"more": 1}, {"min_digits": 3, "max_digits": 2}])
-def test_prepare_refuses_what_is_no_recipe(digits_dir: Path, tmp_path: Path, change: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"recipe|--train -7|--min-digits 3"):
-        datasets.prepare(digits_dir, tmp_path, dataclasses.asdict(Recipe(**SMALL)) | change)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("where", ["a canvas", "the recipe", "the end"])
-def test_a_damaged_file_is_refused(digits_dir: Path, tmp_path: Path, where: str) -> None:
+@pytest.mark.parametrize("damage", ["a canvas", "the recipe", "the end", "empty", "another file"])
+def test_a_damaged_file_is_refused(digits_dir: Path, tmp_path: Path, damage: str) -> None:
     datasets.make(digits_dir, tmp_path, Recipe(**SMALL))
     path = tmp_path / datasets.FILE
     content = bytearray(path.read_bytes())
-    if where == "a canvas":
+    if damage == "a canvas":
         content[len(content) // 2] ^= 1
-    elif where == "the recipe":
+    elif damage == "the recipe":
         content[content.index(b"max_digitsq") + 13] ^= 1
     else:
-        del content[-100:]
+        content = {"the end": content[:-100], "empty": b"", "another file": b"PK\x03\x04"}[damage]
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"canvases.pt is damaged: `python datasets.py`.* makes it anew"):
+    with pytest.raises(UserError, match=r"canvases.pt is damaged: .*`python datasets.py`"):
         datasets.prepare(digits_dir, tmp_path)
-
-
-@pytest.mark.parametrize("change", [{"recipe": {}}, {"train_text": torch.zeros(2, 4)}, {"test_image": torch.zeros(1)}])
-def test_a_file_of_other_canvases_than_it_says_is_refused(
-    digits_dir: Path, tmp_path: Path, change: dict[str, Any]
-) -> None:
-    datasets.make(digits_dir, tmp_path, Recipe(**SMALL))
-    content = torch.load(tmp_path / datasets.FILE) | change
-    torch.save({**content, "digest": datasets._digest(content)}, tmp_path / datasets.FILE)
-    with pytest.raises(UserError, match=r"canvases.pt is damaged"):
-        datasets.prepare(digits_dir, tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no canvases", b"\x80\x02."])
-def test_a_file_that_is_none_is_refused(digits_dir: Path, tmp_path: Path, content: bytes) -> None:
-    (tmp_path / datasets.FILE).write_bytes(content)
-    with pytest.raises(UserError, match=r"canvases.pt is damaged: `python datasets.py`.* makes it anew"):
-        datasets.prepare(digits_dir, tmp_path)
-
-
-def test_set_without_a_digit_has_no_accuracy_per_digit(digits_dir: Path, tmp_path: Path) -> None:
-    recipe = Recipe(**SMALL, max_digits=0)
-    datasets.make(digits_dir, tmp_path, recipe)
-    settings = {"canvases": dataclasses.asdict(recipe), "n_val": 5}
-    content = {"model": networks.build_model(4).state_dict(), "n_latents": 4, "settings": settings}
-    checkpoint.save(tmp_path / "model.pth.tar", "multimnist", content)
-    arguments = ["--canvas-dir", tmp_path, "--limit", 5, "--n-samples", 2, "--json", tmp_path / "numbers.json"]
-    done = run_warm("multimnist/loglike.py", tmp_path / "model.pth.tar", *arguments, cwd=tmp_path)
-    assert_ended(done)
-    assert "per digit" not in done.stdout
-    assert "nan" not in (done.stdout + (tmp_path / "numbers.json").read_text()).lower()
 
 
 def test_runs_that_make_it_at_once_leave_one_whole_file(digits_dir: Path, tmp_path: Path) -> None:
@@ -258,9 +216,9 @@ def test_runs_that_make_it_at_once_leave_one_whole_file(digits_dir: Path, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == [datasets.FILE]
 
 
-def test_a_folder_that_cannot_be_written_is_one_error(digits_dir: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(digits_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--canvas-dir"):
+    with pytest.raises(UserError, match=r"can't write .*file"):
         datasets.make(digits_dir, tmp_path / "file", Recipe(**SMALL))
 
 
@@ -270,9 +228,9 @@ def test_texts_keep_their_leading_zeros(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["12345", "1a", " 1", "-1", "1\n", "４"])
-def test_other_strings_are_no_texts(text: str) -> None:
-    with pytest.raises(ValueError, match="digits"):
-        datasets.encode(text)
+def test_other_strings_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="0 to 4 digits"):
+        datasets.CONTROLS["text"].values(f"1,{text}")
 
 
 # The networks

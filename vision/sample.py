@@ -1,63 +1,45 @@
-"""Draw the six pictures of faces from the model, given nothing, or any of one face's six.
+"""Draw the six pictures of faces from the model, conditioned on nothing, or any of one face's six.
 
-Writes a grid of each one's means (image.png, gray.png, ...) and contact_sheet.png: what is given beside the first
+Writes a grid of the means of each (image.png, gray.png, ...) and contact_sheet.png: what was given, next to the first
 samples of all six.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from mvae.errors import UsageError
-from mvae.scripts import flags, running, types
+from mvae import UsageError, cli
+from mvae.run.grids import Sheet
+from mvae.tools.sampling import Condition, Sampling, sample
 
-import datasets
-from datasets import CONTROLS, MODALITIES, SIZE
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mvae.pictures import Sheet
-    from mvae.scripts.sampling import Condition
+from datasets import CONTROLS, MODALITIES, NAME, SIZE, Source, examples
+from model import build_model
 
 N_ROWS = 8  # of the contact sheet
 
 
-def add_conditions(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--condition-file",
-        type=types.path,
-        action="append",
-        metavar="FILE",
-        help="a picture of any size and mode, with a --condition-type; may be repeated, and two of one type are rows",
-    )
-    parser.add_argument(
-        "--condition-type",
-        action="append",
-        choices=MODALITIES,
-        help="what the file is, the first type for the first file, and so on",
-    )
+@dataclass(kw_only=True)
+class Config(Sampling, Source):
+    # Conditions
+    condition_file: tuple[Path, ...] = ()  # pictures of any size, each with a --condition-type
+    condition_type: tuple[str, ...] = ()  # modality of each file, in the same order; two files of one are two rows
+
+    # Output
+    out_dir: Path = Path("samples")  # folder to write to
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.condition_file) != len(self.condition_type) or not set(self.condition_type) <= set(MODALITIES):
+            raise UsageError(
+                f"each condition_file needs a condition_type of {', '.join(MODALITIES)}; "
+                f"got {len(self.condition_file)} files and types {', '.join(self.condition_type) or 'none'}"
+            )
 
 
-def conditions(args: argparse.Namespace) -> dict[str, list[Any]]:
-    """The files given, by modality. Raises UsageError unless each file has a type."""
-    files, types = args.condition_file or [], args.condition_type or []
-    if len(files) != len(types):
-        raise UsageError(
-            f"each --condition-file needs a --condition-type: there are {len(files)} files and {len(types)} types"
-        )
-    given: dict[str, list[Any]] = {}
-    for file, name in zip(files, types, strict=True):
-        given.setdefault(name, []).append(file)
-    return given
-
-
-def contact_sheet(rows: list["Condition"], drawn: dict[str, "Tensor"]) -> "Sheet":
-    """What each row is given, beside its first samples of all six; `drawn` are (rows, n, channels, 64, 64)."""
-    from mvae.pictures import Sheet
-    from mvae.scripts.sampling import given_pictures
-
-    given = [given_pictures(row, CONTROLS) for row in rows]
+def contact_sheet(rows: list[Condition], drawn: dict[str, Tensor]) -> Sheet:
+    """Draw what each row is given next to its first samples of all six; `drawn` are (rows, n, channels, 64, 64)."""
+    given = [row.pictures(CONTROLS) for row in rows]
     names = [name for name in MODALITIES if any(name in some for some in given)]
     n = min(max(1, N_ROWS // len(rows)), len(next(iter(drawn.values()))[0]))
     sheet = Sheet(
@@ -77,21 +59,14 @@ def contact_sheet(rows: list["Condition"], drawn: dict[str, "Tensor"]) -> "Sheet
 
 
 def main() -> None:
-    parser = flags.sampling_parser(__doc__, CONTROLS)
-    parser.set_defaults(out_dir=Path("./samples"))
-    add_conditions(parser)
-    args = parser.parse_args()
-    given = conditions(args)
-
-    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
-    from mvae.scripts import sampling
-
-    from model import build_model
-
-    rows, drawn, about = sampling.sample(args, "vision", build_model, CONTROLS, datasets.examples, given=given, stem="")
-    contact_sheet(rows, drawn).save(args.out_dir / "contact_sheet.png", about)
-    print(f"wrote contact_sheet.png in {args.out_dir}, too")
+    config = cli.parse(__doc__, Config)
+    given: dict[str, list[Path]] = {}
+    for file, name in zip(config.condition_file, config.condition_type, strict=True):
+        given.setdefault(name, []).append(file)
+    job, drawn = sample(config, NAME, build_model, CONTROLS, examples, given=given, stem="")
+    contact_sheet(job.rows, drawn).save(config.out_dir / "contact_sheet.png", job.about)
+    print(f"wrote contact_sheet.png in {config.out_dir}")
 
 
 if __name__ == "__main__":
-    running.run(main)
+    cli.run(main)

@@ -4,29 +4,28 @@
     python setup.py edge      ./data/images ./data/edge
     python setup.py mask      ./data/images ./data/mask --predictor ./data/shape_predictor_68_face_landmarks.dat
 
-Each result keeps its picture's file name. Run again, it goes on where it ended: what is there and whole is kept.
+Each result has its picture's file name. A rerun continues where the last one ended: it keeps results that are complete.
 """
 
-# torch is not imported here, nor what imports it: to start would take several times as long.
-
-import argparse
 import bz2
 import contextlib
 import functools
 import io
 import os
-import shutil
 import signal
 import sys
 import tempfile
-import threading
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Literal, NamedTuple
+
+from mvae import cli
+from mvae.data.pictures import eight_bit
+from mvae.data.pool import in_parallel
+from mvae.errors import UsageError, UserError
+from mvae.files import write_atomically
 
 import cv2
 import numpy as np
@@ -34,65 +33,84 @@ from PIL import Image
 from skimage import feature
 from tqdm import tqdm
 
-from mvae.datasets.picture_files import eight_bit
-from mvae.errors import UsageError, UserError
-from mvae.scripts import flags, running, types
-
-if TYPE_CHECKING:  # only masks need dlib
+try:
     import dlib
+except ImportError:  # only masks need it
+    dlib = None
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 JPEG_QUALITY = 95
 
-N_LANDMARKS = 68
 PREDICTOR = Path("./data/shape_predictor_68_face_landmarks.dat")
 PREDICTOR_URL = "http://dlib.net/files/shape_predictor_68_face_landmarks.dat.bz2"
 
+N_LANDMARKS = 68
+JAW = slice(0, 17)
+FILLED = (slice(17, 22), slice(22, 27), slice(27, 36), slice(36, 42), slice(42, 48), slice(48, 68))
+"""The landmarks of the brows, nose, eyes and mouth."""
+
 ALIGNED_SIZE = (178, 218)
 ALIGNED_FACE = (46, 86, 135, 176)
-"""Width and height of CelebA's aligned pictures, and the left, top, right and bottom of the face in them, in pixels:
-the median of dlib's detections in 200 of the pictures, in 196 of which it found a face."""
+"""Width and height of CelebA's aligned pictures, and left, top, right and bottom of the face in them, in pixels: the
+median of dlib's detections in 200 pictures (it found a face in 196)."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    command: Literal["grayscale", "edge", "mask"]  # luminance, edges (white on black) or face regions (black on white)
+    src: Path  # folder of the pictures
+    dst: Path  # folder to write into, created if missing
+
+    workers: int = os.cpu_count() or 1  # number of processes
+    overwrite: bool = False  # replace results that are complete
+    limit: int | None = None  # number of pictures to use, the first by name
+
+    # masks
+    predictor: Path = PREDICTOR  # dlib's 68-point predictor, .dat or .dat.bz2
+    fallback: bool = True  # where no face is found, use the frame that CelebA is aligned to instead of a blank mask
+
+    def __post_init__(self) -> None:
+        for name, value in (("workers", self.workers), ("limit", self.limit)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be an integer >= 1, got {value}")
+        if self.src.resolve() == self.dst.resolve():
+            raise UsageError(f"src and dst must differ, got {self.src} for both")
+        if self.command != "mask" and (self.predictor != PREDICTOR or not self.fallback):
+            raise UsageError(f"--predictor and --no-fallback apply to masks only, not to {self.command}")
 
 
 class Outcome(NamedTuple):
-    """What became of a picture: "made", "kept" (there and whole) or "damaged"."""
+    """The status of a picture: "made", "no face" (made without one), "kept" or "damaged"."""
 
-    name: str
+    source: Path
     status: str
-    content: bytes = b""
-    face_found: bool = True
     reason: str = ""
 
 
 def grayscale(image: Image.Image) -> Image.Image:
-    """A picture's luminance (ITU-R 601-2), of mode "L"."""
+    """Return the luminance (ITU-R 601-2), of mode "L"."""
     return image.convert("L")
 
 
 def edge(image: Image.Image) -> Image.Image:
-    """Canny's edges of the grey picture in [0, 1] smoothed by a Gaussian of σ = 2 pixels: white on black, mode "L"."""
+    """Return the edges, white on black, mode "L": Canny's with σ = 2 pixels on the grey picture in [0, 1]."""
     edges = feature.canny(np.asarray(grayscale(image)) / 255, sigma=2)
     return Image.fromarray(edges.astype(np.uint8) * 255)
 
 
 def mask(image: Image.Image, face: "dlib.rectangle", predictor: "dlib.shape_predictor") -> Image.Image:
-    """The regions of the face, black on white, mode "L": filled mouth, brows, eyes and nose, the jaw as a line."""
-    from imutils.face_utils import FACIAL_LANDMARKS_68_IDXS, shape_to_np
-
+    """Return the face's regions, black on white, mode "L": filled mouth, brows, eyes and nose, the jaw as a line."""
     rgb = np.asarray(image.convert("RGB"))
-    landmarks = shape_to_np(predictor(rgb, face), dtype="int32")  # (68, 2): x, y in pixels
+    landmarks = np.array([(point.x, point.y) for point in predictor(rgb, face).parts()], dtype=np.int32)
     result = np.full(rgb.shape[:2], 255, dtype=np.uint8)
-    for region, (start, end) in FACIAL_LANDMARKS_68_IDXS.items():
-        points = landmarks[start:end]
-        if region == "jaw":
-            cv2.polylines(result, [points], isClosed=False, color=0, thickness=2)
-        else:
-            cv2.fillConvexPoly(result, cv2.convexHull(points), color=0)
+    for region in FILLED:
+        cv2.fillConvexPoly(result, cv2.convexHull(landmarks[region]), color=0)
+    cv2.polylines(result, [landmarks[JAW]], isClosed=False, color=0, thickness=2)
     return Image.fromarray(result)
 
 
 def find_face(image: Image.Image) -> "dlib.rectangle | None":
-    """The face that dlib's detector finds; of several, the one that is nearest to the middle for its size."""
+    """Return the face that dlib's detector finds; of several, the most central for its size."""
     faces = _detector()(np.asarray(image.convert("RGB")), 1)  # upsampled once, it finds faces from 40 pixels on
     middle = np.array(image.size) / 2
 
@@ -102,133 +120,112 @@ def find_face(image: Image.Image) -> "dlib.rectangle | None":
     return min(faces, key=distance, default=None)
 
 
-def aligned_face(size: tuple[int, int]) -> "dlib.rectangle":
-    """Where the face is in a picture aligned as CelebA's are, scaled to `size` (width, height)."""
-    import dlib
+@functools.cache
+def _detector():
+    return dlib.get_frontal_face_detector()
 
+
+def aligned_face(size: tuple[int, int]) -> "dlib.rectangle":
+    """Return where the face is in a picture aligned as CelebA's are, scaled to `size` (width, height)."""
     scales = (size[0] / ALIGNED_SIZE[0], size[1] / ALIGNED_SIZE[1]) * 2
     return dlib.rectangle(*(round(side * scale) for side, scale in zip(ALIGNED_FACE, scales, strict=True)))
 
 
 @functools.cache
 def load_predictor(path: Path) -> "dlib.shape_predictor":
-    """A 68-point predictor from a file in dlib's format, read once by each process.
-
-    Raises ValueError if the file holds none.
-    """
-    import dlib
-
-    try:
-        predictor = dlib.shape_predictor(str(path))
-    except (RuntimeError, MemoryError) as error:
-        raise ValueError(str(error)) from None
+    """Read a predictor of 68 points, once in each process. Raises RuntimeError, MemoryError or ValueError."""
+    predictor = dlib.shape_predictor(str(path))
     if predictor(np.zeros((8, 8), dtype=np.uint8), dlib.rectangle(0, 0, 7, 7)).num_parts != N_LANDMARKS:
-        raise ValueError(f"not a predictor of {N_LANDMARKS} points")
+        raise ValueError("it has another number of points")
     return predictor
 
 
 @contextlib.contextmanager
 def predictor_file(path: Path) -> Iterator[Path]:
-    """The predictor's file, read once and found good; a decompressed copy of it if `path` is compressed by bzip2.
+    """Check the predictor and yield its path, or that of a decompressed copy if the file is packed by bzip2.
 
-    Raises UserError if there is no such file, or no predictor in it.
+    Raises UserError if the file is missing or isn't a 68-point predictor.
     """
-    compressed = Path(f"{PREDICTOR}.bz2")
-    if path == PREDICTOR and not path.exists() and compressed.exists():
-        path = compressed
+    packed = PREDICTOR.with_name(f"{PREDICTOR.name}.bz2")
+    if path == PREDICTOR and not path.exists() and packed.exists():
+        path = packed
     with tempfile.TemporaryDirectory(prefix="mvae-") as folder:
         unpacked = path
         try:
-            with open(path, "rb") as source:
-                is_packed = source.read(3) == b"BZh"
-            if is_packed:
+            content = path.read_bytes()
+            if content.startswith(b"BZh"):
                 unpacked = Path(folder, PREDICTOR.name)
-                with bz2.open(path) as packed, open(unpacked, "wb") as copy:
-                    shutil.copyfileobj(packed, copy)
-            load_predictor(unpacked)  # processes that are forked have it from here
+                unpacked.write_bytes(bz2.decompress(content))
+            load_predictor(unpacked)
         except FileNotFoundError:
             raise UserError(
-                f"there is no {path}: download {PREDICTOR_URL}, put it there (unpacked or not) or name --predictor FILE"
+                f"{path} is missing: download {PREDICTOR_URL} to it (packed or not), or pass --predictor FILE"
             ) from None
-        except (OSError, EOFError) as error:
-            raise UserError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from None
-        except ValueError:
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
             raise UserError(
-                f"{path} is no {N_LANDMARKS}-point predictor of dlib's, or a damaged one; a good one is {PREDICTOR_URL}"
+                f"{path} isn't dlib's {N_LANDMARKS}-point predictor, or is damaged ({error}): download {PREDICTOR_URL}"
             ) from None
         yield unpacked
 
 
 def is_whole(path: Path) -> bool:
-    """Whether there is a picture at `path` that can be read to its end."""
+    """Return whether the file is a picture that can be read to its end."""
     try:
         with Image.open(path) as image:
             image.load()
-    except Exception:  # PIL fails in many ways on a damaged file; each means the same
+    except Exception:  # PIL raises many kinds of error for a damaged file
         return False
     return True
 
 
-def convert(
-    command: str,
-    destination: Path,
-    overwrite: bool,
-    predictor: Path | None,
-    fallback: bool,
-    source: Path,
-) -> Outcome:
-    """Makes one picture's result, as the bytes of a file of its format; nothing is written.
-
-    `predictor` is what a mask needs; where the detector finds no face, a mask is taken from the aligned frame if
-    `fallback`, and otherwise left blank.
-    """
-    if not overwrite and is_whole(destination / source.name):
-        return Outcome(source.name, "kept")
+def convert(config: Config, predictor: Path | None, source: Path) -> Outcome:
+    """Make one picture's result and write it."""
+    destination = config.dst / source.name
+    if not config.overwrite and is_whole(destination):
+        return Outcome(source, "kept")
     try:
         with Image.open(source) as opened:
             image = eight_bit(opened)
     except Exception as error:  # as in is_whole
-        return Outcome(source.name, "damaged", reason=getattr(error, "strerror", None) or str(error))
-    face_found = True
-    if command == "mask":
-        assert predictor
+        return Outcome(source, "damaged", getattr(error, "strerror", None) or str(error))
+    status = "made"
+    if predictor:
         face = find_face(image)
-        face_found = face is not None
-        if face is None and fallback:
-            face = aligned_face(image.size)
-        result = Image.new("L", image.size, 255) if face is None else mask(image, face, load_predictor(predictor))
+        if face is None:
+            status, face = "no face", aligned_face(image.size) if config.fallback else None
+        result = mask(image, face, load_predictor(predictor)) if face else Image.new("L", image.size, 255)
     else:
-        result = {"grayscale": grayscale, "edge": edge}[command](image)
-    return Outcome(source.name, "made", encode(result, source.suffix), face_found)
-
-
-def encode(image: Image.Image, suffix: str) -> bytes:
-    """The picture as a file of the format that `suffix` names."""
+        result = edge(image) if config.command == "edge" else grayscale(image)
     buffer = io.BytesIO()
-    bare = Image.fromarray(np.asarray(image))  # without the picture's colour profile, which isn't the result's
-    bare.save(buffer, format=Image.registered_extensions()[suffix.lower()], quality=JPEG_QUALITY)
-    return buffer.getvalue()
+    bare = Image.fromarray(np.asarray(result))  # without the colour profile of the source, which doesn't apply
+    bare.save(buffer, Image.registered_extensions()[source.suffix.lower()], quality=JPEG_QUALITY)
+    write_atomically(destination, buffer.getvalue(), sync=False)  # a file that a power cut spoils is made again
+    return Outcome(source, status)
 
 
-def write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all. Raises UserError if it can't be written.
+def convert_all(config: Config, sources: Sequence[Path], predictor: Path | None = None) -> None:
+    """Convert the pictures in parallel and report the outcomes.
 
-    It is not synced, which would take longer than all the rest: a file that a power cut spoils is found not to be whole
-    and made anew.
+    Raises UserError if pictures were damaged (the others are done), a result can't be written, or a worker died.
     """
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror or error}; run again to go on") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    statuses: Counter[str] = Counter()
+    job = functools.partial(convert, config, predictor)
+    with contextlib.closing(in_parallel(job, sources, config.workers)) as outcomes:
+        for outcome in tqdm(outcomes, config.command, len(sources), leave=False, unit="picture", disable=None):
+            statuses[outcome.status] += 1
+            if outcome.status == "damaged":
+                tqdm.write(f"can't read {outcome.source}: {outcome.reason}", file=sys.stderr)
+    n_made = statuses["made"] + statuses["no face"]
+    print(f"{config.dst}: made {n_made}, kept {statuses['kept']} that are complete")
+    if statuses["no face"]:
+        then = "from the aligned frame" if config.fallback else "blank"
+        print(f"the detector found no face in {statuses['no face']} of the {n_made}: their masks are {then}")
+    if statuses["damaged"]:
+        raise UserError(f"{statuses['damaged']} of {len(sources)} pictures can't be read, listed above")
 
 
 def list_pictures(folder: Path) -> list[Path]:
-    """The pictures of a folder by name. Raises UserError if there are none."""
+    """Return the pictures of a folder by name. Raises UserError if it has none."""
     try:
         found = sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS)
     except OSError as error:
@@ -238,125 +235,18 @@ def list_pictures(folder: Path) -> list[Path]:
     return found
 
 
-def in_parallel(job: Callable[[Path], Outcome], sources: Sequence[Path], workers: int) -> Generator[Outcome]:
-    """The job's outcomes, in the order of the sources. Raises BrokenProcessPool if a worker was killed.
-
-    A few jobs a worker are handed out at a time, as those must be waited for when the run is stopped.
-    """
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(os.getpid(),)) as executor:
-        futures: deque[Future[Outcome]] = deque()
-        for source in sources:
-            futures.append(executor.submit(job, source))
-            if len(futures) >= 4 * workers:
-                yield futures.popleft().result()
-        while futures:
-            yield futures.popleft().result()
-
-
-def start_worker(parent: int) -> None:
-    """Leaves a worker's end to its parent: Ctrl-C reaches both, and a fork has the parent's way with SIGTERM.
-
-    Where the parent is killed and can't end it, the worker ends within a second.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def end_after_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=end_after_parent, daemon=True).start()
-
-
-def convert_all(args: argparse.Namespace, sources: Sequence[Path], predictor: Path | None) -> None:
-    """Converts the pictures in parallel, writes the results to args.dst and reports what became of them.
-
-    Raises UserError if a picture was damaged (the others being done), a result can't be written, or a worker died.
-    """
-    try:
-        args.dst.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"can't make the folder {args.dst}: {error.strerror or error}") from None
-    fallback = args.command == "mask" and args.fallback
-    job = functools.partial(convert, args.command, args.dst, args.overwrite, predictor, fallback)
-    statuses: Counter[str] = Counter()
-    try:
-        with contextlib.closing(in_parallel(job, sources, args.workers)) as outcomes:
-            for outcome in tqdm(outcomes, args.command, len(sources), leave=False, unit="picture", disable=None):
-                statuses[outcome.status] += 1
-                statuses["no face"] += not outcome.face_found
-                if outcome.status == "made":
-                    write(args.dst / outcome.name, outcome.content)
-                elif outcome.status == "damaged":
-                    tqdm.write(f"can't read {args.src / outcome.name}: {outcome.reason}", file=sys.stderr)
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process was killed: run again to go on, with fewer --workers if memory is short"
-        ) from None
-    print(f"{args.dst}: made {statuses['made']}, kept {statuses['kept']} that were there")
-    if statuses["no face"]:
-        then = f"their masks are {'from the aligned frame' if fallback else 'blank'}"
-        print(f"the detector found no face in {statuses['no face']} of the {statuses['made']}: {then}")
-    if statuses["damaged"]:
-        raise UserError(f"{statuses['damaged']} of {len(sources)} pictures can't be read, named above")
-
-
-def parse_arguments() -> argparse.Namespace:
-    shared = flags.Parser(add_help=False)
-    shared.add_argument("src", metavar="SRC", type=types.path, help="folder of the pictures")
-    shared.add_argument("dst", metavar="DST", type=types.path, help="folder to write into, made if it is absent")
-    shared.add_argument(
-        "--workers", type=types.concurrency, default=os.cpu_count() or 1, help="processes (default: %(default)s)"
-    )
-    shared.add_argument("--overwrite", action="store_true", help="make anew what is there, too")
-    shared.add_argument("--limit", type=types.positive_int, metavar="N", help="the first N pictures only")
-    description, usage = (__doc__ or "").split("\n\n", 1)
-    parser = flags.Parser(description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("grayscale", parents=[shared], help="luminance, by PIL")
-    commands.add_parser("edge", parents=[shared], help="Canny's edges, white on black, by scikit-image")
-    masks = commands.add_parser("mask", parents=[shared], help="regions of the face, black on white, by dlib")
-    masks.add_argument(
-        "--predictor",
-        type=types.path,
-        default=PREDICTOR,
-        metavar="FILE",
-        help="dlib's 68-point predictor, .dat or .dat.bz2 (default: %(default)s)",
-    )
-    masks.add_argument(
-        "--no-fallback",
-        dest="fallback",
-        action="store_false",
-        help="leave a mask blank where no face is found, not to take it from the frame that CelebA is aligned to",
-    )
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = parse_arguments()
-    sources = list_pictures(args.src)[: args.limit]
-    if args.src.resolve() == args.dst.resolve():
-        raise UsageError(f"SRC and DST are both {args.src}: name another folder to write into")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the workers and the temporary file would stay
-    if args.command != "mask":
-        convert_all(args, sources, None)
+    config = cli.parse(__doc__, Config)
+    sources = list_pictures(config.src)[: config.limit]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
+    if config.command != "mask":
+        convert_all(config, sources)
         return
-    try:
-        import dlib  # noqa: F401
-        import imutils.face_utils  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"masks need dlib and imutils ({error}): pip install dlib-bin imutils") from None
-    with predictor_file(args.predictor) as predictor:
-        convert_all(args, sources, predictor)
-
-
-@functools.cache
-def _detector():
-    import dlib
-
-    return dlib.get_frontal_face_detector()
+    if dlib is None:
+        raise UserError("masks need dlib: pip install dlib-bin")
+    with predictor_file(config.predictor) as predictor:
+        convert_all(config, sources, predictor)
 
 
 if __name__ == "__main__":
-    running.run(main)
+    cli.run(main)

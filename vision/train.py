@@ -1,81 +1,88 @@
-"""Train the MVAE on faces and five pictures derived from each; they are decoded once.
+"""Train the MVAE on faces and five images derived from each; they are decoded once, into --cache-dir.
 
-The loss is the negative sum of the ELBO of all six, the ELBO of each one alone, and the ELBOs of --approx-m random
-subsets, in nats per example. By default every term scores all six, so that each picture learns to give the others;
-the paper's terms score what they are given (--reconstruct given).
+It maximises the ELBO of all six, the ELBO of each one alone, and the ELBOs of --approx-m random subsets. By default
+each term reconstructs all six, so that each image learns to generate the others; the paper's terms reconstruct their
+inputs (--reconstruct given).
 """
 
-from mvae.scripts import running, stages, training
+from dataclasses import dataclass, replace
+from typing import Literal
 
-import datasets
-from datasets import MODALITIES
+from mvae import Data, Objective, Run, Term, cli
+from mvae.data import supervision
+from mvae.run import checkpoint, schedules
+from mvae.run.config import Training
 
+import torch
+
+from datasets import MODALITIES, NAME, Source, training_data
+from model import build_model
+
+Target = Literal["given", "all", "image", "gray", "edge", "mask", "obscured", "watermark"]
+
+
+@dataclass(kw_only=True)
+class Config(Training, Source):
+    # Vision
+    lambda_image: float = 1  # weight of log p(image | z)
+    lambda_gray: float = 1  # weight of log p(gray | z)
+    lambda_edge: float = 1  # weight of log p(edge | z)
+    lambda_mask: float = 1  # weight of log p(mask | z)
+    lambda_obscured: float = 1  # weight of log p(obscured | z)
+    lambda_watermark: float = 1  # weight of log p(watermark | z)
+    approx_m: int = 0  # ELBO terms of random subsets, drawn at each step
+    missing: float = 0  # probability that an image of an example is missing
+    reconstruct: tuple[Target, ...] = ("all",)  # what each term reconstructs beyond its inputs
+
+
+PAPER = Config(n_latents=250, batch_size=50, epochs=100, annealing_epochs=20, lr=1e-4)
 PRESETS = {
-    "fast": {
-        "reconstruct": ["image", "edge", "mask"],
-        "epochs": 8,
-        "beta_hold": 0.5,
-        "annealing_epochs": 3,
-        "lr": 1e-3,
-        "lr_schedule": "late",
-        "warmup_epochs": 0.2,
-    }
-}
-"""Defaults for --preset, in place of the paper's, which are below."""
+    "paper": PAPER,
+    "fast": replace(
+        PAPER, reconstruct=("image", "edge", "mask"), epochs=8, beta_hold=0.5, annealing_epochs=3, lr=1e-3,
+        lr_schedule="late", warmup_epochs=0.2,
+    ),
+}  # fmt: skip
+
+
+def fit(config: Config, objective: Objective, train: Data, validation: Data) -> None:
+    optimizer = torch.optim.AdamW(objective.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
+    beta = schedules.held(config.beta_hold, schedules.linear(config.annealing_epochs))
+    rate = schedules.warmed_up(config.warmup_epochs, schedules.named(config.lr_schedule, config.epochs))
+    with Run(NAME, objective, optimizer, config) as run:
+        for _ in run.epochs(config.epochs):
+            for batch, present in run.batches(train, config.batch_size, config.pairs):
+                run.set(lr=config.lr * rate(run.t), beta=beta(run.t))
+                subsets = run.random_subsets(config.approx_m)
+                loss, parts = run.objective(batch, run.beta, subsets, present)
+                run.backward(loss, parts)
+                run.step()
+            run.validate(validation)
 
 
 def main() -> None:
-    parser = training.parser(
-        __doc__,
-        modalities=MODALITIES,
-        lambdas=dict.fromkeys(MODALITIES, 1.0),
-        n_latents=250,
-        batch_size=50,
-        epochs=100,
-        annealing_epochs=20,
-        lr=1e-4,
-        approx_m=0,
-        reconstruct="all",
-        presets=PRESETS,
-        missing={"missing": "the probability that a picture of an example is missing"},
+    config = cli.parse(__doc__, PRESETS)
+    train, validation = training_data(config, limit=config.limit)
+    train, validation = supervision.share_pairs(
+        train, validation, config.paired, MODALITIES, unpaired=config.unpaired, seed=config.seed
     )
-    datasets.add_flags(parser)
-    args = parser.parse_args()
+    if config.missing:
+        train = supervision.drop(train, config.missing, MODALITIES, seed=config.seed)
+    torch.manual_seed(config.seed)
+    model = checkpoint.initialised(build_model(config.n_latents), config.init, NAME)
 
-    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
-    import torch
-
-    from mvae import Objective, fit
-    from mvae.supervision import drop
-
-    from model import build_model
-
-    options = training.options(args)
-    train, validation = datasets.training_data(
-        datasets.folders(args), args.data_dir, args.cache_dir, limit=args.limit, workers=args.workers
-    )
-    train, validation = training.supervised(args, train, validation, MODALITIES)
-    train = drop(train, args.missing, MODALITIES, seed=args.seed) if args.missing else train
-    torch.manual_seed(args.seed)
+    also = MODALITIES if "all" in config.reconstruct else tuple(set(config.reconstruct) - {"given"})
+    singles = [Term((name,), (name, *also), iw="image" if name == "image" else None) for name in MODALITIES]
+    terms = [Term(MODALITIES, MODALITIES, iw="image"), *singles]
     objective = Objective(
-        build_model(args.n_latents),
-        weights={name: getattr(args, f"lambda_{name}") for name in MODALITIES},
-        iw_samples=args.iw_samples,
-        reconstruct=training.reconstruct(args),
+        model,
+        terms,
+        weights={name: getattr(config, f"lambda_{name}") for name in MODALITIES},
+        iw_samples=config.iw_samples,
+        subset=Term((), also, iw="image"),
     )
-    train = stages.images_first(args, objective.model, train, validation, options, experiment="vision", labels=[])
-    fit(
-        objective,
-        torch.optim.AdamW(objective.parameters(), args.lr, weight_decay=args.weight_decay, fused=True),
-        train,
-        validation,
-        options,
-        beta=training.beta_schedule(args),
-        lr=training.lr_schedule(args),
-        experiment="vision",
-        settings=training.settings(args),
-    )
+    fit(config, objective, train, validation)
 
 
 if __name__ == "__main__":
-    running.run(main)
+    cli.run(main)

@@ -1,20 +1,21 @@
-"""Draw the paper's figure: five transformations of held-out faces, each as a row of inputs above its rows of outputs.
+"""Draw the paper's figure: four transformations of held-out faces, each as a row of inputs above rows of outputs.
 
-Writes edges_and_mask.png (of the image), colourisation.png (of gray), completion.png (of obscured) and
-watermark_removal.png. An output is the mean of p(output | z), where z is the mean of q(z | input).
+Writes edges_and_mask.png (from the image), colourisation.png (from gray), completion.png (from obscured) and
+watermark_removal.png. An output is the mean of p(output | z) at the mean of q(z | input).
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mvae.scripts import flags, machine, running, types
+from mvae import MVAE, Batch, UsageError, cli, load_model
+from mvae.run.device import Machine
+from mvae.run.grids import save_grid
 
-import datasets
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mvae import MVAE, Batch
+from datasets import NAME, Source, examples
+from model import build_model
 
 TRANSFORMATIONS: dict[str, tuple[str, ...]] = {
     "edges_and_mask": ("image", "edge", "mask"),
@@ -22,43 +23,44 @@ TRANSFORMATIONS: dict[str, tuple[str, ...]] = {
     "completion": ("obscured", "image"),
     "watermark_removal": ("watermark", "image"),
 }
-"""Of each file, the modality that is given and those that are drawn, from the top row to the bottom."""
+"""The input and the outputs of each file."""
 
 
-def transformed(model: "MVAE", batch: "Batch", given: str, *drawn: str) -> "Tensor":
-    """The row of what is given and those of what is drawn, (rows * batch, 3, 64, 64)."""
-    import torch
+@dataclass(kw_only=True)
+class Config(Source, Machine):
+    model_path: Path  # checkpoint, such as trained_models/model_best.pth.tar
 
+    n_samples: int = 8  # number of faces
+    out_dir: Path = Path("samples")  # folder to write into
+    seed: int = 0  # random seed
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_samples < 1:
+            raise UsageError(f"n_samples must be an integer >= 1, got {self.n_samples}")
+
+
+def transformed(model: MVAE, batch: Batch, given: str, *outputs: str) -> Tensor:
+    """Return the row of inputs and the rows of outputs, (rows * batch, 3, 64, 64)."""
     mu, _ = model.posterior({given: batch[given]})
-    rows = [batch[given], *(model.likelihood(name).mean(mu) for name in drawn)]
+    rows = [batch[given], *(model.likelihood(name).mean(mu) for name in outputs)]
     return torch.cat([row.expand(-1, 3, -1, -1) for row in rows])
 
 
+@torch.no_grad()
 def main() -> None:
-    parser = flags.model_parser(__doc__)
-    parser.add_argument("--n-samples", type=types.positive_int, default=8, help="faces, side by side")
-    parser.add_argument("--out-dir", type=types.path, default=Path("./samples"), help="folder to write into")
-    datasets.add_flags(parser)
-    args = parser.parse_args()
-
-    # These take long to import: after the flags, so that -h and a wrong flag are answered at once.
-    import torch
-
-    from mvae import checkpoint, pictures
-
-    from model import build_model
-
-    torch.set_grad_enabled(False)
-    device = machine.device(args)
-    model, _ = checkpoint.load_model(args.model_path, "vision", build_model, device)
-    _, validation = datasets.training_data(datasets.folders(args), args.data_dir, args.cache_dir, workers=args.workers)
-    faces = torch.randperm(len(validation), generator=torch.Generator().manual_seed(args.seed))[: args.n_samples]
-    batch, _ = validation.batch(faces)
-    batch = {name: some.to(device) for name, some in batch.items()}
-    for name, modalities in TRANSFORMATIONS.items():
-        pictures.save_grid(args.out_dir / f"{name}.png", transformed(model, batch, *modalities), columns=len(faces))
-    print(f"wrote {', '.join(f'{name}.png' for name in TRANSFORMATIONS)} in {args.out_dir}")
+    config = cli.parse(__doc__, Config)
+    device = config.device()
+    model, trained = load_model(config.model_path, NAME, build_model, device)
+    validation = examples("validation", config, trained["settings"])
+    order = torch.randperm(len(validation), generator=torch.Generator().manual_seed(config.seed))
+    batch, _ = validation.batch(order[: config.n_samples])
+    batch = {name: x.to(device) for name, x in batch.items()}
+    for name, (given, *outputs) in TRANSFORMATIONS.items():
+        pictures = transformed(model, batch, given, *outputs)
+        save_grid(config.out_dir / f"{name}.png", pictures, columns=len(batch[given]))
+    print(f"wrote {', '.join(f'{name}.png' for name in TRANSFORMATIONS)} in {config.out_dir}")
 
 
 if __name__ == "__main__":
-    running.run(main)
+    cli.run(main)

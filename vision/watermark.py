@@ -1,23 +1,21 @@
-"""Draw the watermark, watermark.png: the letters MVAE along the diagonal, translucent, white with a dark rim.
+"""Draw watermark.png: the letters MVAE along the diagonal, translucent, white with a dark rim.
 
-    python watermark.py [FILE]
-
-The same bytes each time, for one version of OpenCV.
+The bytes are the same each time, for one version of OpenCV.
 """
 
 from pathlib import Path
 
+from mvae import cli
+from mvae.files import write_atomically
+
 import cv2
 import numpy as np
 
-from mvae.files import write_atomically
-from mvae.scripts import flags, running, types
-
 SIZE = 64
 FINER = 16
-"""The letters are drawn this many times larger, then averaged: that softens their edges."""
+"""The letters are drawn this many times larger and averaged down, which softens their edges."""
 
-# Each letter's strokes as points x, y of a unit square, y downwards.
+# Each letter's strokes as points (x, y) of a unit square, y downwards.
 LETTERS: tuple[list[list[tuple[float, float]]], ...] = (
     [[(0, 1), (0, 0), (0.5, 0.7), (1, 0), (1, 1)]],
     [[(0, 0), (0.5, 1), (1, 0)]],
@@ -26,11 +24,11 @@ LETTERS: tuple[list[list[tuple[float, float]]], ...] = (
 )
 WIDTH, HEIGHT, SPACING = 12, 18, 17.5
 WHITE, RIM = (2.6, 0.5), (4.6, 0.25)
-"""The width in pixels and the opacity of the white strokes, and of the dark ones beneath, which rim them."""
+"""The width in pixels and the opacity of the white strokes, and of the dark ones beneath them."""
 
 
 def strokes() -> list[np.ndarray]:
-    """The letters' strokes, each (points, 2) in pixels, rising along the diagonal and centred."""
+    """Return the letters' strokes, each (points, 2) in pixels, rising along the diagonal and centred."""
     cos = sin = np.sqrt(0.5)
     rotation = np.array([[cos, -sin], [sin, cos]])
     result = []
@@ -42,7 +40,7 @@ def strokes() -> list[np.ndarray]:
 
 
 def coverage(width: float) -> np.ndarray:
-    """(64, 64), the part of each pixel in [0, 1] that strokes of this width in pixels cover."""
+    """Return the fraction of each pixel that strokes of this width in pixels cover, (64, 64)."""
     canvas = np.zeros((SIZE * FINER, SIZE * FINER), dtype=np.uint8)
     lines = [(line * FINER).round().astype(np.int32) for line in strokes()]
     cv2.polylines(canvas, lines, isClosed=False, color=255, thickness=round(width * FINER))
@@ -50,7 +48,7 @@ def coverage(width: float) -> np.ndarray:
 
 
 def watermark() -> np.ndarray:
-    """The watermark, uint8 (64, 64, 4): red, green, blue and opacity, not premultiplied."""
+    """Return the watermark, uint8 (64, 64, 4): red, green, blue and opacity, not premultiplied."""
     inner, outer = coverage(WHITE[0]), coverage(RIM[0])
     white, rim = WHITE[1] * inner, RIM[1] * np.maximum(outer - inner, 0)
     opacity = white + rim
@@ -59,15 +57,9 @@ def watermark() -> np.ndarray:
 
 
 def main() -> None:
-    parser = flags.Parser(description="Draw the watermark.")
-    default = Path(__file__).with_name("watermark.png")
-    parser.add_argument(
-        "file", metavar="FILE", nargs="?", type=types.output, default=default, help="default: beside this file"
-    )
-    path = parser.parse_args().file
     _, encoded = cv2.imencode(".png", cv2.cvtColor(watermark(), cv2.COLOR_RGBA2BGRA))
-    write_atomically(path, encoded.tobytes())
+    write_atomically(Path(__file__).with_name("watermark.png"), encoded.tobytes())
 
 
 if __name__ == "__main__":
-    running.run(main)
+    cli.run(main)

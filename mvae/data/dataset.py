@@ -2,26 +2,36 @@
 
 import dataclasses
 import hashlib
+import os
 import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .errors import UsageError, UserError
+from ..errors import UsageError, UserError
+
+
+@dataclasses.dataclass(kw_only=True)
+class DataDir:
+    """The flag of every script that reads a data set."""
+
+    # Data
+    data_dir: Path = Path(os.environ.get("MVAE_DATA_DIR") or "data")  # folder of the data sets (or set MVAE_DATA_DIR)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """N examples, held as stored and made into a batch of modalities on the device where they are, or on another.
+    """N examples, kept as stored, which `batch` turns into modalities on the training device.
 
     tensors: each (N, ...), as stored: uint8 pictures, class indices, ...; memory-mapped ones are never read whole.
-    transform: from the rows of `tensors` to a batch by modality name. It may draw from torch's global generator.
-    present: bool (N,) by modality: which examples have it. Modalities not named are there for all; None: all are.
-    streamed_to: the device that each batch's rows are copied to before `transform`; None: they stay where they are.
-    pairs: bool (N,): what `composed_rows` counts as pairs, if that isn't all examples that lack nothing.
+    transform: from rows of `tensors` to a batch by modality name. It may draw from torch's global generator.
+    present: bool (N,) by modality, which examples have it; modalities not named are complete, None if all are.
+    streamed_to: device that the rows of each batch are copied to before `transform`; None if the tensors are there.
+    pairs: bool (N,), the examples that `composed_rows` counts as pairs; None for those that lack nothing.
 
-    Raises UsageError for what isn't a tensor, no examples, numbers of them that differ, or a mask that isn't bool.
+    Raises UsageError if the tensors differ in length, are empty or aren't tensors, or a mask isn't bool.
     """
 
     tensors: Mapping[str, Tensor]
@@ -31,41 +41,37 @@ class Data:
     pairs: Tensor | None = None
 
     def __post_init__(self) -> None:
-        parts = {"tensors": self.tensors, "present": self.present or {}}
-        named = {f"{name} of `{part}`": value for part, values in parts.items() for name, value in values.items()}
-        named |= {} if self.pairs is None else {"`pairs`": self.pairs}
-        for name, value in named.items():
-            if not isinstance(value, Tensor):
-                remedy = ": torch.from_numpy makes one of it" if type(value).__module__ == "numpy" else ""
-                raise UsageError(f"{name} is a {type(value).__name__}, and a torch.Tensor is wanted{remedy}")
-            if value.dim() == 0:
-                raise UsageError(f"{name} is a single number, and a row for each example is wanted")
-        for name, here in (self.present or {}).items():
+        masks = {f"present[{name!r}]": here for name, here in (self.present or {}).items()}
+        masks |= {} if self.pairs is None else {"pairs": self.pairs}
+        stored = {f"tensors[{name!r}]": tensor for name, tensor in self.tensors.items()} | masks
+        for name, value in stored.items():
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                raise UsageError(f"{name} must be a torch.Tensor with a row per example, got {type(value).__name__}")
+        for name, here in masks.items():
             if here.dtype != torch.bool or here.dim() != 1:
                 found = f"{here.dtype} of shape {tuple(here.shape)}"
-                raise UsageError(f"{name} of `present` is {found}, and torch.bool of shape (examples,) is wanted")
-        lengths = {name: len(value) for name, value in named.items()}
-        if len(set(lengths.values())) > 1:
-            found = ", ".join(f"{name} has {n}" for name, n in lengths.items())
-            raise UsageError(f"all are to have a row for each example, and {found}")
+                raise UsageError(f"{name} must be torch.bool of shape (examples,), got {found}")
+        if len({len(value) for value in stored.values()}) > 1:
+            found = ", ".join(f"{name} has {len(value)}" for name, value in stored.items())
+            raise UsageError(f"tensors must have the same number of examples: {found}")
         if not self.tensors or not len(self):
-            raise UsageError("these data have no examples in `tensors`, and one or more are wanted")
+            raise UsageError("tensors must contain at least one example")
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
 
     @property
     def stored_on(self) -> torch.device:
-        """Where the tensors are, and the rows that `batch` is asked for."""
+        """The device of the stored tensors, and of the rows that `batch` takes."""
         return next(iter(self.tensors.values())).device
 
     @property
     def device(self) -> torch.device:
-        """Where batches are."""
+        """The device of the batches."""
         return self.streamed_to or self.stored_on
 
     def batch(self, rows: Tensor) -> tuple[dict[str, Tensor], Mapping[str, Tensor] | None]:
-        """The examples `rows` (batch,): modalities, and which are present, on `device`."""
+        """Return the modalities of the examples `rows` (batch,), and which are present, both on `device`."""
         rows = rows.to(self.stored_on)
         present = self.present and {name: self._taken(here, rows) for name, here in self.present.items()}
         return self.transform({name: self._taken(tensor, rows) for name, tensor in self.tensors.items()}), present
@@ -73,8 +79,8 @@ class Data:
     def _taken(self, tensor: Tensor, rows: Tensor) -> Tensor:
         if self.streamed_to is None:
             return tensor[rows]
-        # Pinned, so that the copy goes on while the device computes. torch keeps such memory, and hands it out again
-        # when the copy from it is done: a run has about two such buffers, and allocates none after the first steps.
+        # Pinned memory lets the copy overlap with computation. torch caches such buffers until their copy is done: a
+        # run has about two, and allocates none after the first steps.
         pinned = self.streamed_to.type == "cuda"
         some = torch.empty(len(rows), *tensor.shape[1:], dtype=tensor.dtype, pin_memory=pinned)
         return torch.index_select(tensor, 0, rows, out=some).to(self.streamed_to, non_blocking=True)
@@ -86,7 +92,7 @@ class Data:
         return dataclasses.replace(self, tensors=tensors, present=present, pairs=pairs)
 
     def to(self, device: torch.device) -> "Data":
-        """These examples with batches on `device`: moved there, or streamed if they'd fill half a GPU's free memory."""
+        """Move the examples to `device`, or stream their batches there if they exceed half of a GPU's free memory."""
         n_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
         from_cpu = device.type == "cuda" and self.stored_on.type == "cpu"
         if from_cpu and n_bytes > torch.cuda.mem_get_info(device)[0] / 2:
@@ -94,33 +100,37 @@ class Data:
         return dataclasses.replace(self._map(lambda tensor: tensor.to(device)), streamed_to=None)
 
     def __getitem__(self, rows: slice | Tensor) -> "Data":
-        """Some of the examples: `data[:900]`, or those at the places that a tensor holds."""
+        """Return some of the examples, by a slice such as `data[:900]` or a tensor of indices."""
         if not isinstance(rows, slice | Tensor):
-            raise UsageError(f"examples are taken by a slice such as [:900] or by a tensor, not by {rows!r}")
+            raise UsageError(f"examples must be selected by a slice or a tensor, got {rows!r}")
         return self._map(lambda tensor: tensor[rows])
 
-    def extremes(self) -> Tensor:
-        """The examples (n,) with the smallest and the largest stored value of each tensor, of those that are present.
+    def only(self, *names: str) -> "Data":
+        """Return the same examples with only these modalities present; each keeps its own mask."""
+        every = torch.ones(len(self), dtype=torch.bool, device=self.stored_on)
+        others = [name for name in self.batch(torch.tensor([0]))[0] if name not in names]
+        present = {name: (self.present or {}).get(name, every) for name in names} | dict.fromkeys(others, ~every)
+        return dataclasses.replace(self, present=present, pairs=None)
 
-        A value that isn't a number counts as both. Where these are good, the others are, if `transform` keeps an order.
+    def extremes(self) -> Tensor:
+        """Return the rows (n,) of the smallest and largest present value of each tensor; NaN counts as both.
+
+        If these examples are valid, so are all others, provided that `transform` is monotonic.
         """
         found = []
         for name, tensor in self.tensors.items():
             here = (self.present or {}).get(name)
             rows = torch.arange(len(self), device=self.stored_on) if here is None else here.nonzero().flatten()
             if len(rows) and tensor[0].numel() and not tensor.is_complex():
-                parts = rows.split(512)
                 wide = tensor.dtype in (torch.uint16, torch.uint32)  # torch has no aminmax of these
-                some = (tensor[part].long() if wide else tensor[part] for part in parts)
-                ends = torch.stack([torch.stack(values.aminmax()) for values in some]).double()  # (parts, 2)
-                for end, pick in zip(ends.unbind(dim=1), (torch.argmin, torch.argmax), strict=True):
-                    part = parts[int(pick(end))]
-                    values = tensor[part].double().flatten()
-                    found.append(part[pick(values) * len(part) // len(values)])
+                parts = (tensor[part].reshape(len(part), -1) for part in rows.split(512))
+                ends = [torch.stack((part.long() if wide else part).aminmax(dim=1)) for part in parts]
+                low, high = torch.cat(ends, dim=1).double()
+                found += [rows[low.argmin()], rows[high.argmax()]]
         return torch.stack(found).unique() if found else torch.arange(0, device=self.stored_on)
 
     def checksum(self) -> str:
-        """A CRC-32 of all that is stored: names, types, shapes and every value of `tensors`, `present` and `pairs`."""
+        """Return a CRC-32 of the names, types, shapes and values of `tensors`, `present` and `pairs`."""
         found, pairs = 0, {} if self.pairs is None else {"pairs": self.pairs}
         for name, tensor in [*self.tensors.items(), *(self.present or {}).items(), *pairs.items()]:
             found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), found)
@@ -130,24 +140,24 @@ class Data:
 
 
 def split(data: Data, n_val: int, limit: int | None) -> tuple[Data, Data]:
-    """Training and validation data: the last `n_val` examples validate, the first of the rest (`limit` of them) train.
+    """Return training and validation data: the last `n_val` examples validate, the first `limit` of the rest train.
 
-    Raises UsageError if either is left without an example.
+    Raises UsageError if one of them would be empty.
     """
     n_train = len(data) - n_val
     if n_val < 1 or n_train < 1:
-        raise UsageError(f"`n_val` {n_val} doesn't leave examples for both: the training split has {len(data)}")
+        raise UsageError(f"n_val must be from 1 to {len(data) - 1}, below the number of examples, got {n_val}")
     return data[: min(n_train, limit or n_train)], data[n_train:]
 
 
 def seed_of(*numbers: int) -> int:
-    """One 63-bit seed for a tuple of whole numbers such as (seed, epoch, step, rank), unlike every other tuple's."""
+    """Return one 63-bit seed for a tuple of integers such as (seed, epoch, step, rank), different for each tuple."""
     text = ",".join(str(int(number)) for number in numbers)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def permuted_rows(data: Data, batch_size: int, seed: int) -> list[Tensor]:
-    """The rows of an epoch's batches, in an order that `seed` decides, where the data's tensors are.
+    """Return the rows of an epoch's batches in random order, on the device of the stored tensors.
 
     The incomplete last batch is dropped, so that a step's shapes stay the same and batch norm never meets one example;
     another epoch's permutation drops others.
@@ -158,17 +168,17 @@ def permuted_rows(data: Data, batch_size: int, seed: int) -> list[Tensor]:
 
 
 def consecutive_rows(data: Data, batch_size: int) -> list[Tensor]:
-    """The rows of all examples in their own order, where the data's tensors are, the incomplete last batch included."""
+    """Return the rows of all examples in order, on the device of the stored tensors; the last batch may be smaller."""
     return list(torch.arange(len(data), device=data.stored_on).split(batch_size))
 
 
 def pictures_and_labels(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A `transform`: stored pictures (batch, channels, height, width) become floats in [0, 1], labels int64."""
+    """Convert stored pictures (batch, channels, height, width) to floats in [0, 1], and labels to int64."""
     return {name: tensor.float() / 255 if tensor.dim() == 4 else tensor.long() for name, tensor in rows.items()}
 
 
 def binarize(data: Data, name: str) -> Data:
-    """Draws each value of modality `name` from Bernoulli(grey value), afresh for every batch."""
+    """Draw each value of modality `name` from Bernoulli(grey value), again for every batch."""
 
     def transform(rows: dict[str, Tensor]) -> dict[str, Tensor]:
         batch = data.transform(rows)
@@ -178,14 +188,14 @@ def binarize(data: Data, name: str) -> Data:
 
 
 def binarize_once(data: Data, name: str) -> Data:
-    """Draws each value of the stored uint8 pictures `name` from Bernoulli(grey value), once, by a fixed seed."""
+    """Draw each value of the stored uint8 pictures `name` from Bernoulli(grey value), once, with a fixed seed."""
     grey = data.tensors[name].float() / 255
     drawn = grey.bernoulli(generator=torch.Generator().manual_seed(0)).mul(255).byte()
     return dataclasses.replace(data, tensors={**data.tensors, name: drawn})
 
 
 def random_example(data: Data, where: Tensor, what: str) -> dict[str, Tensor]:
-    """A batch of one of the examples that `where`, bool (N,), allows. Raises UserError, naming `what`, for none."""
+    """Return a batch of one random example where `where`, bool (N,), holds; UserError names `what` if there is none."""
     rows = where.nonzero().flatten()
     if not len(rows):
         raise UserError(f"none of the {len(data)} held-out examples shows {what}")

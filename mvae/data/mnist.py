@@ -1,29 +1,24 @@
-"""The MNIST family: pictures (1, 28, 28) in [0, 1] as `image`, and classes 0 to 9 as `text`, of IDX files.
-
-Like all of mvae.datasets, it imports torch where it makes tensors, so that scripts read their flags without torch.
-"""
+"""The MNIST family: pictures (1, 28, 28) in [0, 1] as `image` and classes 0 to 9 as `text`, from IDX files."""
 
 import gzip
 import hashlib
 import math
-import os
 import tempfile
 import zlib
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.error import URLError
 
 import numpy as np
+import torch
+from torch import Tensor
+from torchvision import datasets
+from torchvision.datasets.utils import download_url
 
 from ..errors import UserError
-from ..files import made
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..data import Data
+from ..files import check_writable, write_atomically
+from .dataset import Data, binarize_once, pictures_and_labels, split
+from .dataset import binarize as binarize_each_time
 
 CONTENT_MD5 = {
     "MNIST": {
@@ -39,106 +34,84 @@ CONTENT_MD5 = {
         "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
     },
 }
-"""Checksums of the unpacked files, so that one check serves packed and unpacked ones."""
-
-IDX_BYTES = {0x08: 1, 0x09: 1, 0x0B: 2, 0x0C: 4, 0x0D: 4, 0x0E: 8}
-"""The size of a value of each type that an IDX file may have."""
+"""Checksums of the unpacked files, which serve packed and unpacked ones."""
 
 
 def training_data(
     name: str, data_dir: Path, *, n_val: int, limit: int | None = None, binarize: bool = False
-) -> tuple["Data", "Data"]:
-    """Training and validation examples, of the training split of the set `name`; see `load_idx`.
+) -> tuple[Data, Data]:
+    """Return training and validation examples from the training split of the data set `name`; see `load_idx`.
 
-    With `binarize`, each pixel is drawn from Bernoulli(grey value): for training afresh at every step, for validation
-    once. Raises UserError if the files can't be had or are damaged.
+    With `binarize`, each pixel is drawn from Bernoulli(grey value): for training at every step, for validation once.
+    Raises UserError if a file is damaged, or absent and can't be downloaded.
     """
-    from ..data import binarize as binarize_afresh
-    from ..data import binarize_once, split
-
     train, validation = split(_data(name, data_dir, "train"), n_val, limit)
     if binarize:
-        return binarize_afresh(train, "image"), binarize_once(validation, "image")
+        return binarize_each_time(train, "image"), binarize_once(validation, "image")
     return train, validation
 
 
-def test_data(name: str, data_dir: Path, *, binarize: bool = False) -> "Data":
-    """The test split; with `binarize`, drawn once with a fixed seed. Raises UserError as `training_data` does."""
-    from ..data import binarize_once
-
+def test_data(name: str, data_dir: Path, *, binarize: bool = False) -> Data:
+    """Return the test split; with `binarize`, it is drawn once. Raises UserError as `training_data` does."""
     test = _data(name, data_dir, "t10k")
     return binarize_once(test, "image") if binarize else test
 
 
 def check(name: str, data_dir: Path) -> str:
-    """A line that says how many examples there are. Raises UserError as `training_data` does."""
+    """Return a line with the number of examples. Raises UserError as `training_data` does."""
     train, test = (len(_data(name, data_dir, part)) for part in ("train", "t10k"))
     return f"{name} in {data_dir} is complete: {train} training and {test} test examples"
 
 
-def _data(name: str, data_dir: Path, part: str) -> "Data":
-    from ..data import Data, pictures_and_labels
-
+def _data(name: str, data_dir: Path, part: str) -> Data:
     images, labels = load_idx(data_dir, name, part)
     return Data(tensors={"image": images.unsqueeze(1), "text": labels}, transform=pictures_and_labels)
 
 
-def load_idx(data_dir: Path, name: str, part: str) -> tuple["Tensor", "Tensor"]:
-    """Pictures (N, 28, 28) and labels (N,) from 0 to 9, both uint8, of `DATA_DIR/name/raw` or `DATA_DIR/name`.
+def load_idx(data_dir: Path, name: str, part: str) -> tuple[Tensor, Tensor]:
+    """Return pictures (N, 28, 28) and labels (N,) from 0 to 9, both uint8, of `DATA_DIR/name/raw` or `DATA_DIR/name`.
 
-    The files have torchvision's names or Kaggle's (`train-images.idx3-ubyte`) and may be packed (.gz) or not, and the
-    folder read-only; what is absent is downloaded with a progress bar. Every file is checked by its checksum: the
-    official one, or that in a `checksums.md5` beside the files (lines `MD5 NAME`). Of several a good one is read.
+    The files have torchvision's names or Kaggle's (`train-images.idx3-ubyte`), packed (.gz) or not, and the folder may
+    be read-only. Absent files are downloaded with a progress bar. Every file is checked by its official checksum, or by
+    the folder's `checksums.md5` (lines `MD5 NAME`). If there are several copies, an intact one is read.
 
     Args:
         name: "MNIST" or "FashionMNIST".
         part: "train" or "t10k" (test).
 
-    Raises UserError, naming the file, if it can't be had, is damaged, or holds what the networks don't take.
+    Raises UserError if a file is absent and can't be downloaded, is damaged, or doesn't fit the networks.
     """
-    import torch
-
     folder = data_dir / name / "raw"
     stems = [f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"]
     absent = [stem + ".gz" for stem in stems if not _candidates(folder, stem)]
     if absent:
         _download(folder, name, absent)
-    found = [_first_good(_candidates(folder, stem), name, stem) for stem in stems]
-    for _, complaint in found:  # not before both are read: what the networks don't take is better known
-        if complaint:
-            raise UserError(complaint)
-    images, labels = (torch.from_numpy(values.copy()) for values, _ in found)
+    images, labels = (_first_good(_candidates(folder, stem), name, stem) for stem in stems)
     if not len(images) or len(images) != len(labels):
-        raise UserError(f"{folder}: {len(images)} pictures of {part} don't fit {len(labels)} labels")
+        raise UserError(f"{folder}: {part} has {len(images)} pictures and {len(labels)} labels")
     return images, labels
 
 
 def _candidates(folder: Path, stem: str) -> list[Path]:
-    """The files that may be meant: packed or not, by either name; Kaggle has them in folders of the same name, too."""
+    """Return the existing files that may be meant, by either name; Kaggle puts them in folders of the same name."""
     names = [stem, stem.replace("-idx", ".idx")]
     files = [file for name in names for file in (f"{name}.gz", name, f"{name}/{name}")]
     return [home / file for home in (folder, folder.parent) for file in files if (home / file).is_file()]
 
 
-def _first_good(paths: Sequence[Path], name: str, stem: str) -> tuple[np.ndarray, str]:
-    """What `_read_idx` gives of the first file without a complaint, else of the first that can be read."""
-    found, errors = [], []
+def _first_good(paths: Sequence[Path], name: str, stem: str) -> Tensor:
+    errors = []
     for path in paths:
         try:
-            found.append(_read_idx(path, name, stem))
+            return _read_idx(path, name, stem)
         except UserError as error:
             errors.append(error)
-    if not found:
-        raise errors[0]
-    return min(found, key=lambda pair: pair[1] != "")
+    raise errors[0]
 
 
-def _read_idx(path: Path, name: str, stem: str) -> tuple[np.ndarray, str]:
-    """Pictures (N, 28, 28) or labels (N,), as `stem` says; and what is wrong if their checksum isn't right, else "".
-
-    Raises UserError if the file is damaged, or holds what the networks don't take.
-    """
-    remedy = "delete it to have it downloaded again"
+def _read_idx(path: Path, name: str, stem: str) -> Tensor:
+    """Return pictures (N, 28, 28) or labels (N,), as `stem` says. Raises UserError as `load_idx` does."""
+    remedy = "delete it to download it again"
     try:
         stored = path.read_bytes()
         content = gzip.decompress(stored) if stored.startswith(b"\x1f\x8b") else stored
@@ -149,60 +122,58 @@ def _read_idx(path: Path, name: str, stem: str) -> tuple[np.ndarray, str]:
     # An IDX file: two zero bytes, the values' type (8: bytes), the rank, each dimension in four bytes, the values.
     rank = content[3] if len(content) > 3 else 0
     shape = tuple(np.frombuffer(content, ">u4", count=rank, offset=4).tolist()) if len(content) >= 4 + 4 * rank else ()
-    if content[:2] != b"\0\0" or not shape or content[2] not in IDX_BYTES:
-        raise UserError(f"{path} is no IDX file, or a damaged one: {remedy}")
-    if len(content) != 4 + 4 * rank + IDX_BYTES[content[2]] * math.prod(shape):
-        raise UserError(f"{path} is damaged: its size isn't that of the {shape} values which it begins with; {remedy}")
+    if content[:2] != b"\0\0" or not shape:
+        raise UserError(f"{path} is not an IDX file, or damaged: {remedy}")
+    if content[2] != 8:
+        raise UserError(f"{path}: values must be bytes (type 0x8), found type {content[2]:#x}")
+    if len(content) != 4 + 4 * rank + math.prod(shape):
+        raise UserError(f"{path} is damaged: its size doesn't match its shape {shape}; {remedy}")
     event = (28, 28) if "images" in stem else ()
-    if content[2] != 8 or len(shape) != 1 + len(event) or shape[1:] != event:
-        takes = f"the networks take {'pictures of 28x28' if event else 'one label for each picture'}, in bytes"
-        raise UserError(f"{path} holds values of type {content[2]:#x} and shape {shape}, and {takes}")
-    values = np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
-    if not event and values.max(initial=0) > 9:
-        raise UserError(f"{path} holds labels up to {values.max()}, and the networks take ten classes, 0 to 9")
+    if len(shape) != 1 + len(event) or shape[1:] != event:
+        raise UserError(f"{path}: shape must be {'(N, 28, 28)' if event else '(N,)'}, found {shape}")
+    values = torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape).copy())
+    if not event and (values > 9).any():
+        raise UserError(f"{path}: labels must be from 0 to 9, found {values.max()}")
     sums = path.with_name("checksums.md5")
     known = _checksums(sums) if sums.exists() else {stem: CONTENT_MD5[name][stem]}
     if known.get(stem) == hashlib.md5(content).hexdigest() or known.get(path.name) == hashlib.md5(stored).hexdigest():
-        return values, ""
+        return values
     if sums.exists():
-        return values, f"{path} is damaged: its checksum isn't in {sums}; {remedy}"
-    own = f"for a set of your own write its checksums into {sums}"
-    return values, f"{path} is damaged, or isn't that of {name}, by its checksum: {remedy}; {own}"
+        raise UserError(f"{path} is damaged: its checksum is not in {sums}; {remedy}")
+    own = f"for your own data set, write its checksums into {sums}"
+    raise UserError(f"{path} is damaged, or not {name}: its checksum is wrong; {remedy}; {own}")
 
 
 def _checksums(path: Path) -> dict[str, str]:
-    """The checksums by the files' names, as the command md5sum writes them."""
+    """Return the checksums by file name, as the command md5sum writes them."""
     try:
         lines = [line.split() for line in path.read_text(errors="replace").splitlines() if line.strip()]
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror or error}") from None
-    wrong = [number for number, words in enumerate(lines, 1) if len(words) != 2 or len(words[0]) != 32]
-    if wrong:
-        raise UserError(f"{path}, line {wrong[0]}: 'MD5 NAME' is wanted, as the command md5sum writes it")
-    return {Path(words[1].lstrip("*")).name: words[0].lower() for words in lines}
+    for number, words in enumerate(lines, 1):
+        if len(words) != 2 or len(words[0]) != 32:
+            raise UserError(f"{path}, line {number}: must be 'MD5 NAME', as the command md5sum writes it")
+    return {Path(name.lstrip("*")).name: digest.lower() for digest, name in lines}
 
 
 def _download(folder: Path, name: str, files: Sequence[str]) -> None:
-    """Fetches an official data set's packed files into `folder`, each checked, then renamed into place."""
-    from torchvision import datasets
-    from torchvision.datasets.utils import download_url
-
+    """Download an official data set's packed files into `folder`, each checked before it is there."""
     official = getattr(datasets, name)
-    wanted = f"{', '.join(files)} of {name} are not in {folder}"
-    remedy = "put them there, or name the folder that holds them with `data_dir` or MVAE_DATA_DIR"
     try:
-        with made(folder), tempfile.TemporaryDirectory(dir=folder) as temporary:
+        check_writable(folder / files[0])
+        with tempfile.TemporaryDirectory() as temporary:
             for file in files:
-                failure: Exception | None = None
-                for mirror in official.mirrors:
-                    try:
-                        download_url(mirror + file, temporary, md5=dict(official.resources)[file])
-                        os.replace(Path(temporary, file), folder / file)
-                        break
-                    except (URLError, HTTPException, RuntimeError, ConnectionError, TimeoutError) as error:
-                        failure = error
-                else:
-                    why = getattr(failure, "reason", failure)  # of a URLError, in plain words
-                    raise UserError(f"{wanted} and can't be downloaded ({why}): {remedy}")
-    except OSError as error:
-        raise UserError(f"{wanted} and can't be written there ({error.strerror or error}): {remedy}") from None
+                _fetch(official.mirrors, file, dict(official.resources)[file], temporary)
+                write_atomically(folder / file, Path(temporary, file).read_bytes())
+    except UserError as error:
+        remedy = "put them there, or set --data-dir or MVAE_DATA_DIR to the folder of your data sets"
+        raise UserError(f"{', '.join(files)} of {name} not found in {folder}: {error}; {remedy}") from None
+
+
+def _fetch(mirrors: Sequence[str], file: str, md5: str, folder: str) -> None:
+    for mirror in mirrors:
+        try:
+            return download_url(mirror + file, folder, md5=md5)
+        except (OSError, HTTPException, RuntimeError) as error:
+            reason = getattr(error, "reason", error)  # of a URLError, in plain words
+    raise UserError(f"can't download them ({reason})")

@@ -1,60 +1,52 @@
-"""A picture file of any format, mode, depth and size, as pixels: upright, in 8 bits a channel, resized and cropped.
-
-Torch is imported only where it is needed, so that the processes that decode start fast.
-"""
+"""Picture files of any format, mode, depth and size as pixels: upright, 8 bits per channel, resized and cropped."""
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal, cast
 
+import torch
 from PIL import Image, ImageOps, TiffImagePlugin
+from torch import Tensor
 
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MOST_PIXELS = 50_000_000  # of a user's picture
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of users' pictures; PIL's others run more code
 
 
-def load_picture(path: Path, mode: Literal["RGB", "L"], size: int) -> "Tensor":
-    """A picture file of any size and mode as (1, channels, size, size) in [0, 1], made as the training data's are.
+def load_picture(path: Path, mode: Literal["RGB", "L"], size: int) -> Tensor:
+    """Read a picture file as (1, channels, size, size) in [0, 1], processed as training pictures are.
 
-    First it is turned upright, as a camera says, and what is transparent becomes white. Raises UserError if it can't be
-    read or is no picture.
+    Raises UserError if it can't be read or isn't a picture.
     """
     try:
         return picture(path.read_bytes(), mode, size)
-    except OSError as error:  # PIL's error for what is no picture is one, too
-        raise UserError(f"can't read {path} as a picture: {error.strerror or 'it is none, or damaged'}") from None
-    except Exception as error:  # PIL fails in many ways on a damaged file; each means the same to the user
-        reason = f"({str(error)[:200]})" if isinstance(error, ValueError) else ""
-        raise UserError(f"can't read {path} as a picture: it is none, or damaged {reason}".rstrip()) from None
+    except Exception as error:  # PIL raises errors of many kinds for a damaged file
+        reason = getattr(error, "strerror", None) or "not a picture, or damaged"
+        detail = f" ({str(error)[:200]})" if isinstance(error, ValueError) else ""
+        raise UserError(f"can't read {path}: {reason}{detail}") from None
 
 
-def picture(content: bytes, mode: Literal["RGB", "L"], size: int) -> "Tensor":
-    """What `load_picture` makes of a file's content. Raises what PIL raises if it is no picture, or ValueError."""
-    import torch
-
+def picture(content: bytes, mode: Literal["RGB", "L"], size: int) -> Tensor:
+    """Decode a file's content as `load_picture` does; raises ValueError for too many pixels, and PIL's errors."""
     with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-        if opened.width * opened.height > MOST_PIXELS:  # before a pixel of it is decoded
-            raise ValueError(f"{opened.width}x{opened.height} pixels are more than {MOST_PIXELS}")
+        if opened.width * opened.height > MOST_PIXELS:  # before it is decoded
+            raise ValueError(f"{opened.width}x{opened.height} exceeds {MOST_PIXELS} pixels")
         content = fitted(eight_bit(opened).convert(mode), size)
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(1, len(mode), size, size).float() / 255
 
 
 def pixels(content: bytes, mode: str, size: int) -> bytes:
-    """A picture file's pixels by channel, row, column, after torchvision's Resize(size) and CenterCrop(size)."""
+    """Return a picture file's pixels by channel, row, column, after torchvision's Resize(size) and CenterCrop(size)."""
     with Image.open(io.BytesIO(content)) as opened:
         return fitted(eight_bit(opened).convert(mode), size)
 
 
 def eight_bit(opened: Image.Image) -> Image.Image:
-    """An opened picture in 8 bits a channel, RGB or L: upright, as a camera says, and white where it is transparent.
+    """Convert an opened picture to 8 bits per channel, RGB or L.
 
-    Grey of 16 or 12 bits is scaled, and so are floats in [0, 1]. Raises ValueError for numbers whose white isn't known,
-    and what PIL raises.
+    Applies the EXIF orientation; transparent pixels become white. 16- or 12-bit grey and floats in [0, 1] are scaled.
+    Raises ValueError for numbers in another range, and PIL's errors.
     """
     image = ImageOps.exif_transpose(opened)
     if image.mode[0] in "IF":
@@ -62,7 +54,7 @@ def eight_bit(opened: Image.Image) -> Image.Image:
         white = 1 if image.mode == "F" else 2 ** bits[0] - 1
         low, high = cast(tuple[float, float], image.getextrema())
         if not 0 <= low <= high <= white <= 65535:
-            raise ValueError(f"its pixels go from {low:g} to {high:g}: numbers of 8 or 16 bits are wanted, or 0 to 1")
+            raise ValueError(f"pixels must be of 8 or 16 bits, or floats in [0, 1]; found {low:g} to {high:g}")
         image = image.convert("F").point(lambda value: value * (255 / white) + 0.5).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -71,7 +63,7 @@ def eight_bit(opened: Image.Image) -> Image.Image:
 
 
 def fitted(image: Image.Image, size: int) -> bytes:
-    """An image's pixels by channel, row, column, after torchvision's Resize(size) and CenterCrop(size)."""
+    """Resize and crop an image as torchvision's Resize(size) and CenterCrop(size); return its pixels by channel."""
     width, height = (int(size * side / min(image.size)) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))

@@ -1,23 +1,62 @@
-"""Weak supervision: examples that lack modalities, and batches in which the complete ones have their share.
+"""Weak supervision: examples that lack modalities, batches with enough complete ones, and labels for the others.
 
-The protocol is the paper's (Wu & Goodman 2018, section 5.3): the number of examples stays, a share of them is paired,
-and each of the others shows one side alone.
+The protocol is the paper's (Wu & Goodman 2018, section 5.3): the number of examples stays, a fraction of them is
+complete, and each of the others shows one side.
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
+from scipy import sparse
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
-from torch.nn import functional as F
 
-from .data import Data, permuted_rows
-from .errors import UsageError
+from ..errors import UsageError
+from ..model import MVAE, evaluating
+from .dataset import Data, consecutive_rows, permuted_rows
+
+log = logging.getLogger(__name__)
 
 Unpaired = Literal["image", "both"]
+Method = Literal["neighbours", "regression"]
 
 TINY = 1e-30  # in place of 0 in a denominator
+
+
+def share_pairs(
+    train: Data,
+    validation: Data,
+    paired: int | float | None,
+    modalities: Sequence[str],
+    *,
+    unpaired: Unpaired = "image",
+    seed: int,
+) -> tuple[Data, Data]:
+    """Let only `paired` examples keep all modalities, in proportion of training and validation data.
+
+    So nothing that is counted or chosen knows more labels. They are spread evenly over the classes if a modality is a
+    class. paired: a number of examples, or a float, a fraction of them; None: all. Others: see `keep_pairs`.
+
+    Raises UsageError for fewer than two, or more than there are.
+    """
+    if paired is None:
+        return train, validation
+    total = len(train) + len(validation)
+    n = paired if isinstance(paired, int) else round(total * paired)
+    if not 2 <= n <= total:
+        raise UsageError(f"complete examples must be from 2 to {total} (training and validation data), got {n}")
+    held_out = min(max(1, round(n * len(validation) / total)), n - 1)
+    log.info("complete examples: %d for training, %d for validation", n - held_out, held_out)
+    parts = []
+    for data, pairs, offset in ((train, n - held_out, 0), (validation, held_out, 1)):
+        classes = next((tensor for tensor in data.tensors.values() if tensor.dim() == 1), None)
+        parts.append(keep_pairs(data, pairs, modalities, unpaired=unpaired, seed=seed + offset, classes=classes))
+    return parts[0], parts[1]
 
 
 def keep_pairs(
@@ -29,19 +68,18 @@ def keep_pairs(
     seed: int,
     classes: Tensor | None = None,
 ) -> Data:
-    """`data` in which n examples keep all of their modalities, and each of the others a part.
+    """Let n examples keep all of their modalities, and each of the others a part.
 
     Args:
-        modalities: their names. One side is the first of them, the picture; the other side is all others.
-        unpaired: "image" leaves the picture to each other example; "both" leaves to one half of them the picture, and
-            to the other half the other side.
-        seed: decides which.
-        classes: (N,) whole numbers. The n are then spread evenly over the classes.
+        modalities: one side is the first of them, the image; the other side is all others.
+        unpaired: "image" leaves the image to each other example; "both" leaves the image to one half of them, and the
+            other side to the other half.
+        classes: (N,) integers; the n are spread evenly over them.
 
     Raises UsageError if n is not from 1 to N.
     """
     if not 1 <= n <= len(data):
-        raise UsageError(f"`n_paired` {n} is not from 1 to {len(data)}, the number of examples")
+        raise UsageError(f"n must be from 1 to {len(data)}, the number of examples, got {n}")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data), generator=generator)
     if classes is not None:
@@ -56,25 +94,31 @@ def keep_pairs(
 
 
 def drop(data: Data, share: float, names: Sequence[str], *, seed: int) -> Data:
-    """`data` in which each example lacks each of the modalities `names` with probability `share`."""
+    """Let each example lack each of the modalities `names` with probability `share`."""
     generator = torch.Generator().manual_seed(seed)
     return _limited(data, {name: torch.rand(len(data), generator=generator) >= share for name in names})
 
 
+def complete_examples(present: Mapping[str, Tensor]) -> Tensor:
+    """Return which examples lack nothing, bool (N,)."""
+    return torch.stack(list(present.values())).all(dim=0)
+
+
 def composed_rows(data: Data, batch_size: int, pairs: int, seed: int) -> list[Tensor]:
-    """The rows of an epoch's batches, all of one composition: so many complete examples, and then so many others.
+    """Return the rows of an epoch's batches, each with `pairs` complete examples first, then incomplete ones.
 
-    Complete are those that lack nothing, or `data.pairs`: `pairs` of a batch, or their share of the data where that is
-    more. Both kinds come in permutations, each begun anew when it ends; an epoch has as many batches as
-    `permuted_rows` gives. Where all examples are complete, or none, or `pairs` is 0, the batches are those of
-    `permuted_rows`.
+    Complete examples are those that lack nothing, or `data.pairs`. A batch has more of them if their fraction of the
+    data is larger. Both kinds come in permutations, each started anew when it ends; an epoch has as many batches as
+    `permuted_rows` gives, whose batches these are if `pairs` is 0 or there is only one kind.
 
-    Raises UsageError if `pairs` leaves no place for the others.
+    Raises UsageError if all examples are complete, or a batch has no room for others.
     """
-    if pairs >= batch_size:
-        raise UsageError(f"`pairs_per_batch` {pairs} leaves the other examples no place in a batch of {batch_size}")
-    if not pairs or not data.present:
+    if not pairs:
         return permuted_rows(data, batch_size, seed)
+    if not data.present:
+        raise UsageError("pairs_per_batch needs examples that lack a modality: set n_paired or paired_fraction")
+    if pairs >= batch_size:
+        raise UsageError(f"pairs_per_batch must be smaller than batch_size, got {pairs} and {batch_size}")
     complete = complete_examples(data.present) if data.pairs is None else data.pairs
     whole, rest = complete.nonzero().flatten(), (~complete).nonzero().flatten()
     if not len(whole) or not len(rest):
@@ -87,118 +131,137 @@ def composed_rows(data: Data, batch_size: int, pairs: int, seed: int) -> list[Te
     return list(torch.cat([some, others], dim=1))
 
 
-def neighbour_graph(points: Tensor, k: int = 10) -> Tensor:
-    """The graph of each point's k nearest others: sparse (N, N), symmetric, normalised as `spread` takes it.
+def self_labelled(model: MVAE, train: Data, labels: Sequence[str], *, share: float, by: Method) -> Data:
+    """Give the most confident `share` of the examples that lack a label one, from the means of q(z | image).
+
+    The known labels spread to neighbouring means ("neighbours", which suits classes: clusters of the means), or a
+    logistic regression on the means predicts it ("regression", which suits strings and attributes).
+
+    labels: the modalities that are labels; the image is the model's first modality.
+    """
+    image, present = model.modalities[0], train.present or {}
+    device = next(model.parameters()).device
+    there, means, batches = train.to(device), [], []
+    few = [name for name in labels if name in present]
+    torch.manual_seed(0)  # pixels may be drawn: all processes must find the same labels
+    with torch.no_grad(), evaluating(model):
+        for rows in consecutive_rows(there, 1000):
+            batch, _ = there.batch(rows)
+            means.append(model.posterior({image: batch[image]})[0])
+            batches.append({name: batch[name] for name in few})
+    found = {name: torch.cat([batch[name] for batch in batches]).cpu() for name in few}
+    here = {name: present[name].cpu().clone() for name in few}
+    seen = present.get(image, torch.ones(len(train), dtype=torch.bool)).nonzero().flatten().cpu()
+    points = torch.cat(means).cpu()[seen]
+    graph = neighbour_graph(points) if by == "neighbours" else None
+    for name in few:
+        known, some = here[name][seen], found[name][seen]
+        probabilities = regressed(points, some, known) if graph is None else spread(graph, some, known)
+        best = probabilities.argmax(dim=-1).to(some.dtype)
+        added = most_confident(probabilities, known, share) & _possible(model, name, best, points.to(device)).cpu()
+        found[name][seen[added]] = best[added]
+        here[name][seen[added]] = True
+    had, have = (int(sum(mask[name].sum() for name in few)) for mask in (present, here))
+    log.info("labels: %d given + %d inferred of %d", had, have - had, len(few) * len(train))
+    found, here = ({name: x.to(train.stored_on) for name, x in part.items()} for part in (found, here))
+    return relabelled(train, found, here)
+
+
+@torch.no_grad()
+def _possible(model: MVAE, name: str, labels: Tensor, z: Tensor) -> Tensor:
+    """Return which labels, inferred place by place, the model can have at all, bool (n,). A string that continues after
+    its end can't be: its log p would be -inf."""
+    score = model.likelihood(name).log_prob
+    parts = zip(z.split(1000), labels.to(z.device).split(1000), strict=True)
+    with evaluating(model):
+        return torch.cat([score(some, x) for some, x in parts]).isfinite()
+
+
+def neighbour_graph(points: Tensor, k: int = 10) -> sparse.csr_array:
+    """Return the graph of each point's k nearest neighbours: sparse (N, N), symmetric and normalised.
 
     An edge weighs exp(-d² / 2σ²), where d is its length and σ the mean length; one that both ends have counts twice.
 
-    Args:
-        points: (N, dimensions), such as the means of q(z | image).
-
-    Raises UsageError if there are not more than k points.
+    Raises UsageError for k points or fewer. points: (N, dimensions), such as the means of q(z | image).
     """
     n = len(points)
     if n <= k:
-        raise UsageError(f"a point's {k} nearest others are wanted, and there are only {n} points")
-    squares = points.square().sum(dim=1)
-    distances, ends = [], []
-    for start in range(0, n, 1000):  # a thousand rows of the (N, N) distances at a time
-        some = slice(start, min(start + 1000, n))
-        between = squares[some, None] - 2 * points[some] @ points.T + squares
-        between[torch.arange(len(between)), torch.arange(some.start, some.stop)] = torch.inf  # not its own neighbour
-        nearest = between.topk(k, largest=False)
-        distances.append(nearest.values.clamp(min=0))
-        ends.append(nearest.indices)
-    d2 = torch.cat(distances).flatten()
-    weights = torch.exp(-d2 / (2 * d2.sqrt().mean().square()).clamp(min=1e-12))
-    edges = torch.stack([torch.arange(n, device=points.device).repeat_interleave(k), torch.cat(ends).flatten()])
-    both_ways = torch.cat([edges, edges.flip(0)], dim=1)
-    degree = torch.zeros(n, device=points.device).index_add_(0, both_ways[0], weights.repeat(2))
-    # Each end's root apart: the product of two small degrees may be 0, and so may the degree of a point far from all.
-    scale = degree.clamp(min=TINY).rsqrt()
-    normalised = weights.repeat(2) * (scale[both_ways[0]] * scale[both_ways[1]])
-    return torch.sparse_coo_tensor(both_ways, normalised, (n, n), check_invariants=False).coalesce()
+        raise UsageError(f"need more than {k} points, got {n}")
+    distances, ends = NearestNeighbors(n_neighbors=k).fit(points.double().numpy()).kneighbors()
+    weights = np.exp(-(distances**2) / max(2 * distances.mean() ** 2, 1e-12))
+    edges = (weights.ravel(), (np.arange(n).repeat(k), ends.ravel()))
+    one_way = sparse.csr_array(sparse.coo_array(edges, shape=(n, n)))
+    graph = one_way + one_way.T
+    scale = sparse.diags_array(np.maximum(graph.sum(axis=1), TINY) ** -0.5)  # the degree of a distant point may be 0
+    return sparse.csr_array(scale @ graph @ scale)
 
 
-def spread(graph: Tensor, labels: Tensor, known: Tensor, *, alpha: float = 0.99, rounds: int = 200) -> Tensor:
-    """Every example's label, from the known ones: probabilities, (N, *label, classes).
+def spread(graph: sparse.csr_array, labels: Tensor, known: Tensor, *, alpha: float = 0.99, rounds: int = 200) -> Tensor:
+    """Spread the known labels over the graph; return every example's label as probabilities, (N, *label, classes).
 
-    The known labels spread over the graph: F <- α S F + (1 - α) Y, from F = Y, the known ones as one-hot rows (Zhou et
-    al. 2004). A class's mass over all examples is then made its share of the known labels (Zhu et al. 2003, section 4).
+    F <- α S F + (1 - α) Y, from F = Y, the known labels as one-hot rows (Zhou et al. 2004), with class mass
+    normalisation (Zhu et al. 2003, section 4).
 
     Args:
-        graph: (N, N), S of `neighbour_graph`.
-        labels: whole numbers, (N,), or (N, places) for a label of several places, each of which spreads for itself.
-        known: bool (N,): where `labels` holds one.
+        graph: S, as `neighbour_graph` returns it.
+        labels: integers, (N,), or (N, places) for a label of several places, each spread on its own.
+        known: bool (N,), where `labels` holds one.
 
     Raises UsageError if no label is known.
     """
     if not known.any():
-        raise UsageError("no label is `known`, and one or more are wanted")
+        raise UsageError("no example has a label")
     classes = int(labels[known].max()) + 1
-    # A label that isn't known may hold any value.
-    one_hot = F.one_hot(labels.long().clamp(0, classes - 1), classes).float()
-    one_hot[~known] = 0
-    start = found = one_hot.flatten(1)
+    one_hot = torch.zeros(*labels.shape, classes, dtype=torch.float64)
+    one_hot[known] = torch.nn.functional.one_hot(labels[known].long(), classes).double()
+    start = found = one_hot.flatten(1).numpy()
     for _ in range(rounds):
-        found = alpha * torch.sparse.mm(graph, found) + (1 - alpha) * start
-    mass = found.view_as(one_hot)
+        found = alpha * (graph @ found) + (1 - alpha) * start
+    mass = torch.from_numpy(found).view_as(one_hot)
     mass = mass * one_hot.sum(dim=0) / mass.sum(dim=0).clamp(min=TINY)
     return mass / mass.sum(dim=-1, keepdim=True).clamp(min=TINY)
 
 
 def regressed(points: Tensor, labels: Tensor, known: Tensor, *, penalty: float = 1.0) -> Tensor:
-    """Every example's label by logistic regression on its point: probabilities, (N, *label, classes).
+    """Predict every example's label from its point by logistic regression: probabilities, (N, *label, classes).
 
-    The summed cross-entropy of the known labels and penalty / 2 times the squared weights are minimised together, by
-    L-BFGS from 0. Each place of a label has weights for itself.
-
-    Args:
-        points: (N, ...), such as the means of q(z | image).
-        labels: whole numbers, (N, *label).
-        known: bool (N,): where `labels` holds one.
-
-    Raises UsageError if no label is known.
+    penalty: of half the squared weights, against the summed cross-entropy of the known labels. Each place of a label
+    has its own weights. Other arguments and errors: see `spread`.
     """
     if not known.any():
-        raise UsageError("no label is `known`, and one or more are wanted")
-    points, targets = points.flatten(1), labels[known].long()
-    event, classes = targets.shape[1:], int(targets.max()) + 1
-    weight = points.new_zeros(points.shape[1], event.numel() * classes, requires_grad=True)
-    bias = points.new_zeros(event.numel() * classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-    some = points[known]
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        logits = (some @ weight + bias).view(-1, classes)
-        value = F.cross_entropy(logits, targets.flatten(), reduction="sum") + penalty / 2 * weight.square().sum()
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(loss)
-    return (points @ weight + bias).detach().view(len(points), *event, classes).softmax(dim=-1)
+        raise UsageError("no example has a label")
+    x, classes = points.flatten(1).double().numpy(), int(labels[known].max()) + 1
+    places = []
+    for place in labels.flatten(1).T if labels.dim() > 1 else [labels]:
+        probabilities = np.zeros((len(x), classes))
+        y = place[known].long().numpy()
+        if len(np.unique(y)) == 1:  # nothing to regress
+            probabilities[:, y[0]] = 1
+        else:
+            regression = LogisticRegression(C=1 / penalty, max_iter=1000).fit(x[known.numpy()], y)
+            probabilities[:, regression.classes_] = regression.predict_proba(x)
+        places.append(torch.from_numpy(probabilities))
+    return torch.stack(places, dim=1).view(*labels.shape, classes)
 
 
-def surest(probabilities: Tensor, known: Tensor, share: float) -> Tensor:
-    """bool (n,): the examples of those not `known` whose most probable label is surest, `share` of them.
+def most_confident(probabilities: Tensor, known: Tensor, share: float) -> Tensor:
+    """Return the most confident `share` of the examples without a label, bool (n,).
 
-    A label's probability, the product over its places if there are several, says how sure it is.
+    Confidence is the probability of the most probable label, the product over its places if there are several.
 
     Args:
-        probabilities: (n, *label, classes), as `spread` gives them.
-        known: bool (n,).
+        probabilities: (n, *label, classes).
+        known: bool (n,), which examples have a label.
     """
     best = probabilities.amax(dim=-1)
-    sure = best.flatten(1).prod(dim=1) if best.dim() > 1 else best
+    confidence = best.flatten(1).prod(dim=1) if best.dim() > 1 else best
     chosen = torch.zeros_like(known)
-    chosen[sure.masked_fill(known, -1).topk(round(share * int((~known).sum()))).indices] = True
+    chosen[confidence.masked_fill(known, -1).topk(round(share * int((~known).sum()))).indices] = True
     return chosen
 
 
 def relabelled(data: Data, labels: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Data:
-    """`data` with other labels: (N, ...) by modality, as batches have them, where bool (N,) of `present` says.
+    """Return `data` with other labels: (N, ...) by modality, as batches have them, where bool (N,) of `present` says.
 
     Its pairs are the complete examples of `data`.
     """
@@ -214,19 +277,14 @@ def relabelled(data: Data, labels: Mapping[str, Tensor], present: Mapping[str, T
     return dataclasses.replace(data, tensors=tensors, transform=transform, present={**before, **present}, pairs=pairs)
 
 
-def complete_examples(present: Mapping[str, Tensor]) -> Tensor:
-    """bool (N,): the examples that lack nothing."""
-    return torch.stack(list(present.values())).all(dim=0)
-
-
 def _over_and_over(rows: Tensor, n_batches: int, size: int, generator: torch.Generator) -> Tensor:
-    """(n_batches, size) of the rows, in as many permutations as that takes."""
+    """Return (n_batches, size) of the rows, in as many permutations as that takes."""
     orders = [torch.randperm(len(rows), generator=generator) for _ in range(-(-n_batches * size // len(rows)))]
     return rows[torch.cat(orders)[: n_batches * size].to(rows.device)].view(n_batches, size)
 
 
 def _limited(data: Data, present: dict[str, Tensor]) -> Data:
-    """`data` in which a modality is present where it was and where `present` says so, too."""
+    """Return `data` in which a modality is present where it was and where `present` says so."""
     before = data.present or {}
     here = {name: mask.to(data.stored_on) for name, mask in present.items()}
     return dataclasses.replace(
@@ -235,7 +293,7 @@ def _limited(data: Data, present: dict[str, Tensor]) -> Data:
 
 
 def _taking_turns(order: Tensor, classes: Tensor) -> Tensor:
-    """The same rows in rounds, with one of each class in a round while there are any."""
+    """Return the same rows in rounds, with one of each class in a round while there are any."""
     of_row = classes[order]
     rounds = torch.empty_like(order)
     for one in of_row.unique():

@@ -1,4 +1,4 @@
-"""Grids of pictures, as PNG files."""
+"""Grids of pictures, as tensors and as PNG files."""
 
 import io
 import json
@@ -14,45 +14,48 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import UsageError
-from .experts import draw
-from .files import write_atomically
-from .model import MVAE, Batch, evaluating
+from ..errors import UsageError
+from ..experts import draw
+from ..files import write_atomically
+from ..model import MVAE, Batch, evaluating
 
 COLUMNS = 8
 PADDING = 2  # pixels between pictures
-LINE = 12  # pixels, of text
+LINE = 12  # pixels per line of text
 
 
 def save_grid(path: Path, images: Tensor, columns: int = COLUMNS) -> None:
-    """Writes (n, channels, height, width) pictures in [0, 1] as one PNG. Raises UserError if it can't be written."""
+    """Write (n, channels, height, width) pictures in [0, 1] as one PNG. Raises UserError if it can't be written."""
     write_atomically(path, png(as_bytes(grid(images, columns))))
 
 
 def grid(images: Tensor, columns: int) -> Tensor:
-    """Pictures (n, channels, height, width) in rows of `columns`, with black lines of 2 pixels: (3, height, width)."""
-    images = F.pad(images.expand(-1, 3, -1, -1), (2, 0, 2, 0))
+    """Arrange (n, channels, height, width) pictures in rows, with black lines of 2 pixels: (3, height, width)."""
+    images = F.pad(images.expand(-1, 3, -1, -1), (PADDING, 0, PADDING, 0))
     columns = min(columns, len(images))
     cells = torch.cat([images, torch.zeros_like(images[: -len(images) % columns])]).unflatten(0, (-1, columns))
-    return F.pad(cells.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2), (0, 2, 0, 2))
+    return F.pad(cells.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2), (0, PADDING, 0, PADDING))
+
+
+def is_picture(x: Tensor) -> bool:
+    """Return whether a modality can be drawn: floats (batch, 1 or 3, height, width)."""
+    return x.is_floating_point() and x.dim() == 4 and x.shape[1] in (1, 3)
 
 
 @torch.no_grad()
 def reconstructions(model: MVAE, batch: Batch) -> dict[str, Tensor]:
-    """For each picture modality, a grid (3, height, width) with the true pictures in the first row.
+    """Return a grid (3, height, width) for each picture modality, with the data in the first row.
 
-    Below them their means given all modalities, then given each one alone, in the model's order; z is drawn.
+    The rows below are means given all modalities, then given each modality alone, in the model's order; z is drawn.
     """
-    givens = [
-        {name: batch[name] for name in names} for names in (model.modalities, *zip(model.modalities, strict=True))
-    ]
+    givens = [model.modalities, *((name,) for name in model.modalities)]
     draws, grids = [], {}
     with evaluating(model):
         for given in givens:
-            mu, logvar = model.posterior(given)
+            mu, logvar = model.posterior({name: batch[name] for name in given})
             draws.append(draw(mu, logvar, torch.randn_like(mu)))
         for name in model.modalities:
-            if batch[name].dim() == 4:
+            if is_picture(batch[name]):
                 rows = torch.cat([batch[name].unsqueeze(0), model.likelihood(name).mean(torch.stack(draws))])
                 grids[name] = grid(rows.flatten(0, 1), len(batch[name])).cpu()
     return grids
@@ -60,45 +63,50 @@ def reconstructions(model: MVAE, batch: Batch) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def given_labels(model: MVAE, batch: Batch, most: int = 10) -> dict[tuple[str, str], Tensor]:
-    """Grids (3, height, width) by label and picture modality: a row for each value that the label has in the batch.
+    """Return a grid (3, height, width) for each pair of a label and a picture modality: a row for each label value.
 
-    A label is a modality that is no picture; of its values there are the first `most`, in order. A row has the means of
-    the picture for eight draws of z given the label, by the same noise in every row.
+    A label is any modality of at most two dimensions; the first `most` of its values in the batch are used, in order.
+    A row holds the picture's means for eight draws of z given the label, with the same noise in every row.
     """
     noise = torch.randn(COLUMNS, model.n_latents, device=next(model.parameters()).device)
-    shown = [name for name in model.modalities if batch[name].dim() == 4]
+    drawn = [name for name in model.modalities if is_picture(batch[name])]
     grids = {}
     with evaluating(model):
-        for label in (name for name in model.modalities if name not in shown):
+        for label in (name for name in model.modalities if batch[name].dim() <= 2):
             mu, logvar = model.posterior({label: batch[label].unique(dim=0)[:most]})
             z = draw(mu.unsqueeze(1), logvar.unsqueeze(1), noise)  # (values, draws, latents)
-            for name, mean in model.mean(z, shown).items():
+            for name, mean in model.mean(z, drawn).items():
                 grids[label, name] = grid(mean.flatten(0, 1), COLUMNS).cpu()
     return grids
 
 
 def as_bytes(images: Tensor) -> np.ndarray:
-    """Pictures (..., channels, height, width) in [0, 1] as uint8 (..., height, width, channels)."""
+    """Convert pictures (..., channels, height, width) in [0, 1] to uint8 (..., height, width, channels)."""
     return (images.clamp(0, 1) * 255).round().byte().movedim(-3, -1).cpu().numpy()
 
 
 def png(pixels: np.ndarray, about: Mapping[str, Any] | None = None) -> bytes:
-    """uint8 (height, width, 1 or 3) as a PNG file, with `about` as JSON in its text chunk "mvae"."""
+    """Encode uint8 (height, width, 1 or 3) as a PNG file, with `about` as JSON in its text chunk "mvae"."""
     info = PngInfo()
     if about is not None:
         info.add_text("mvae", json.dumps(about))
+    image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
     buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(
-        buffer, format="PNG", pnginfo=info, optimize=True
-    )
+    image.save(buffer, format="PNG", pnginfo=info, optimize=True)
     return buffer.getvalue()
 
 
 class Sheet:
-    """A black canvas of `rows` x `columns` square pictures, with text beside rows and above columns, if there is any.
+    """A black canvas of rows x columns square cells, with text to the left of rows and above columns, if there is any.
 
-    Text that is longer than its row is high is broken into lines. The canvas is uint8, and all the memory that the
-    sheet takes. Raises UsageError for a canvas so large that picture viewers refuse it.
+    Long text is broken into lines. The canvas, uint8, is all the memory that a sheet takes.
+
+    Args:
+        size: the cells' side in pixels.
+        beside: by a row's number, the text to its left and the number of rows it applies to.
+        above: the text above each column.
+
+    Raises UsageError for a canvas that is larger than picture viewers accept.
     """
 
     def __init__(
@@ -110,15 +118,14 @@ class Sheet:
         beside: Mapping[int, tuple[str, int]] | None = None,
         above: Sequence[str] = (),
     ):
-        """`beside`: texts by the first of the rows that they are of, each with how many there are."""
         self.cell = size + PADDING
         texts = {row: _broken(text, n * self.cell - PADDING) for row, (text, n) in (beside or {}).items()}
         self.left = max((_width(text) + 2 * PADDING for text in texts.values() if text), default=0)
         self.top = LINE * max((text.count("\n") + 1 for text in above), default=0)
-        height, width = (self.top + rows * self.cell + PADDING, self.left + columns * self.cell + PADDING)
+        height, width = self.top + rows * self.cell + PADDING, self.left + columns * self.cell + PADDING
         if height * width > (Image.MAX_IMAGE_PIXELS or height * width):
             raise UsageError(
-                f"a grid of {width}x{height} pixels is too large to look at: ask for fewer samples, or --save images"
+                f"a grid of {width}x{height} pixels is too large to view: use a smaller --n-samples, or --save images"
             )
         canvas = Image.new("RGB", (width, height))
         pen = ImageDraw.Draw(canvas)
@@ -135,13 +142,13 @@ class Sheet:
         return self.top + PADDING + row * self.cell
 
     def put(self, row: int, column: int, image: Tensor) -> None:
-        """Puts a picture (channels, size, size) in [0, 1] into its place."""
+        """Draw a picture (channels, height, width) in [0, 1], no larger than a cell, into its cell."""
         pixels = as_bytes(image)
         top, left = self._y(row), self._x(column)
         self.pixels[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
 
     def save(self, path: Path, about: Mapping[str, Any] | None = None) -> None:
-        """Writes a PNG file; see `png`. Raises UserError if it can't be written."""
+        """Write a PNG file; see `png`. Raises UserError if it can't be written."""
         write_atomically(path, png(self.pixels, about))
 
 
@@ -154,7 +161,7 @@ def _width(text: str) -> int:
 
 
 def _broken(text: str, height: int) -> str:
-    """The text in lines as short as `height` pixels allow; at least 16 letters."""
+    """Break text into as many lines as fit into `height` pixels, each as short as possible but for 16 letters."""
     most = max(1, height // LINE)
     for width in range(16, len(text) + 16):
         lines = textwrap.wrap(text, width)

@@ -1,81 +1,61 @@
-"""Maps of latents: their projections to two dimensions, and a picture of them."""
+"""Maps of latents: projections to two dimensions, and their plots."""
 
 from collections.abc import Callable, Sequence
 
+import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
 
-from .errors import UsageError
+from ..errors import UsageError
 
 Projection = Callable[[np.ndarray, int], np.ndarray]
 """From points (n, latents) and a seed to points (n, 2)."""
 
-COLOURS = (
-    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
-)  # fmt: skip
+_PAIRS = matplotlib.color_sequences["tab20"]  # dark, light, dark, ...
+COLOURS = [matplotlib.colors.to_hex(colour) for colour in _PAIRS[::2] + _PAIRS[1::2]]
+
+
+def projection(method: str) -> Projection:
+    """Return the projection "pca", "tsne" or "umap". Raises UsageError if umap-learn isn't installed."""
+    if method == "umap":
+        try:
+            from umap import UMAP
+        except ImportError:
+            raise UsageError("--map umap needs umap-learn: pip install umap-learn") from None
+        return lambda points, seed: UMAP(random_state=seed % 2**32).fit_transform(points)
+    return {"pca": pca, "tsne": tsne}[method]
 
 
 def pca(points: np.ndarray, seed: int = 0) -> np.ndarray:
-    """The two principal components of points (n, latents), (n, 2); nothing is drawn by `seed`.
+    """Project points (n, latents) on their first two principal components; a component that doesn't exist is 0.
 
-    An axis points to where its largest weight is positive, so that maps of similar points look alike.
+    Each axis points to where its largest weight is positive, so that maps of similar points look alike. Nothing is
+    random.
     """
-    centred = points - points.mean(axis=0)
-    _, _, axes = np.linalg.svd(centred, full_matrices=False)
-    axes = axes[:2]
-    signs = np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)])
-    found = centred @ (axes * signs[:, None]).T
-    return np.pad(found, [(0, 0), (0, 2 - found.shape[1])])
+    n = min(2, points.shape[1], len(points) - 1)
+    found = PCA(n).fit_transform(points) if n else points[:, :0]
+    return np.pad(found, [(0, 0), (0, 2 - n)])
 
 
-def projection(name: str) -> Projection:
-    """The projection "pca", "tsne" (scikit-learn's) or "umap" (umap-learn's).
-
-    Raises UsageError if its package isn't installed.
-    """
-    if name == "pca":
-        return pca
-    package = {"tsne": "scikit-learn", "umap": "umap-learn"}[name]
-    try:
-        if name == "umap":
-            from umap import UMAP
-
-            return lambda points, seed: UMAP(random_state=seed % 2**32).fit_transform(points)
-        from sklearn.manifold import TSNE
-    except ImportError:
-        raise UsageError(f"`map` {name} needs {package}: pip install {package}") from None
-
-    def tsne(points: np.ndarray, seed: int) -> np.ndarray:
-        return TSNE(random_state=seed % 2**32, perplexity=min(30, (len(points) - 1) / 3)).fit_transform(points)
-
-    return tsne
+def tsne(points: np.ndarray, seed: int) -> np.ndarray:
+    """Project points (n, latents) by t-SNE. Raises UsageError for fewer than 4 points or 2 latents."""
+    if len(points) < 4 or points.shape[1] < 2:
+        raise UsageError(f"--map tsne needs at least 4 points and 2 latents, got {len(points)} and {points.shape[1]}")
+    return TSNE(random_state=seed % 2**32, perplexity=min(30, (len(points) - 1) / 3)).fit_transform(points)
 
 
-def draw(points: np.ndarray, classes: Sequence[int], names: Sequence[str], title: str, size: int = 800) -> np.ndarray:
-    """A picture of points (n, 2) in the colours of their classes, below them the classes' names.
-
-    It is uint8 (height, width, 3), `size` pixels wide.
-    """
-    scale = 2  # it is drawn larger, and then reduced, so that the dots are round
-    side, line, dot = size * scale, 18 * scale, max(2, size // 266) * scale
-    font = ImageFont.load_default(12 * scale)
-    entries, x, y = [], line, side
-    for i, name in enumerate(names):
-        width = int(font.getlength(name)) + 2 * line
-        if x + width > side:
-            x, y = line, y + line
-        entries.append((x, y, COLOURS[i % len(COLOURS)], name))
-        x += width
-    image = Image.new("RGB", (side, y + line * bool(names) + dot), "white")
-    pen = ImageDraw.Draw(image)
-    low, high = points.min(axis=0), points.max(axis=0)
-    margin = 2 * line
-    span = max(float((high - low).max()), 1e-12)
-    places = (points - (low + high) / 2) / span * (side - 2 * margin) + side / 2
-    for (px, py), label in zip(places.tolist(), classes, strict=True):
-        pen.ellipse((px - dot, side - py - dot, px + dot, side - py + dot), fill=COLOURS[label % len(COLOURS)])
-    pen.text((line, dot), title, fill="black", font=font)
-    for x, y, colour, name in entries:
-        pen.ellipse((x, y + dot, x + 3 * dot, y + 4 * dot), fill=colour)
-        pen.text((x + 4 * dot, y), name, fill="black", font=font)
-    return np.asarray(image.reduce(scale))
+def figure(points: np.ndarray, classes: Sequence[int] | np.ndarray, names: Sequence[str], title: str) -> Figure:
+    """Plot points (n, 2) in the colours of their classes, with the names in a legend below: one for each colour."""
+    result = Figure(figsize=(8, 8), layout="constrained")
+    axes = result.add_subplot(title=title, aspect="equal", adjustable="datalim")
+    axes.set_axis_off()
+    colours = np.array(COLOURS)[np.asarray(classes) % len(COLOURS)]
+    axes.scatter(points[:, 0], points[:, 1], s=8, c=colours, linewidths=0)
+    for colour, name in zip(COLOURS, names, strict=False):
+        axes.scatter([], [], s=30, c=colour, label=name)
+    if names:
+        more = f"and {len(names) - len(COLOURS)} more" if len(names) > len(COLOURS) else None
+        result.legend(loc="outside lower center", ncols=5, frameon=False, title=more)
+    return result

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .likelihoods import Bernoulli
-from .model import MVAE, Batch
+from ..likelihoods import Bernoulli
+from ..model import MVAE, Batch
 
 Metric = Callable[[MVAE, Batch], Tensor]
 """A value of each example of a batch, (batch,). `fit` reports its mean over the validation examples."""

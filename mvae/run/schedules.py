@@ -1,59 +1,60 @@
-"""Schedules: functions of t, the epochs done (a float), for β and for the learning rate's factor.
+"""Schedules: functions of t, the epochs done, for β and for a factor of the learning rate.
 
-They hold no state, so a resumed run meets the same values. A schedule of your own is any such function:
-`lambda t: 0.95**t`.
+They have no state, so a resumed run gets the same values. Any function will do: `lambda t: 0.95**t`.
 """
 
 import math
 from collections.abc import Callable
 
-from .errors import UsageError
+from ..errors import UsageError
 
 Schedule = Callable[[float], float]
 """A function of t, the epochs done when the step ends: t is 1.0 at the last step of the first epoch."""
 
 
 def constant(value: float = 1.0) -> Schedule:
-    """Always `value`."""
+    """Always return `value`."""
     return lambda t: value
 
 
 def linear(epochs: float) -> Schedule:
-    """Rises from 0 to 1 over the first `epochs`, then stays; 1 from the start if `epochs` is 0.
+    """Rise from 0 to 1 over the first `epochs`, then stay; 1 from the start if `epochs` is 0.
 
-    The paper's β: linear(200) for its 500 epochs of MNIST.
+    The paper's β is linear(200) for its 500 epochs of MNIST.
     """
-    _check(epochs >= 0, epochs, "0 or more")
+    _check(epochs >= 0, epochs, ">= 0")
     return lambda t: min(1.0, t / epochs) if epochs else 1.0
 
 
 def held(epochs: float, schedule: Schedule) -> Schedule:
-    """0 over the first `epochs`, then `schedule` as if it began there.
-
-    For β: the networks first learn to reconstruct.
-    """
-    _check(epochs >= 0, epochs, "0 or more")
+    """Return 0 over the first `epochs`, then `schedule` from its start. As β: first learn to reconstruct."""
+    _check(epochs >= 0, epochs, ">= 0")
     return lambda t: 0.0 if t < epochs else schedule(t - epochs)
 
 
 def cosine(epochs: float) -> Schedule:
-    """Falls from 1 to 0 over `epochs`, along half a period of the cosine (Loshchilov & Hutter 2017, equation 5)."""
-    _check(epochs > 0, epochs, "above 0")
+    """Fall from 1 to 0 over `epochs`, along half a period of the cosine (Loshchilov & Hutter 2017, equation 5)."""
+    _check(epochs > 0, epochs, "> 0")
     return lambda t: 0.5 * (1 + math.cos(math.pi * min(1.0, t / epochs)))
 
 
 def warmed_up(epochs: float, schedule: Schedule) -> Schedule:
-    """`schedule`, multiplied by a factor that rises from 0 to 1 over the first `epochs`."""
+    """Multiply `schedule` by a factor that rises from 0 to 1 over the first `epochs`."""
     rise = linear(epochs)
     return lambda t: rise(t) * schedule(t)
 
 
 def late(epochs: float) -> Schedule:
-    """1 for the first half of `epochs`, then falls linearly to 0 at their end."""
-    _check(epochs > 0, epochs, "above 0")
+    """Return 1 for the first half of `epochs`, then fall linearly to 0 at their end."""
+    _check(epochs > 0, epochs, "> 0")
     return lambda t: min(1.0, max(0.0, 2 - 2 * t / epochs))
 
 
-def _check(right: bool, epochs: float, wanted: str) -> None:
+def named(name: str, epochs: float) -> Schedule:
+    """Return "constant", or "cosine" or "late" over `epochs`."""
+    return {"constant": lambda epochs: constant(), "cosine": cosine, "late": late}[name](epochs)
+
+
+def _check(right: bool, epochs: float, expected: str) -> None:
     if not right:
-        raise UsageError(f"`epochs` of a schedule is {epochs}, and a number {wanted} is wanted")
+        raise UsageError(f"epochs of a schedule must be {expected}, got {epochs}")

@@ -1,6 +1,6 @@
-"""What a model believes given some modalities: samples, the values it expects, which expert decides, and bounds."""
+"""What a model infers from some modalities: samples, expected values, each expert's share, and bounds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -9,23 +9,21 @@ from torch import Tensor
 from .. import experts
 from ..estimators import log_likelihood
 from ..model import MVAE, Batch
-from .kinds import Controls, Picture
+from .controls import Controls
 
-N_DRAWS = 100
-"""Draws of z for what is expected, and importance samples for a bound."""
+N_DRAWS = 100  # draws of z for expected values, and importance samples for a bound
 
 
 class Beliefs(NamedTuple):
-    """What `believe` finds.
+    """Result of `believe`.
 
-    samples: the means of n draws, by control (n, *event).
-    expected: of each control that is no picture, its values in words and their probabilities.
-    shares: "prior" and each modality given, its share of the posterior's precision in each latent, (latents,); they sum
-        to 1.
-    widths: of each modality given, and of the posterior under "all", the geometric mean over the latents of its
-        standard deviation.
-    elbo, log_p: two bounds on log p(what is given) in nats, the second by importance sampling and the tighter one; 0 if
-        nothing is given.
+    samples: means of n draws, by control (n, *event).
+    expected: for each control that isn't drawn, values as text and their probabilities.
+    shares: for "prior" and each modality given, its share of the posterior's precision, (latents,); they sum to 1.
+    widths: for each modality given, and for the posterior as "all", the geometric mean over the latents of its standard
+        deviation.
+    elbo, log_p: two bounds on log p(modalities given) in nats, log_p by importance sampling and tighter; 0 if nothing
+        is given.
     """
 
     samples: dict[str, Tensor]
@@ -47,12 +45,12 @@ def believe(
     temperature: float = 1.0,
     shifts: Mapping[int, float] | None = None,
 ) -> Beliefs:
-    """What the model believes of one example, of which some modalities are given.
+    """Condition the model on some modalities of one example.
 
     Args:
-        given: a batch of one example; nothing gives the prior.
-        n: samples.
-        temperature: multiplies the variance of z, for the samples alone.
+        given: a batch of one example; an empty one gives the prior.
+        n: number of samples.
+        temperature: multiplies the variance of z, in the samples only.
         shifts: by the number of a latent, what is added to it in every sample.
     """
     device = next(model.parameters()).device
@@ -61,13 +59,12 @@ def believe(
     rng = torch.Generator().manual_seed(seed)
     noise = torch.randn(n, model.n_latents, generator=rng).to(device)
     more = torch.randn(N_DRAWS, 1, model.n_latents, generator=rng).to(device)
-    mu = logvar = torch.zeros(1, model.n_latents, device=device)
+    mu, logvar = model.posterior(given)
     shares, widths = {"prior": torch.ones(model.n_latents)}, {}
     if names:
-        expert_mu, expert_logvar = model.encode(given)
-        everything = torch.ones(1, len(names), 1, dtype=torch.bool, device=device)
-        mu, logvar = (part[0] for part in model.fuse(expert_mu, expert_logvar, everything))
-        precision = torch.cat([torch.zeros_like(mu), -expert_logvar[:, 0]])  # of the prior 1, in log space
+        present = model.presence(given)
+        expert_logvar = model.encode(given, present)[1][present]  # (names, latents)
+        precision = torch.cat([torch.zeros_like(mu), -expert_logvar])  # of the prior 1, in log space
         shares = dict(zip(("prior", *names), precision.softmax(dim=0).cpu(), strict=True))
         widths = {name: _width(one) for name, one in zip(names, expert_logvar, strict=True)}
     widths["all"] = _width(logvar)
@@ -79,7 +76,7 @@ def believe(
     expected = {
         name: kind.probabilities(kind.join(model.mean(draws, kind.modalities(name)), name))
         for name, kind in controls.items()
-        if not isinstance(kind, Picture)
+        if not kind.size
     }
     elbo = log_p = 0.0
     if names:
@@ -94,10 +91,10 @@ def _width(logvar: Tensor) -> float:
 
 
 @torch.no_grad()
-def strongest(model: MVAE, controls: Controls, n: int) -> Sequence[int]:
-    """The n latents that change the first control's mean most, from one standard deviation of the prior to the other.
+def strongest(model: MVAE, controls: Controls, n: int) -> list[int]:
+    """Return the n latents that change the first control's mean most, by one standard deviation of the prior each way.
 
-    That is the mean of the absolute differences between z = e and z = -e, the rest of z being zero.
+    The change is the mean absolute difference between z = e and z = -e, with the rest of z at zero.
     """
     name, kind = next(iter(controls.items()))
     ends = torch.eye(model.n_latents, device=next(model.parameters()).device)

@@ -1,44 +1,50 @@
-"""The page of an explore.py: an experiment's controls, the samples, and what the model believes.
+"""Open a page in your browser: condition a trained model on what you like, and see what it draws and infers.
 
-It is served on this machine alone unless another host is named. Uploads are bounded in size, decoded as pictures and
-nothing else, and kept in the page: nothing is written to disk. Nothing is loaded from elsewhere.
+Run it in an experiment's folder: cd mnist && python -m mvae.tools.explore CHECKPOINT. It needs Dash: pip install -r
+requirements-explore.txt. The page is served to this machine only, unless --host is set.
 """
 
-import argparse
 import base64
 import logging
 import re
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .. import checkpoint, maps, pictures
-from ..datasets.picture_files import picture
-from ..errors import UserError
+from .. import cli
+from ..data.pictures import picture
+from ..errors import UsageError, UserError
 from ..model import MVAE
-from . import machine
+from ..run.checkpoint import load_model
+from ..run.device import Machine
+from ..run.grids import COLUMNS, Sheet, as_bytes, png
+from ..run.maps import COLOURS
 from .beliefs import N_DRAWS, Beliefs, believe, strongest
-from .kinds import Attributes, Controls, Label, Picture
+from .controls import Attributes, Controls, Kind, Label, Picture
+from .folder import Experiment, experiment
 
 try:
     from dash import Dash, Input, Output, State, ctx, dcc, html, no_update
     from werkzeug.serving import make_server
-except ImportError:
-    raise UserError("the page needs Dash: pip install -r requirements-explore.txt") from None
+except ImportError:  # reported by main
+    Dash = None  # type: ignore[assignment, misc]
 
-UPLOAD = 8 * 2**20
-"""The largest file that is taken, in bytes; a request may have one and a half times as much."""
-
+# Safety: uploads are bounded in size, decoded as pictures and nothing else, and kept in the page. Nothing is written to
+# disk, no file that a visitor names is read, and the page loads nothing from other servers.
+UPLOAD = 8 * 2**20  # bytes of a file; a request may have one and a half times as many
 LOCAL = ["127.0.0.1", "localhost", "[::1]"]
+
 N_SLIDERS = 8
-BOARD = 280  # pixels: the drawing board's side
-MOST_SHAPES = 500
+BOARD = 280  # pixels, the drawing board's side
+MOST_SHAPES = 500  # on the drawing board
 
 STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 0; color: #222; background: #f6f6f4; }
@@ -62,42 +68,56 @@ section { background: #fff; border: 1px solid #ddd; border-radius: 6px; padding:
 """
 
 
-def explore(args: argparse.Namespace, experiment: str, build: Callable[[int], MVAE], controls: Controls) -> None:
-    """Serves the page until it is interrupted. Raises UserError if the model or the port can't be had."""
-    model, trained = checkpoint.load_model(args.model_path, experiment, build, machine.device(args))
-    app = page(model, controls, f"{experiment}, epoch {trained.get('epoch', '?')}")
-    if args.host in ("127.0.0.1", "localhost", "::1"):  # who names this address otherwise is another site's page
+@dataclass(kw_only=True)
+class Exploring(Machine):
+    """The flags of this tool."""
+
+    model_path: Path  # checkpoint, such as trained_models/model_best.pth.tar
+
+    # Page
+    port: int = 8050  # port to serve the page at; 0: a free one
+    host: str = "127.0.0.1"  # address to serve the page at; another one lets other machines in
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.port < 2**16 or not self.host:  # an empty host would let other machines in
+            raise UsageError(f"port must be from 0 to 65535 and host not empty, got {self.port}, {self.host!r}")
+
+
+def explore(config: Exploring, folder: Experiment) -> None:
+    """Serve the page until interrupted. Raises UserError if the model can't be loaded or the address can't be used."""
+    model, trained = load_model(config.model_path, folder.name, folder.build_model, config.device())
+    app = page(model, folder.controls, f"{folder.name}, epoch {trained.get('epoch', '?')}")
+    host = config.host
+    if host in ("127.0.0.1", "localhost", "::1"):  # a request that names this address differently is another site's
         app.server.config["TRUSTED_HOSTS"] = LOCAL
-    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    with socket.socket(family) as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            taken.bind((args.host, args.port))
-        except (OSError, UnicodeError) as error:  # of a host whose name is none, too
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"can't serve on {args.host}, port {args.port} ({reason}): name another `port`") from None
-        taken.listen()
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else it has a line for each request
+    try:
+        taken = socket.create_server((host, config.port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, UnicodeError) as error:  # UnicodeError for an invalid host name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"can't serve on {host}, port {config.port} ({reason}): choose another --port") from None
+    with taken:
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # below that it logs every request
         port = taken.getsockname()[1]
-        server = make_server(args.host, port, app.server, threaded=True, fd=taken.fileno())
-        where = f"[{args.host}]" if ":" in args.host else args.host
-        print(f"open http://{where}:{port}/ in a browser; Ctrl-C ends it", flush=True)
+        server = make_server(host, port, app.server, threaded=True, fd=taken.fileno())
+        print(f"open http://{f'[{host}]' if ':' in host else host}:{port}/ in a browser; Ctrl-C ends it", flush=True)
         server.serve_forever()
 
 
 def page(model: MVAE, controls: Controls, title: str) -> Dash:
-    """The page as an application: `page(...).server` is a WSGI one."""
+    """Return the page as an application; `page(...).server` is its WSGI application."""
     app = Dash("mvae", title=f"MVAE: {title}", update_title="", include_assets_files=False)
     app.index_string = app.index_string.replace("{%css%}", "{%css%}<style>" + STYLE + "</style>")
     app.server.config["MAX_CONTENT_LENGTH"] = UPLOAD * 3 // 2
     sliders = strongest(model, controls, N_SLIDERS)
-    app.layout = _layout(controls, sliders, title)
+    widgets = {name: widget(name, kind) for name, kind in controls.items()}
+    app.layout = _layout(widgets, sliders, title)
     lock = threading.Lock()  # the model computes for one request at a time
     for name, kind in controls.items():
         if isinstance(kind, Picture):
             _take_pictures(app, name, kind)
     inputs = {
-        "given": {name: _inputs(name, controls) for name in controls},
+        "given": {name: one.inputs for name, one in widgets.items()},
         "shifts": [Input(f"z{latent}", "value") for latent in sliders],
         "seed": Input("seed", "value"),
         "temperature": Input("temperature", "value"),
@@ -108,18 +128,18 @@ def page(model: MVAE, controls: Controls, title: str) -> Dash:
         try:
             batch: dict[str, Tensor] = {}
             for name, value in given.items():
-                batch |= _batch(name, value, controls)
+                batch |= widgets[name].batch(value)
             with lock:
                 found = believe(
                     model,
                     controls,
                     batch,
-                    n=pictures.COLUMNS,
+                    n=COLUMNS,
                     seed=abs(int(seed or 0)),
                     temperature=max(float(temperature), 1e-3),
                     shifts={latent: float(shift) for latent, shift in zip(sliders, shifts, strict=True)},
                 )
-        except (argparse.ArgumentTypeError, ValueError) as error:
+        except (UsageError, ValueError) as error:
             return [html.Section(str(error), className="wrong")]
         return [_samples(found, controls), _expected(found), _experts(found, sliders), _bounds(found)]
 
@@ -138,111 +158,86 @@ def page(model: MVAE, controls: Controls, title: str) -> Dash:
     return app
 
 
-# The controls.
+# Controls
 
 
-def _layout(controls: Controls, sliders: Any, title: str) -> Any:
-    given = [html.Section([html.H2(name), *_control(name, controls)]) for name in controls]
-    noise = html.Section(
-        [
-            html.H2("Draws"),
-            html.Div(["seed", dcc.Input(id="seed", type="number", min=0, step=1, value=0)], className="slider"),
-            html.Div(["", html.Div(html.Button("resample", id="resample"))], className="slider"),
-            html.Div(
-                ["temperature", dcc.Slider(0, 2, 0.05, value=1, marks=None, id="temperature")], className="slider"
-            ),
-        ]
-    )
-    latents = html.Section(
-        [
-            html.H2("The strongest latents"),
-            *(
-                html.Div([f"z{i}", dcc.Slider(-3, 3, 0.1, value=0, marks=None, id=f"z{i}")], className="slider")
-                for i in sliders
-            ),
-            html.Button("all to 0", id="level"),
-            html.Div("what is added to this latent of every sample", className="said"),
-        ]
-    )
-    columns = [html.Div(given), html.Div(id="found"), html.Div([noise, latents])]
-    return html.Div([html.Header(html.H1(f"MVAE: {title}")), html.Main(columns)])
+class Widget(NamedTuple):
+    """A control on the page: its parts, the inputs that its value is made of, and the batch that a value means.
+
+    The batch is empty if nothing is given; UsageError or ValueError is raised for an invalid value.
+    """
+
+    parts: list[Any]
+    inputs: Any
+    batch: Callable[[Any], dict[str, Tensor]]
 
 
-def _control(name: str, controls: Controls) -> list[Any]:
-    """What gives a value of the control `name`."""
-    kind = controls[name]
+def widget(name: str, kind: Kind) -> Widget:
+    """Return the widget of a control."""
     if isinstance(kind, Picture):
-        board = [
-            dcc.Graph(
-                id=f"{name}-board",
-                figure=_board(kind),
-                config={"displayModeBar": False},
-                style={"width": BOARD, "height": BOARD},
-            ),
-            html.Div("draw above, or load a file:", className="said"),
-        ]
-        return [
-            *(board if kind.pen else []),
-            html.Div(
-                [
-                    dcc.Upload("load", id=f"{name}-file", accept="image/*", max_size=UPLOAD, className="load"),
-                    html.Button("clear", id=f"{name}-clear"),
-                ],
-                className="loads",
-            ),
+        look: Any = {"config": {"displayModeBar": False}, "style": {"width": BOARD, "height": BOARD}}
+        board = dcc.Graph(id=f"{name}-board", figure=_board(kind), **look)
+        load = dcc.Upload("load", id=f"{name}-file", accept="image/*", max_size=UPLOAD, className="load")
+        parts = [
+            *([board, html.Div("draw above, or load a file:", className="said")] if kind.pen else []),
+            html.Div([load, html.Button("clear", id=f"{name}-clear")], className="loads"),
             html.Div(id=f"{name}-said", className="said"),
             dcc.Store(id=f"{name}-picture"),
         ]
+        url = Input(f"{name}-picture", "data")
+        return Widget(parts, url, lambda url: {name: decoded(url, kind)} if url else {})
     if isinstance(kind, Label):
         options = [{"label": words, "value": i} for i, words in enumerate(kind.names)]
-        return [dcc.Dropdown(options, id=f"{name}-value", placeholder="not given")]
+        parts = [dcc.Dropdown(options, id=f"{name}-value", placeholder="not given")]
+        number = Input(f"{name}-value", "value")
+        return Widget(parts, number, lambda i: {} if i is None else kind.batch(name, kind.values(str(i))[0]))
     if isinstance(kind, Attributes):
-        options = [{"label": words, "value": words} for words in ("there", "absent", "inferred")]
-        rows = [
-            html.Div(
-                [words, dcc.RadioItems(options, "inferred", id=f"{name}-{words}", inline=True)], className="switch"
-            )
+        how = [{"label": words, "value": words} for words in ("present", "absent", "inferred")]
+        parts = [
+            html.Div([words, dcc.RadioItems(how, "inferred", id=f"{name}-{words}", inline=True)], className="switch")
             for words in kind.names
         ]
         if not kind.apart:
-            rows.append(html.Div("one vector: when a switch is set, the others count as absent", className="said"))
-        return rows
-    return [
+            parts.append(html.Div("one vector: once a switch is set, the others count as absent", className="said"))
+
+        def switched(values: dict[str, str]) -> dict[str, Tensor]:
+            set_ = {words: how == "present" for words, how in values.items() if how in ("present", "absent")}
+            return kind.batch(name, set_) if set_ else {}
+
+        return Widget(parts, {words: Input(f"{name}-{words}", "value") for words in kind.names}, switched)
+    parts = [
         dcc.Checklist([{"label": "given", "value": "given"}], id=f"{name}-given"),
-        dcc.Input(id=f"{name}-value", type="text", placeholder=kind.metavar.split(",")[0], debounce=True, value=""),
+        dcc.Input(id=f"{name}-value", type="text", placeholder=name, debounce=True, value=""),
     ]
+    typed = {"given": Input(f"{name}-given", "value"), "value": Input(f"{name}-value", "value")}
+    return Widget(parts, typed, lambda x: kind.batch(name, kind.values(str(x["value"] or ""))[0]) if x["given"] else {})
 
 
-def _inputs(name: str, controls: Controls) -> Any:
-    """What `_batch` takes a control's value from."""
-    kind = controls[name]
-    if isinstance(kind, Picture):
-        return Input(f"{name}-picture", "data")
-    if isinstance(kind, Label):
-        return Input(f"{name}-value", "value")
-    if isinstance(kind, Attributes):
-        return {words: Input(f"{name}-{words}", "value") for words in kind.names}
-    return {"given": Input(f"{name}-given", "value"), "value": Input(f"{name}-value", "value")}
+def _layout(widgets: dict[str, Widget], latents: Sequence[int], title: str) -> Any:
+    def slider(name: str, part: Any) -> Any:
+        return html.Div([name, part], className="slider")
 
-
-def _batch(name: str, value: Any, controls: Controls) -> dict[str, Tensor]:
-    """The modalities that a control's value gives; none if it gives nothing.
-
-    Raises ValueError, or argparse.ArgumentTypeError, for what is no value.
-    """
-    kind = controls[name]
-    if isinstance(kind, Picture):
-        return {name: _decoded(value, kind)} if value else {}
-    if isinstance(kind, Label):
-        return {} if value is None else kind.batch(name, kind.values(str(value))[0])
-    if isinstance(kind, Attributes):
-        there = {words: how == "there" for words, how in value.items() if how in ("there", "absent")}
-        return kind.batch(name, there) if there else {}
-    return kind.batch(name, kind.values(str(value["value"] or ""))[0]) if value["given"] else {}
+    seed = dcc.Input(id="seed", type="number", min=0, step=1, value=0)
+    temperature = dcc.Slider(0, 2, 0.05, value=1, marks=None, id="temperature")
+    draws = [
+        html.H2("Draws"),
+        slider("seed", seed),
+        slider("", html.Div(html.Button("resample", id="resample"))),
+        slider("temperature", temperature),
+    ]
+    shifts = [
+        html.H2("Strongest latents"),
+        *(slider(f"z{i}", dcc.Slider(-3, 3, 0.1, value=0, marks=None, id=f"z{i}")) for i in latents),
+        html.Button("all to 0", id="level"),
+        html.Div("added to this latent of every sample", className="said"),
+    ]
+    given = [html.Section([html.H2(name), *one.parts]) for name, one in widgets.items()]
+    columns = [html.Div(given), html.Div(id="found"), html.Div([html.Section(draws), html.Section(shifts)])]
+    return html.Div([html.Header(html.H1(f"MVAE: {title}")), html.Main(columns)])
 
 
 def _take_pictures(app: Dash, name: str, kind: Picture) -> None:
-    """Keeps in the page, as the model sees it, the picture that was loaded or drawn last."""
+    """Keep in the page, as the model sees it, the picture that was loaded or drawn last."""
     outputs = [
         Output(f"{name}-picture", "data"),
         Output(f"{name}-said", "children"),
@@ -261,21 +256,21 @@ def _take_pictures(app: Dash, name: str, kind: Picture) -> None:
             return [no_update] * len(outputs)
         try:
             if source == f"{name}-file" and contents:
-                loaded = _decoded(contents, kind)
-                seen = kind.on_its_ground(loaded, "the picture")
-                said = ["what the model sees", "" if seen is loaded else ", inverted: its ground was light"]
+                loaded = decoded(contents, kind)
+                seen = kind.on_dark(loaded, "the picture")
+                said = ["what the model sees", "" if seen is loaded else ", inverted: its background was light"]
             elif source == f"{name}-board":
-                seen, said = _rasterised(drawn["shapes"], kind), ["what the model sees"]
+                seen, said = rasterised(drawn["shapes"], kind), ["what the model sees"]
         except ValueError as error:
             said = [html.Span(str(error), className="wrong")]
-        url = None if seen is None else _url(pictures.png(pictures.as_bytes(seen[0])))
+        url = None if seen is None else _url(png(as_bytes(seen[0])))
         shown = [] if url is None else [html.Img(src=url, className="seen"), " "]
         board = no_update if source == f"{name}-board" else _board(kind)
         return [url, [*shown, *said], None, board][: len(outputs)]
 
 
 def _board(kind: Picture) -> dict[str, Any]:
-    """An empty drawing board, as a figure of plotly."""
+    """Return an empty drawing board, as a plotly figure."""
     axis = {"range": [0, BOARD], "visible": False, "fixedrange": True}
     return {
         "data": [],
@@ -290,9 +285,9 @@ def _board(kind: Picture) -> dict[str, Any]:
     }
 
 
-def _rasterised(shapes: list[dict[str, Any]], kind: Picture) -> Tensor:
-    """The lines that were drawn on the board, as (1, 1, size, size) in [0, 1]. Raises ValueError for other shapes."""
-    scale = 8  # it is drawn larger, and then reduced, so that its rims are soft
+def rasterised(shapes: list[dict[str, Any]], kind: Picture) -> Tensor:
+    """Draw the board's lines as (1, 1, size, size) in [0, 1]. Raises ValueError for other shapes."""
+    scale = 8  # drawn larger and then reduced, for soft edges
     image = Image.new("L", (kind.size * scale, kind.size * scale))
     pen, width = ImageDraw.Draw(image), kind.pen * scale
     for shape in shapes[:MOST_SHAPES]:
@@ -308,35 +303,35 @@ def _rasterised(shapes: list[dict[str, Any]], kind: Picture) -> Tensor:
     return torch.from_numpy(pixels)[None, None]
 
 
-def _decoded(url: str, kind: Picture) -> Tensor:
-    """The picture of a data URL, (1, channels, size, size) in [0, 1]. Raises ValueError if it is none."""
+def decoded(url: str, kind: Picture) -> Tensor:
+    """Decode the picture in a data URL, (1, channels, size, size) in [0, 1]. Raises ValueError if there isn't one."""
     try:
         content = base64.b64decode(url.partition(",")[2], validate=True)
         if len(content) > UPLOAD:
             raise ValueError(f"more than {UPLOAD} bytes")
         return picture(content, kind.mode, kind.size)
-    except Exception as error:  # PIL fails in many ways on a damaged file; each means the same to the user
+    except Exception as error:  # PIL raises errors of many kinds for a damaged file
         reason = f" ({error})" if type(error) is ValueError else ""
-        raise ValueError(f"this is no picture, or a damaged one{reason}") from None
+        raise ValueError(f"not a picture, or damaged{reason}") from None
 
 
-def _url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def _url(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
-# What was found.
+# Results
 
 
 def _samples(found: Beliefs, controls: Controls) -> Any:
-    """A row of samples of each picture, and each sample's other values."""
+    """Show the samples of each control, as pictures or as text."""
     parts: list[Any] = []
     for name, kind in controls.items():
         values = found.samples[name]
-        if isinstance(kind, Picture):
-            sheet = pictures.Sheet(1, len(values), kind.size)
-            for i, one in enumerate(values):
+        if kind.size:
+            sheet = Sheet(1, len(values), kind.size)
+            for i, one in enumerate(kind.pictures(values)):
                 sheet.put(0, i, one)
-            parts.append(html.Img(src=_url(pictures.png(sheet.pixels)), id=f"{name}-samples", alt=f"samples of {name}"))
+            parts.append(html.Img(src=_url(png(sheet.pixels)), id=f"{name}-samples", alt=f"samples of {name}"))
         else:
             lines = kind.lines(kind.likeliest(values))
             parts.append(html.Div(" | ".join(line or "–" for line in lines), id=f"{name}-samples", className="said"))
@@ -344,36 +339,33 @@ def _samples(found: Beliefs, controls: Controls) -> Any:
 
 
 def _expected(found: Beliefs) -> Any:
-    """A bar for each value's probability, of each control that is no picture."""
+    """Show a bar for each value's probability."""
     parts: list[Any] = []
     for name, values in found.expected.items():
-        parts.append(html.H2(f"p({name} | what is given)"))
+        parts.append(html.H2(f"p({name} | given)"))
         for words, probability in values:
             bar = html.Span(html.I(style={"width": f"{100 * probability:.1f}%"}))
             parts.append(html.Div([words or "–", bar, f"{100 * probability:.1f} %"], className="bar"))
     return html.Section(parts, id="expected") if parts else ""
 
 
-def _experts(found: Beliefs, sliders: Sequence[int]) -> Any:
-    """A bar for each of the strongest latents: whose precision it is; and each expert's width."""
-    colours = {name: "#bbb" if name == "prior" else maps.COLOURS[i % 10] for i, name in enumerate(found.shares)}
+def _experts(found: Beliefs, latents: Sequence[int]) -> Any:
+    """Show a bar for each of the strongest latents, divided between the experts by precision; and their widths."""
+    colours = {name: "#bbb" if name == "prior" else COLOURS[i % len(COLOURS)] for i, name in enumerate(found.shares)}
     keys = [html.Span([html.Span(className="key", style={"background": colours[name]}), name]) for name in found.shares]
     bars = []
-    for latent in sliders:
+    for latent in latents:
+        shares = {name: float(share[latent]) for name, share in found.shares.items()}
         parts = [
-            html.I(
-                style={"width": f"{100 * share[latent]:.1f}%", "background": colours[name], "display": "inline-block"}
-            )
-            for name, share in found.shares.items()
+            html.I(style={"width": f"{100 * share:.1f}%", "background": colours[name], "display": "inline-block"})
+            for name, share in shares.items()
         ]
-        deciding = max(found.shares, key=lambda name: float(found.shares[name][latent]))
-        bars.append(
-            html.Div([f"z{latent}", html.Span(parts, style={"whiteSpace": "nowrap"}), deciding], className="bar")
-        )
+        bar = html.Span(parts, style={"whiteSpace": "nowrap"})
+        bars.append(html.Div([f"z{latent}", bar, max(shares, key=shares.__getitem__)], className="bar"))
     widths = ", ".join(f"{name} {width:.2g}" for name, width in found.widths.items())
     return html.Section(
         [
-            html.H2("Who decides: each expert's share of the precision of q(z | what is given)"),
+            html.H2("Each expert's share of the precision of q(z | given)"),
             html.Div(keys),
             *bars,
             html.Div(f"standard deviations, geometric means over all latents: {widths}", className="said"),
@@ -386,10 +378,16 @@ def _bounds(found: Beliefs) -> Any:
     names = ", ".join(name for name in found.shares if name != "prior")
     if not names:
         return html.Section("nothing is given: these are draws from the prior", className="said", id="bounds")
-    return html.Section(
-        [
-            html.H2(f"log p({names}), bounds in nats"),
-            f"{found.log_p:.2f} by {N_DRAWS} importance samples, {found.elbo:.2f} by the ELBO",
-        ],
-        id="bounds",
-    )
+    text = f"{found.log_p:.2f} by {N_DRAWS} importance samples, {found.elbo:.2f} by the ELBO"
+    return html.Section([html.H2(f"log p({names}), bounds in nats"), text], id="bounds")
+
+
+def main() -> None:
+    if Dash is None:
+        raise UserError("the page needs Dash: pip install -r requirements-explore.txt")
+    folder = experiment()
+    explore(cli.parse(__doc__, Exploring), folder)
+
+
+if __name__ == "__main__":
+    cli.run(main)

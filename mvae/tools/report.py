@@ -1,36 +1,93 @@
-"""What a loglike.py prints, and writes to --json and --per-example."""
+"""Log-likelihoods of a model: the flags of a loglike.py, what it prints, and its JSON and per-example files."""
 
-import argparse
 import csv
 import io
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..estimators import Evaluation, listed, mean_and_error
+from ..data.dataset import Data
+from ..errors import UsageError
+from ..estimators import Modalities
 from ..files import whole, write_atomically
-from .running import is_first, origin
+from ..model import MVAE
+from ..run.checkpoint import load_model, origin
+from ..run.device import resolve
+from ..run.distributed import Processes, is_first
+from ..run.evaluate import Evaluation, Quantity, evaluate, listed, mean_and_error
+from .folder import Build, Examples, Tool
 
 STARTED = time.perf_counter()
 
 
-def report(
-    found: Evaluation, measures: Mapping[str, Tensor], args: argparse.Namespace, trained: Mapping[str, Any]
-) -> None:
-    """Prints what a loglike.py found, and writes it to --json and --per-example.
+@dataclass(kw_only=True)
+class Loglike(Tool):
+    """The flags of every loglike.py. Under torchrun the processes share the examples."""
 
-    Args:
-        measures: further values (n,), by their names.
-        trained: what `load_model` says of the model's training.
+    # Estimates
+    n_samples: int = 1000  # importance samples per example
+    split: Literal["test", "validation"] = "test"  # split to read
+    limit: int | None = None  # read the first N examples only
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"  # of the networks; auto: bf16 if the processor supports it
 
-    Of several processes the first alone does it.
+    # Output
+    json: Path | None = None  # file for the numbers
+    per_example: Path | None = None  # .csv or .npz file for each example's log p
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_counts(2, "n_samples", "limit")
+        if self.per_example and self.per_example.suffix not in (".csv", ".npz"):
+            raise UsageError(f"per_example must end in .csv or .npz, got {self.per_example}")
+        self.check_outputs("json", "per_example")
+
+
+def load(config: Loglike, experiment: str, build: Build, examples: Examples) -> tuple[MVAE, Data, dict[str, Any]]:
+    """Return the model, the examples on its device, and what the checkpoint says about its training."""
+    origin()  # the commit that the run began with
+    device = config.device()
+    model, trained = load_model(config.model_path, experiment, build, device)
+    return model, examples(config.split, config, trained["settings"])[: config.limit].to(device), trained
+
+
+def estimate(
+    config: Loglike,
+    model: MVAE,
+    data: Data,
+    quantities: Mapping[Quantity, Sequence[Modalities]],
+    predictions: Mapping[str, Modalities] | None = None,
+) -> Evaluation:
+    """Estimate the quantities, each with its proposals, and predict modalities; see `mvae.run.evaluate.evaluate`.
+
+    `config.precision` becomes what "auto" means on this machine.
+    """
+    config.precision = precision = resolve(config.precision, data.device)
+    processes = Processes.join(data.device)
+    with processes.together():
+        return evaluate(
+            model,
+            data,
+            quantities=quantities,
+            predictions=predictions,
+            n_samples=config.n_samples,
+            seed=config.seed,
+            precision=precision,
+            processes=processes,
+        )
+
+
+def report(found: Evaluation, measures: Mapping[str, Tensor], config: Loglike, trained: Mapping[str, Any]) -> None:
+    """Print the results and write --json and --per-example. Of several processes only the first does.
+
+    `measures` are further values (n,) by name; `trained` is what `load` returns.
     """
     if not is_first():
         return
@@ -42,19 +99,19 @@ def report(
         rows.append({**row, "log_weight_variance": variance, "n_examples": len(estimate.log_p)})
     n = len(torch.cat([*found.examples.values()]).unique())
     others = {name: (*mean_and_error(values), len(values)) for name, values in measures.items()}
-    if args.json:
+    if config.json:
         settings = {name: value for name, value in trained["settings"].items() if not name.endswith("_dir")}
         content = {
             **origin(),
-            "checkpoint": str(args.model_path),
-            "split": args.split,
+            "checkpoint": str(config.model_path),
+            "split": config.split,
             "n_examples": n,
-            "n_samples": args.n_samples,
-            "seed": args.seed,
-            "device": "cuda" if args.cuda and torch.cuda.is_available() else "cpu",
-            "precision": args.precision,
+            "n_samples": config.n_samples,
+            "seed": config.seed,
+            "device": "cuda" if config.cuda and torch.cuda.is_available() else "cpu",
+            "precision": config.precision,
             "threads": torch.get_num_threads(),
-            "jobs": int(os.environ.get("WORLD_SIZE", 1)),
+            "processes": int(os.environ.get("WORLD_SIZE", 1)),
             "torch": torch.__version__,
             "seconds": time.perf_counter() - STARTED,
             "training": {**trained, "settings": settings},
@@ -64,15 +121,14 @@ def report(
                 for name, (mean, error, n_of_it) in others.items()
             },
         }
-        write_atomically(args.json, (json.dumps(content, indent=2) + "\n").encode())
-    if args.per_example:
-        write_per_example(found, args.per_example)
-    # Where examples lack modalities, a quantity is of those that have what it needs: their number stands beside it.
+        write_atomically(config.json, (json.dumps(content, indent=2) + "\n").encode())
+    if config.per_example:
+        write_per_example(found, config.per_example)
+    # If examples lack modalities, each quantity has its own examples, whose number gets a column.
     own = len({row["n_examples"] for row in rows} | {n}) > 1
-    of_what = (
-        f"over {'those of ' * own}{n} examples{' that have what it takes' * own}, {args.n_samples} importance samples"
-    )
-    print(f"{args.split.capitalize()} log-likelihood in nats: mean ± standard error {of_what},")
+    over = f"those of {n} examples that have its modalities" if own else f"{n} examples"
+    over += f", {config.n_samples} importance samples"
+    print(f"{config.split.capitalize()} log-likelihood in nats: mean ± standard error over {over},")
     print("and the variance of the log importance weights (mean over examples).")
     widths = [max(24, *(len(row[name]) + 2 for row in rows)) for name in ("quantity", "proposal")]
     heads = f"{'quantity':{widths[0]}}{'proposal':{widths[1]}}{'log-likelihood':>20}{'variance':>12}"
@@ -86,12 +142,12 @@ def report(
 
 
 def write_per_example(found: Evaluation, path: Path) -> None:
-    """Writes each example's estimates, in nats, to a .csv or an .npz file. Raises UserError if it can't be written.
+    """Write each example's estimates, in nats, to a .csv or an .npz file. Raises UserError if it can't be written.
 
     The CSV has a line for each example, which begins with its number in the split, and a column for each quantity and
     proposal. The .npz has `log_p` and `log_weight_variance` (examples, columns), the columns' `quantity` and
-    `proposal`, and the examples' numbers as `example`. What an example lacks a modality for is empty, in the .npz not a
-    number.
+    `proposal`, and the examples' numbers as `example`. A value is empty (NaN in the .npz) if the example lacks one of
+    its modalities.
     """
     quantities = [quantity.name for quantity, _ in found.estimates]
     proposals = [_under(proposal) for _, proposal in found.estimates]
@@ -102,9 +158,8 @@ def write_per_example(found: Evaluation, path: Path) -> None:
         log_p[rows, column], variance[rows, column] = estimate.log_p, estimate.log_weight_variance
     with whole(path) as file:
         if path.suffix == ".npz":
-            columns = np.array(quantities), np.array(proposals)
-            values = {"log_p": log_p, "log_weight_variance": variance, "example": example.numpy()}
-            np.savez(file, quantity=columns[0], proposal=columns[1], **values)  # type: ignore[arg-type]
+            columns = {"quantity": np.array(quantities), "proposal": np.array(proposals), "example": example.numpy()}
+            np.savez(file, log_p=log_p, log_weight_variance=variance, **columns)  # type: ignore[arg-type]
             return
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
         lines = csv.writer(text, lineterminator="\n")

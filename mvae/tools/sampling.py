@@ -1,39 +1,60 @@
-"""What a sample.py does: draws from the model under conditions, block by block, and writes what is asked for."""
+"""Sampling: draw from a model under conditions, in blocks, and write grids, pictures, arrays and text."""
 
-import argparse
 import contextlib
 import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from .. import checkpoint, experts, pictures
-from ..data import Data, random_example
+from .. import experts
+from ..data.dataset import Data, random_example
 from ..errors import UsageError, UserError
 from ..files import npy, whole, write_atomically
 from ..model import MVAE
-from . import flags, kinds, machine, running
-from .kinds import Controls, HeldOut, Picture
+from ..run.checkpoint import load_model
+from ..run.grids import COLUMNS, Sheet, as_bytes, png
+from .controls import Controls, HeldOut, Kind, Picture, describe, endpoint, parse
+from .folder import Build, Examples, Tool
 
-BLOCK = 256
-"""Draws that are decoded together: it bounds the memory."""
+BLOCK = 256  # samples decoded together, which bounds the memory
+STEPS = 8  # rows of an interpolation, including its two ends
 
-Examples = Callable[[str, argparse.Namespace, Mapping[str, Any]], Data]
-"""An experiment's data: from a split's name, the flags and the model's settings."""
+
+@dataclass(kw_only=True)
+class Sampling(Tool):
+    """The flags of every sample.py. An experiment adds condition_on_NAME for its controls."""
+
+    # Samples
+    n_samples: int | None = None  # samples per condition (default: 64, or 8 if there are several conditions)
+    temperature: float = 1.0  # factor of z's variance, and with --draw divisor of x's logits; < 1: more typical
+    draw: bool = False  # draw from p(x | z) instead of taking its mean
+    interpolate: tuple[str, str] | None = None  # 8 conditions from one to another, each [CONTROL=]VALUE
+
+    # Output
+    out_dir: Path = Path(".")  # folder to write to
+    save: tuple[Literal["grid", "images", "npy"], ...] = ("grid",)  # a grid, a folder of single pictures, float arrays
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_counts(1, "n_samples")
+        if not 1e-30 <= self.temperature <= 1e30:
+            raise UsageError(f"temperature must be > 0, got {self.temperature}")
 
 
 class Condition(NamedTuple):
-    """What a row of samples is given.
+    """The condition of a row of samples.
 
-    said: in a few words; "" for nothing.
+    said: in a few words; "" for none.
     batch: one example of some modalities.
-    end, share: a second such batch, and how far the row lies on the way to it (0 to 1); None and 0 for no way.
+    end, share: a second such batch, and how far the row is on the way to it (0 to 1); None and 0 if there is no way.
     """
 
     said: str
@@ -42,18 +63,17 @@ class Condition(NamedTuple):
     share: float = 0.0
 
     def posterior(self, model: MVAE, device: torch.device) -> tuple[Tensor, Tensor]:
-        """mu and logvar, each (1, latents): those of q(z | the batch), or on the way between two of them."""
-        mu, logvar = _posterior(model, self.batch, device)
+        """Return mu and logvar, each (1, latents), of q(z | batch), or interpolated between two of them."""
+        mu, logvar = model.posterior({name: x.to(device) for name, x in self.batch.items()})
         if self.end is None:
             return mu, logvar
-        end_mu, end_logvar = _posterior(model, self.end, device)
+        end_mu, end_logvar = model.posterior({name: x.to(device) for name, x in self.end.items()})
         return torch.lerp(mu, end_mu, self.share), torch.lerp(logvar, end_logvar, self.share)
 
-
-def _posterior(model: MVAE, batch: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    if not batch:
-        return torch.zeros(1, model.n_latents, device=device), torch.zeros(1, model.n_latents, device=device)
-    return model.posterior({name: x.to(device) for name, x in batch.items()})
+    def pictures(self, controls: Controls) -> dict[str, Tensor]:
+        """Return what was given and can be drawn, by control: (channels, size, size); of two ends, the nearer one's."""
+        batch = self.batch if self.end is None or self.share < 0.5 else self.end
+        return {name: kind.pictures(batch[name])[0] for name, kind in controls.items() if kind.size and name in batch}
 
 
 def conditions(
@@ -62,27 +82,26 @@ def conditions(
     controls: Controls,
     held_out: Callable[[], Data],
 ) -> list[Condition]:
-    """The rows: one for each combination of the controls' values, and `flags.STEPS` of them on the way between `ends`.
+    """Return the rows: one for each combination of the controls' values, or `STEPS` of them between `ends`.
 
-    Raises UsageError if the ends give what is given already; UserError if a picture can't be had.
+    Raises UsageError if an end is a control that is given too; UserError for a picture that can't be read or found.
     """
     if twice := sorted({name for name, _ in ends or ()} & given.keys()):
-        raise UsageError(f"--interpolate gives {' and '.join(twice)}, and so does a condition: give it once")
+        raise UsageError(f"--interpolate and a condition can't both set {' and '.join(twice)}")
 
     def batch(pairs: Sequence[tuple[str, Any]]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, value in pairs:
             if isinstance(value, HeldOut):
-                data = held_out()
-                fits = controls[value.name].where(data.tensors[value.name].cpu(), value.value)
-                example = random_example(data, fits, f"{value.name} {controls[value.name].say(value.value)!r}")
-                found[name] = example[name]
+                data, kind = held_out(), controls[value.name]
+                fits = kind.where(data.tensors[value.name].cpu(), value.value)
+                found[name] = random_example(data, fits, f"{value.name} {kind.say(value.value)!r}")[name]
             else:
                 found |= controls[name].batch(name, value)
         return found
 
     def said(pairs: Sequence[tuple[str, Any]]) -> str:
-        return ", ".join(kinds.say(controls, name, value) for name, value in pairs)
+        return ", ".join(describe(controls, name, value) for name, value in pairs)
 
     rows = []
     for combination in itertools.product(*given.values()):
@@ -92,22 +111,18 @@ def conditions(
             rows.append(Condition(said(pairs), common))
             continue
         start, end = (common | batch([pair]) for pair in ends)
-        for step in range(flags.STEPS):
-            words = f"{said([*pairs, ends[0]])} to {said([ends[1]])}, {step}/{flags.STEPS - 1}"
-            rows.append(Condition(words, start, end, step / (flags.STEPS - 1)))
+        for step in range(STEPS):
+            words = f"{said([*pairs, ends[0]])} to {said([ends[1]])}, {step}/{STEPS - 1}"
+            rows.append(Condition(words, start, end, step / (STEPS - 1)))
     return rows
 
 
 class Drawn(NamedTuple):
-    """A block of a row's samples: the row's number, the first sample's, and each control's values (n, *event).
-
-    values: draws or means; likeliest: the draws, or the most probable values.
-    """
+    """A block of a row's samples: the row's number, the first sample's number, and draws or means by control."""
 
     row: int
     start: int
     values: dict[str, Tensor]
-    likeliest: dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -122,12 +137,12 @@ def draw(
     temperature: float = 1.0,
     draw_x: bool = False,
 ) -> Iterator[Drawn]:
-    """n samples of each row, in blocks, on the CPU. The rows have the same noise, so that they differ by what is given.
+    """Draw n samples of each row, in blocks, onto the CPU. All rows have the same noise.
 
     Args:
         temperature: every distribution that is drawn from is raised to the power 1 / temperature: the variance of z is
             multiplied by it, and the logits of x are divided by it.
-        draw_x: draws from p(x | z), in place of the means.
+        draw_x: draw from p(x | z) instead of taking the means.
     """
     for number, row in enumerate(rows):
         mu, logvar = row.posterior(model, device)
@@ -136,59 +151,64 @@ def draw(
         for start in range(0, n, BLOCK):
             noise = torch.randn(min(BLOCK, n - start), model.n_latents, generator=rng).to(device)
             z = experts.draw(mu, logvar, noise, temperature)
-            values, likeliest = {}, {}
+            values = {}
             for name, kind in controls.items():
                 names = kind.modalities(name)
-                if draw_x:
-                    batch = {one: model.likelihood(one).sample(z, temperature).cpu() for one in names}
-                    values[name] = likeliest[name] = kind.join(batch, name)
-                else:
-                    batch = {one: mean.cpu() for one, mean in model.mean(z, names).items()}
-                    values[name] = kind.join(batch, name)
-                    likeliest[name] = kind.likeliest(values[name])
-            yield Drawn(number, start, values, likeliest)
+                draws = {one: model.likelihood(one).sample(z, temperature) for one in names} if draw_x else {}
+                values[name] = kind.join(draws or model.mean(z, names), name).cpu()
+            yield Drawn(number, start, values)
 
 
-Write = Callable[[Drawn], None]
-"""Writes a block of samples."""
+class Job(NamedTuple):
+    """What is sampled: n samples of each row, and what the files say about it."""
+
+    rows: list[Condition]
+    n: int
+    controls: Controls
+    about: dict[str, Any]
 
 
 @torch.no_grad()
 def sample(
-    args: argparse.Namespace,
+    config: Sampling,
     experiment: str,
-    build: Callable[[int], MVAE],
+    build: Build,
     controls: Controls,
     examples: Examples,
     *,
     given: Mapping[str, Sequence[Any]] | None = None,
     stem: str = "sample_",
-) -> tuple[list[Condition], dict[str, Tensor], dict[str, Any]]:
-    """Draws what the flags of `flags.sampling_parser` ask for, and writes it to --out-dir.
+) -> tuple[Job, dict[str, Tensor]]:
+    """Draw and write the samples that the flags ask for.
 
     Args:
-        examples: the experiment's data, from which held-out pictures are taken.
-        given: the values of each control, in place of those of --condition-on-....
-        stem: what the files' names begin with, before a control's name.
+        examples: the experiment's data, for held-out pictures.
+        given: values by control (default: those of the config's condition_on_NAME).
+        stem: what file names begin with, followed by the control's name.
 
-    Returns the rows; of each picture the first samples of each row, (rows, n, *event); and what is said in the files.
+    Returns the job and the first samples of each picture, (rows, n, *event), by control.
     """
-    device = machine.device(args)
-    model, trained = checkpoint.load_model(args.model_path, experiment, build, device)
-    torch.manual_seed(args.seed)
-    held_out = functools.cache(lambda: examples("validation", args, trained["settings"]))
-    rows = conditions(flags.given(args, controls) if given is None else given, args.interpolate, controls, held_out)
-    n = args.n_samples or (64 if len(rows) == 1 else pictures.COLUMNS)
+    if given is None:
+        words = {name: getattr(config, f"condition_on_{name}") for name in controls}
+        given = {name: [value for one in some for value in parse(controls, name, one)] for name, some in words.items()}
+        given = {name: values for name, values in given.items() if values}
+    ends = [endpoint(controls, words) for words in config.interpolate] if config.interpolate else None
+    device = config.device()
+    model, trained = load_model(config.model_path, experiment, build, device)
+    torch.manual_seed(config.seed)
+    held_out = functools.cache(lambda: examples("validation", config, trained["settings"]))
+    rows = conditions(given, ends, controls, held_out)
+    n = config.n_samples or (64 if len(rows) == 1 else COLUMNS)
     about = {
         "experiment": experiment,
         "epoch": trained.get("epoch"),
-        "seed": args.seed,
-        "temperature": args.temperature,
-        "drawn": args.draw,
+        "seed": config.seed,
+        "temperature": config.temperature,
+        "drawn": config.draw,
         "samples of each": n,
         "given": [row.said for row in rows],
     }
-    ways = set(args.save or ["grid"])
+    job = Job(rows, n, controls, about)
     written: list[str] = []
     first: dict[str, list[Tensor]] = {}
     with contextlib.ExitStack() as files:
@@ -196,74 +216,71 @@ def sample(
 
         def add(name: str, ending: str, writer: Callable[..., AbstractContextManager[Write]]) -> None:
             written.append(stem + name + ending)
-            writers.append(files.enter_context(writer(args.out_dir / written[-1], name, controls, rows, n, about)))
+            writers.append(files.enter_context(writer(config.out_dir / written[-1], name, controls[name], job)))
 
         for name, kind in controls.items():
             if not isinstance(kind, Picture):
                 add(name, ".txt", _lines)
-            elif "grid" in ways:
+            if kind.size and "grid" in config.save:
                 add(name, ".png", _grid)
-            if "images" in ways and isinstance(kind, Picture):
+            if kind.size and "images" in config.save:
                 add(name, "", _images)
-            if "npy" in ways:
+            if "npy" in config.save:
                 add(name, ".npy", _array)
-        if "npy" in ways:
+        if "npy" in config.save:
             written.append(f"{stem}given.json")
-            write_atomically(args.out_dir / written[-1], (json.dumps(about, indent=2) + "\n").encode())
-        options = {"n": n, "seed": args.seed, "temperature": args.temperature, "draw_x": args.draw}
-        blocks = draw(model, rows, controls, device=device, **options)
-        for block in running.progress(blocks, total=len(rows) * -(-n // BLOCK)):
+            write_atomically(config.out_dir / written[-1], (json.dumps(about, indent=2) + "\n").encode())
+        how: dict[str, Any] = {"n": n, "seed": config.seed, "temperature": config.temperature, "draw_x": config.draw}
+        blocks = draw(model, rows, controls, device=device, **how)
+        for block in tqdm(blocks, total=len(rows) * -(-n // BLOCK), leave=False, disable=None):
             for write in writers:
                 write(block)
             for name, values in block.values.items():
                 if isinstance(controls[name], Picture) and block.start == 0:
-                    first.setdefault(name, []).append(values[: pictures.COLUMNS])
-    print(f"wrote {', '.join(written[:-1])} and {written[-1]} in {args.out_dir}")
-    return rows, {name: torch.stack(some) for name, some in first.items()}, about
+                    first.setdefault(name, []).append(values[:COLUMNS])
+    print(f"wrote {', '.join(written)} in {config.out_dir}")
+    return job, {name: torch.stack(some) for name, some in first.items()}
 
 
-# The ways to write samples. Each takes a path, the control's name, the controls, the rows, n, and what is to be said.
+Write = Callable[[Drawn], None]
+"""Writes a block of samples."""
 
 
 @contextlib.contextmanager
-def _grid(
-    path: Path, name: str, controls: Controls, rows: Sequence[Condition], n: int, about: Mapping[str, Any]
-) -> Iterator[Write]:
-    """A PNG with a row for each condition, what is given beside it; one condition's samples fill rows of eight."""
-    kind = controls[name]
-    assert isinstance(kind, Picture)
-    columns = n if len(rows) > 1 else min(pictures.COLUMNS, n)
-    lines = -(-n // columns)
-    shown = [given_pictures(row, controls) for row in rows]
+def _grid(path: Path, name: str, kind: Kind, job: Job) -> Iterator[Write]:
+    """Write a PNG with a row for each condition, shown at its left. One condition's samples fill rows of eight."""
+    columns = job.n if len(job.rows) > 1 else min(COLUMNS, job.n)
+    lines = -(-job.n // columns)
+    shown = [list(row.pictures(job.controls).values()) for row in job.rows]
+    size = max([kind.size, *(picture.shape[-1] for some in shown for picture in some)])
     margin = max(map(len, shown))
-    labels = {i * lines: (row.said, lines) for i, row in enumerate(rows)}
-    sheet = pictures.Sheet(len(rows) * lines, margin + columns, kind.size, beside=labels)
+    labels = {i * lines: (row.said, lines) for i, row in enumerate(job.rows)}
+    sheet = Sheet(len(job.rows) * lines, margin + columns, size, beside=labels)
     for i, some in enumerate(shown):
-        for j, picture in enumerate(some.values()):
+        for j, picture in enumerate(some):
             sheet.put(i * lines, j, picture)
 
     def write(block: Drawn) -> None:
-        for i, picture in enumerate(block.values[name], block.start):
+        for i, picture in enumerate(kind.pictures(block.values[name]), block.start):
             sheet.put(block.row * lines + i // columns, margin + i % columns, picture)
 
     yield write
-    sheet.save(path, about)
+    sheet.save(path, job.about)
 
 
 @contextlib.contextmanager
-def _images(
-    path: Path, name: str, controls: Controls, rows: Sequence[Condition], n: int, about: Mapping[str, Any]
-) -> Iterator[Write]:
-    """A folder of a PNG for each sample, 00000.png and so on, and nothing else."""
+def _images(path: Path, name: str, kind: Kind, job: Job) -> Iterator[Write]:
+    """Write a folder of one PNG for each sample, 00000.png and so on."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} is there already, and not empty: name another `out_dir`")
+        raise UserError(f"{path} exists and isn't empty: choose another --out-dir")
 
     def write(block: Drawn) -> None:
-        said = {**about, "given": rows[block.row].said}
+        about = {**job.about, "given": job.rows[block.row].said}
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for i, pixels in enumerate(pictures.as_bytes(block.values[name]), block.row * n + block.start):
-                (path / f"{i:05}.png").write_bytes(pictures.png(pixels, said))
+            pictures = as_bytes(kind.pictures(block.values[name]))
+            for i, pixels in enumerate(pictures, block.row * job.n + block.start):
+                (path / f"{i:05}.png").write_bytes(png(pixels, about))
         except OSError as error:
             raise UserError(f"can't write {path}: {error.strerror or error}") from None
 
@@ -271,26 +288,19 @@ def _images(
 
 
 @contextlib.contextmanager
-def _array(
-    path: Path, name: str, controls: Controls, rows: Sequence[Condition], n: int, about: Mapping[str, Any]
-) -> Iterator[Write]:
-    """A float32 array of all samples, row by row."""
-    with npy(path, len(rows) * n) as append:
+def _array(path: Path, name: str, kind: Kind, job: Job) -> Iterator[Write]:
+    """Write a float32 array of all samples, row by row."""
+    with npy(path, len(job.rows) * job.n) as append:
         yield lambda block: append(block.values[name].numpy())
 
 
 @contextlib.contextmanager
-def _lines(
-    path: Path, name: str, controls: Controls, rows: Sequence[Condition], n: int, about: Mapping[str, Any]
-) -> Iterator[Write]:
-    """A line for each sample, in the order of the grid."""
+def _lines(path: Path, name: str, kind: Kind, job: Job) -> Iterator[Write]:
+    """Write a line of text for each sample, in the order of the grid."""
     with whole(path) as file:
-        yield lambda block: file.writelines(
-            f"{line}\n".encode() for line in controls[name].lines(block.likeliest[name])
-        )
 
+        def write(block: Drawn) -> None:
+            values = block.values[name] if job.about["drawn"] else kind.likeliest(block.values[name])
+            file.writelines(f"{line}\n".encode() for line in kind.lines(values))
 
-def given_pictures(row: Condition, controls: Controls) -> dict[str, Tensor]:
-    """The pictures (channels, size, size) that a row is given; between two ends, those of the nearer one."""
-    batch = row.batch if row.end is None or row.share < 0.5 else row.end
-    return {name: batch[name][0] for name, kind in controls.items() if isinstance(kind, Picture) and name in batch}
+        yield write

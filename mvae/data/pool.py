@@ -1,0 +1,59 @@
+"""Worker processes that decode pictures."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from ..errors import UsageError, UserError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def in_parallel(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Generator[Result]:
+    """Yield function(job) of each job, as they finish; an exception of a job is raised here.
+
+    Few jobs are submitted at a time, since those that run are waited for when the generator is closed. Close it by
+    contextlib.closing if the loop over it may end early. Raises UserError if a worker was killed.
+    """
+    if workers < 1:
+        raise UsageError(f"workers must be an integer >= 1, got {workers}")
+    with ProcessPoolExecutor(min(workers, len(jobs)) or 1, initializer=_start_worker) as pool:
+        running: set[Future[Result]] = set()
+        todo = iter(jobs)
+        try:
+            while True:
+                for job in todo:
+                    running.add(pool.submit(function, job))
+                    if len(running) >= 2 * workers:
+                        break
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed: rerun the command to continue, with fewer --workers if memory is short"
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, undo its handler of SIGTERM, and end when the parent ends, however it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,207 @@
+"""Log-likelihoods of a data set: log p(x), log p(x, y), log p(x | y) = log p(x, y) - log p(y), with predictions."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data.dataset import Data, seed_of
+from ..errors import UsageError
+from ..estimators import Estimate, Modalities, estimate_and_predict
+from ..model import MVAE, Precision, autocast
+from .distributed import Processes
+
+
+class Quantity(NamedTuple):
+    """log p(target | given), or log p(target) if nothing is given.
+
+    `given_proposal` is the proposal for log p(given), whatever that of the joint; () is the prior.
+    """
+
+    target: Modalities
+    given: Modalities = ()
+    given_proposal: Modalities = ()
+
+    @property
+    def name(self) -> str:
+        return f"log p({listed(self.target)}{' | ' if self.given else ''}{listed(self.given)})"
+
+
+def listed(names: Sequence[str], separator: str = ", ") -> str:
+    """Join the names; of more than three, the first two and the last."""
+    return separator.join(names if len(names) < 4 else (*names[:2], "...", names[-1]))
+
+
+def of_a_pair(x: Modalities, y: Modalities, y_proposal: Modalities = ()) -> dict[Quantity, list[Modalities]]:
+    """Return the quantities of the paper's table 2 for two (sets of) modalities, each with its proposals.
+
+    log p(x | y) is log p(x, y) less log p(y), whose proposal is `y_proposal`; () is the prior.
+    """
+    both = [x, x + y]
+    return {
+        Quantity(x): both,
+        Quantity(x + y): both,
+        Quantity(x, given=y, given_proposal=y_proposal): both,
+        Quantity(y, given=x, given_proposal=x): both,
+        Quantity(y): [(), y],
+    }
+
+
+class Evaluation(NamedTuple):
+    """Results of `evaluate`, on the CPU.
+
+    estimates: by quantity and proposal, values (n,) of the n examples in `examples`. A conditional's variance is that
+        of its joint's log weights.
+    predictions: by modality, (n, *event), of the examples that have it and what it is predicted from; truth: the same
+        modalities of the data.
+    examples: by quantity and proposal, (n,): the numbers of the examples that have the modalities of both.
+    """
+
+    estimates: dict[tuple[Quantity, Modalities], Estimate]
+    predictions: dict[str, Tensor]
+    truth: dict[str, Tensor]
+    examples: dict[tuple[Quantity, Modalities], Tensor]
+
+
+def evaluate(
+    model: MVAE,
+    data: Data,
+    *,
+    quantities: Mapping[Quantity, Sequence[Modalities]],
+    predictions: Mapping[str, Modalities] | None = None,
+    n_samples: int,
+    seed: int = 0,
+    precision: Precision = "fp32",
+    max_rows: int | None = None,
+    processes: Processes | None = None,
+) -> Evaluation:
+    """Estimate each quantity for the examples that have all its modalities.
+
+    Args:
+        quantities: what to estimate, each with the proposals (of a conditional's joint) to estimate it with.
+        predictions: by modality to predict, what it is predicted from; see `mvae.estimators.predict`.
+        n_samples: draws per example and proposal.
+        seed: an example's noise depends on the seed and its number alone, so that the result doesn't depend on the
+            batch size. All proposals have the same noise.
+        precision: of the networks; log-probabilities and sums are float32 or better.
+        max_rows: the most latents to decode in one call, which bounds the memory. By default as many as make 2^20
+            values of the largest modality on a CPU (1,337 images of 28x28), to fit its cache; 2^26 on other devices.
+        processes: share the batches; all return what one would.
+
+    Raises UsageError for an unknown modality, a quantity without a target, n_samples < 2, data that don't fit the
+    model, or a quantity or prediction for which no example has all modalities.
+    """
+    predictions = predictions or {}
+    processes = processes or Processes(0, 1)
+    for quantity in quantities:
+        model.check_names(*quantity.target, *quantity.given, *quantity.given_proposal)
+        if not quantity.target:
+            raise UsageError(f"{quantity.name} must have a target of one or more modalities")
+    needed = {
+        (quantity, proposal): _needed(model, quantity, proposal)
+        for quantity, proposals in quantities.items()
+        for proposal in proposals
+    }
+    keys = dict.fromkeys(key for some in needed.values() for key in some)
+    used = {name for proposal, target in keys for name in proposal + target}
+    used |= {name for predicted, given in predictions.items() for name in (predicted, *given)}
+    model.check_names(*used, *(data.present or {}))
+    if n_samples < 2:
+        raise UsageError(f"n_samples must be >= 2, got {n_samples}")
+    patterns = _patterns(data, used)
+    examples = {
+        which: _having({name for key in some for part in key for name in part}, patterns, which[0].name)
+        for which, some in needed.items()
+    }
+    predictable = {
+        name: _having({name, *given}, patterns, f"{name} predicted from {listed(given)}")
+        for name, given in predictions.items()
+    }
+    model.eval()
+    example, _ = data.batch(torch.zeros(1, dtype=torch.long))
+    if not max_rows:
+        max_rows = 2 ** (20 if data.device.type == "cpu" else 26) // max(x.numel() for x in example.values())
+    extremes = data.extremes().cpu()
+    for has, rows in patterns:
+        if has:
+            some = torch.cat([rows[:100], rows[torch.isin(rows, extremes)]]).unique()
+            model.check(data.batch(some)[0], names=[name for name in model.modalities if name in has])
+    # All results are allocated here and filled in the loop. Small tensors that outlive a batch would lie between the
+    # large ones of the next: freed places then no longer fit, and the memory of the process grows with every batch.
+    n = len(data)
+    found = {key: Estimate(*torch.zeros(2, n, dtype=torch.float64)) for key in keys}
+    truth = {name: torch.zeros(n, *example[name].shape[1:], dtype=example[name].dtype) for name in predictions}
+    z = next(model.parameters()).new_zeros(1, model.n_latents)
+    means = model.mean(z, tuple(predictions))  # of one example, for their shapes
+    predicted = {name: torch.zeros(n, *mean.shape[1:], dtype=mean.dtype) for name, mean in means.items()}
+    size = max(1, max_rows // n_samples)
+    batches = [(has, rows) for has, rows_of_all in patterns for rows in rows_of_all.split(size)]
+    mine = batches[processes.rank :: processes.world]
+    for has, rows in tqdm(mine, leave=False, disable=True if processes.rank else None):
+        batch, _ = data.batch(rows)
+        noise = torch.stack([_noise(n_samples, model.n_latents, seed, row) for row in rows.tolist()], dim=1)
+        noise = noise.to(data.device, next(model.parameters()).dtype)
+        for proposal in dict.fromkeys([*(proposal for proposal, _ in found), *predictions.values()]):
+            targets = [target for other, target in found if other == proposal and has.issuperset(proposal + target)]
+            asked = [name for name, given in predictions.items() if given == proposal]
+            names = [name for name in asked if has.issuperset((name, *proposal))]
+            if not targets and not names:
+                continue
+            with autocast(precision, data.device):
+                some, means = estimate_and_predict(model, batch, proposal, targets, names, noise, max_rows)
+            for target, estimate in some.items():
+                for whole, part in zip(found[proposal, target], estimate, strict=True):
+                    whole[rows] = part.cpu()
+            for name, mean in means.items():
+                predicted[name][rows] = mean.cpu()
+                truth[name][rows] = batch[name].cpu()
+    # Each process has filled its own rows of zeros.
+    found = {key: Estimate(*map(processes.sum, estimate)) for key, estimate in found.items()}
+    predicted, truth = ({name: processes.sum(part) for name, part in parts.items()} for parts in (predicted, truth))
+    estimates = {}
+    for which, (joint, *conditions) in needed.items():
+        log_p, variance = found[joint]
+        for condition in conditions:
+            log_p = log_p - found[condition].log_p
+        estimates[which] = Estimate(log_p[examples[which]], variance[examples[which]])
+    predicted, truth = ({name: part[name][rows] for name, rows in predictable.items()} for part in (predicted, truth))
+    return Evaluation(estimates, predicted, truth, examples)
+
+
+_Key = tuple[Modalities, Modalities]  # a proposal and a target
+
+
+def _needed(model: MVAE, quantity: Quantity, proposal: Modalities) -> list[_Key]:
+    """Return what the quantity is the difference of: its joint with `proposal`, and what is given, if anything."""
+    joint = tuple(name for name in model.modalities if name in quantity.target + quantity.given)
+    return [(proposal, joint), *([(quantity.given_proposal, quantity.given)] if quantity.given else [])]
+
+
+def _patterns(data: Data, names: Collection[str]) -> list[tuple[frozenset[str], Tensor]]:
+    """Group the examples by which of `names` they have: for each pattern its modalities and the examples' numbers."""
+    masked = {name: here.cpu() for name, here in (data.present or {}).items() if name in names}
+    if not masked:
+        return [(frozenset(names), torch.arange(len(data)))]
+    kinds, kind_of = torch.stack([*masked.values()], dim=1).unique(dim=0, return_inverse=True)
+    lacking = [{name for name, here in zip(masked, kind, strict=True) if not here} for kind in kinds.tolist()]
+    return [(frozenset(names) - some, (kind_of == i).nonzero().flatten()) for i, some in enumerate(lacking)]
+
+
+def _having(names: Collection[str], patterns: Sequence[tuple[frozenset[str], Tensor]], what: str) -> Tensor:
+    """Return the numbers of the examples that have all of `names`; raise UsageError, naming `what`, for none."""
+    found = [rows for has, rows in patterns if has.issuperset(names)]
+    if not found:
+        raise UsageError(f"{what}: no example has all of {listed(sorted(names))}")
+    return torch.cat(found).sort().values
+
+
+def _noise(n_samples: int, n_latents: int, seed: int, row: int) -> Tensor:
+    return torch.randn(n_samples, n_latents, generator=torch.Generator().manual_seed(seed_of(seed, row)))
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Return the mean of (n,) values and its standard error, std / sqrt(n) (NaN for a single value)."""
+    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()

@@ -1,0 +1,76 @@
+"""Whether a run may write into a folder, and the state that it continues from."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from .. import cli
+from ..errors import UsageError
+from . import checkpoint
+
+MAY_CHANGE = {"cuda", "threads", "workers", "log_interval", "save_every", "resume", "allow_missing"}
+"""Fields of a Config that may differ when a run is resumed, as may folders. The data are compared themselves."""
+
+DIVERGED = "diverged.txt"
+"""The file that a run leaves if it diverged."""
+
+
+def saved_state(config: Any, name: str, *, shared: bool = False) -> dict[str, Any] | None:
+    """Return the content of the checkpoint that a run with this Config continues from; None for a new run.
+
+    shared: the folder is used by several runs, which must ask for the same number of epochs.
+
+    Raises UsageError if the folder holds a run and `resume` isn't set, or if that run has other settings or diverged;
+    UserError if its checkpoint can't be read.
+    """
+    latest, best = config.out_dir / checkpoint.LATEST, config.out_dir / checkpoint.BEST
+    diverged = config.out_dir / DIVERGED
+    if config.resume and diverged.exists():
+        raise UsageError(
+            f"{diverged.read_text().strip()}: resuming would repeat it; start a new run from a checkpoint's weights "
+            f"with --init CHECKPOINT, another --out-dir and a smaller --lr (delete {diverged} to resume anyway)"
+        )
+    if not latest.exists():
+        # A kill may have come between the first epoch's two files: starting again yields the same model.
+        if best.exists() and not (config.resume and checkpoint.load(best, name).get("epoch") == 1):
+            raise UsageError(f"{best} would be overwritten: use another out_dir")
+        return None
+    if not config.resume:
+        raise UsageError(f"{config.out_dir} holds a run: continue it with --resume, or use another --out-dir")
+    saved = checkpoint.load(latest, name)
+    if "facts" not in saved:
+        raise UsageError(f"{latest} was written by an older version: start a new run with --init {latest}")
+    _compare(saved, config, latest, shared)
+    return saved
+
+
+def _compare(content: dict[str, Any], config: Any, path: Path, shared: bool) -> None:
+    """Raise UsageError if the settings of the checkpoint at `path` aren't the Config's, field by field."""
+    saved = content["settings"]
+    now, hints = cli.plain(config), get_type_hints(type(config))
+    defaults = cli.plain(type(config)())
+    if unknown := sorted(saved.keys() - now.keys()):
+        raise UsageError(f"{path} has settings that this version doesn't know: {', '.join(unknown)}")
+    if saved["epochs"] != now["epochs"] and (shared or now["lr_schedule"] != "constant"):
+        why = "other runs share it" if shared else f"lr_schedule {now['lr_schedule']} ends with the run"
+        raise UsageError(
+            f"{path} is of a run over {saved['epochs']} epochs, got epochs {now['epochs']}, and {why}: "
+            f"use another --out-dir; `--init {path}` starts from its weights"
+        )
+    compared = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.name not in MAY_CHANGE | {"epochs"} and Path not in (hints[field.name], *_options(hints[field.name]))
+    ]
+    pairs = {name: (saved.get(name, defaults[name]), now[name]) for name in compared}
+    differ = [f"{name} was {old}, now {new}" for name, (old, new) in pairs.items() if old != new]
+    if differ:
+        more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise UsageError(
+            f"{path} was made with other settings: {'; '.join(differ[:3])}{more}. "
+            f"Resume with the flags of its command: {content['facts']['command']}"
+        )
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return getattr(hint, "__args__", ())

@@ -1,0 +1,77 @@
+"""The experiment in the current folder, and the flags that the tools share."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..data.dataset import Data
+from ..errors import UsageError
+from ..files import check_writable
+from ..model import MVAE
+from ..run.device import Machine
+from .controls import Controls
+
+Build = Callable[[int], MVAE]
+"""An experiment's `build_model`: from the number of latents."""
+
+Examples = Callable[[str, Any, Mapping[str, Any]], Data]
+"""An experiment's `examples`: from a split's name, a Config and the checkpoint's settings."""
+
+
+@dataclass(kw_only=True)
+class Tool(Machine):
+    """The flags of every script that reads a model and data."""
+
+    model_path: Path  # checkpoint, such as trained_models/model_best.pth.tar
+
+    # General
+    seed: int = 0  # random seed
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed must be an integer from 0 to 2**63 - 1, got {self.seed}")
+
+    def check_counts(self, least: int, *names: str) -> None:
+        """Raise UsageError unless each of these fields is None or an integer >= `least`."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not least <= value <= 10**9:
+                raise UsageError(f"{name} must be an integer >= {least}, got {value}")
+
+    def check_outputs(self, *names: str, inputs: Iterable[Path] = ()) -> None:
+        """Raise UsageError if an output file is read or written twice, UserError if it can't be written."""
+        used = {os.path.realpath(path) for path in (self.model_path, *inputs)}
+        for name in names:
+            path = getattr(self, name)
+            if path is not None:
+                if os.path.realpath(path) in used:
+                    raise UsageError(f"{name} would overwrite {path}, which is also read or written: choose another")
+                used.add(os.path.realpath(path))
+                check_writable(path)
+
+
+class Experiment(NamedTuple):
+    """What a folder's datasets.py and model.py define. `source` is the dataclass of flags that locate the data."""
+
+    name: str
+    controls: Controls
+    source: type
+    examples: Examples
+    build_model: Build
+
+
+def experiment() -> Experiment:
+    """Import the current folder's datasets.py and model.py. Raises UsageError if they don't make an experiment."""
+    if not (os.path.isfile("datasets.py") and os.path.isfile("model.py")):
+        raise UsageError("no datasets.py and model.py here: run this in an experiment's folder, such as mnist")
+    sys.path.insert(0, os.getcwd())
+    datasets, model = importlib.import_module("datasets"), importlib.import_module("model")
+    try:
+        return Experiment(datasets.NAME, datasets.CONTROLS, datasets.Source, datasets.examples, model.build_model)
+    except AttributeError as error:
+        raise UsageError(f"this folder is not an experiment: {error}") from None
