@@ -81,7 +81,7 @@ def main() -> None:
 
     if config.images_first:
         images = Objective(model, [Term(IMAGE, IMAGE, iw="image")], weights=λ, iw_samples=config.iw_samples)
-        first = config.first_stage(NAME)
+        first = replace(config.first_stage(NAME), approx_m=0)
         fit(first, images, train.only("image"), validation.only("image"), {}, shared=bool(config.images_dir))
         if config.self_labels:
             train = supervision.self_labelled(

@@ -5,9 +5,9 @@ import os
 import signal
 from pathlib import Path
 
-import pytest
+from synthetic import __main__ as synthetic
 
-from mvae.synthetic import __main__ as synthetic
+import pytest
 
 from helpers import ROOT, SHORT, RunHere, Trained, environment, run, run_warm
 

@@ -13,17 +13,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mvae import MVAE, Bernoulli, Categorical, Data, Objective, Run, Term, Training
+from mvae.run import checkpoint
+from mvae.run.metrics import Metric
+from mvae.run.schedules import Schedule, constant, linear
+
 import torch
 from torch import Tensor, nn
-
-from mvae import checkpoint
-from mvae.data import Data
-from mvae.likelihoods import Bernoulli, Categorical
-from mvae.metrics import Metric
-from mvae.model import MVAE
-from mvae.objective import Objective, Term
-from mvae.schedules import Schedule, constant, linear
-from mvae.training import Options, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,15 +73,7 @@ FORKED = multiprocessing.get_context("forkserver")
 
 The server never computes, as no process may be forked after a backward pass.
 """
-FORKED.set_forkserver_preload(
-    [
-        "mvae.training",
-        "mvae.estimators",
-        "mvae.scripts.faces",
-        "torch.utils.tensorboard",
-        "torch._dynamo",
-    ]
-)
+FORKED.set_forkserver_preload(["mvae", "torch._dynamo"])
 
 
 def start_warm(
@@ -158,7 +146,7 @@ def assert_same_run(a: Path, b: Path, experiment: str = "mnist") -> None:
     """Two folders hold the same run: weights, optimizer, and all that is reported but the times."""
     latest = [checkpoint.load(folder / checkpoint.LATEST, experiment) for folder in (a, b)]
     best = [checkpoint.load(folder / checkpoint.BEST, experiment) for folder in (a, b)]
-    for name in ("model", "optimizer", "epoch", "step", "best"):
+    for name in ("model", "optimizer", "epoch", "done", "best"):
         assert same(latest[0][name], latest[1][name]), f"{name} of {checkpoint.LATEST} differs"
     for name in ("model", "epoch", "validation_loss"):
         assert same(best[0][name], best[1][name]), f"{name} of {checkpoint.BEST} differs"
@@ -201,43 +189,38 @@ def small_data(n: int, seed: int, **fields: Any) -> Data:
     return Data(tensors={"image": image, "attrs": attrs, "label": label}, **fields)
 
 
-def fit_small(
+def run_small(
     out_dir: Path,
     *,
     train: Data | None = None,
     validation: Data | None = None,
     model: MVAE | None = None,
-    lr: float = 1e-2,
     beta: Schedule = linear(2),  # noqa: B008 (a schedule has no state)
-    schedule: Schedule = constant(),  # noqa: B008
+    rate: Schedule = constant(),  # noqa: B008
     metrics: Mapping[str, Metric] | None = None,
-    settings: Mapping[str, Any] | None = None,
-    weights: Mapping[str, float] | None = None,
     terms: Sequence[Term] | None = None,
+    weights: Mapping[str, float] | None = None,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
-    **options: Any,
-) -> list[dict[str, Any]]:
-    """Fits the small model to 24 examples, in 4 steps an epoch, 2 epochs long unless `options` say otherwise.
-
-    `lr` is the optimiser's, and `schedule` its course.
-    """
-    objective = Objective(model or small_model(), weights=weights, terms=terms)
-    return fit(
-        objective,
-        optimizer(objective.parameters(), lr, fused=True),
-        train or small_data(24, seed=0),
-        validation or small_data(10, seed=1),
-        Options(**{"epochs": 2, "batch_size": 6, **options}, out_dir=out_dir),
-        beta=beta,
-        lr=schedule,
-        metrics=metrics,
-        experiment="small",
-        settings=settings,
-    )
+    n_subsets: int = 0,
+    **config: Any,
+) -> Run:
+    """Train the small model on 24 examples, 4 steps an epoch, for 2 epochs unless `config` says otherwise."""
+    how = Training(**{"epochs": 2, "batch_size": 6, "lr": 1e-2, **config}, out_dir=out_dir)
+    objective = Objective(model or small_model(), terms, weights=weights, iw_samples=how.iw_samples)
+    train, validation = train or small_data(24, seed=0), validation or small_data(10, seed=1)
+    with Run("small", objective, optimizer(objective.parameters(), how.lr, fused=True), how) as run:
+        for _ in run.epochs(how.epochs):
+            for batch, present in run.batches(train, how.batch_size, how.pairs):
+                run.set(lr=how.lr * rate(run.t), beta=beta(run.t))
+                loss, parts = run.objective(batch, run.beta, run.random_subsets(n_subsets), present)
+                run.backward(loss, parts)
+                run.step()
+            run.validate(validation, metrics)
+    return run
 
 
 def at_call(n: int, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable:
-    """A transform of Data that does `change` in the n-th step of `fit`, which before it checks the first batch."""
+    """A transform of Data that does `change` in the n-th step of a run, which before it checks the first batch."""
     calls = 0
 
     def transform(rows: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,11 +1,15 @@
-"""CelebA's lists and layouts: what is read of them, what is told, and what is refused."""
+"""CelebA's lists and layouts: what is read from them, and what is refused."""
 
-import argparse
 import os
 import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+
+from mvae.data import celeba
+from mvae.data.celeba import Source
+from mvae.errors import UserError
+from synthetic.__main__ import CELEBA_ATTRIBUTES
 
 import numpy as np
 import pytest
@@ -13,25 +17,12 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from mvae.datasets import celeba
-from mvae.errors import UserError
-from mvae.scripts.faces import add_flags
+from helpers import ROOT, assert_refused, environment, run, run_warm
 
-from helpers import ROOT, assert_refused, environment, run_warm
-
-# fmt: off
-COLUMNS = [
-    "5_o_Clock_Shadow", "Arched_Eyebrows", "Attractive", "Bags_Under_Eyes", "Bald", "Bangs", "Big_Lips",
-    "Big_Nose", "Black_Hair", "Blond_Hair", "Blurry", "Brown_Hair", "Bushy_Eyebrows", "Chubby", "Double_Chin",
-    "Eyeglasses", "Goatee", "Gray_Hair", "Heavy_Makeup", "High_Cheekbones", "Male", "Mouth_Slightly_Open",
-    "Mustache", "Narrow_Eyes", "No_Beard", "Oval_Face", "Pale_Skin", "Pointy_Nose", "Receding_Hairline",
-    "Rosy_Cheeks", "Sideburns", "Smiling", "Straight_Hair", "Wavy_Hair", "Wearing_Earrings", "Wearing_Hat",
-    "Wearing_Lipstick", "Wearing_Necklace", "Wearing_Necktie", "Young",
-]
-# fmt: on
+COLUMNS = CELEBA_ATTRIBUTES.split()
 N = 180
 NAMES = [f"{number:06}.jpg" for number in range(1, N + 1)]
-PARTS = np.arange(N) % 3  # every split has 60, and no two neighbours are of the same
+PARTS = np.arange(N) % 3  # every split has 60 images, spread over the list
 VALUES = np.random.default_rng(0).choice([-1, 1], (N, 40))
 
 
@@ -45,7 +36,7 @@ def partition_list() -> str:
 
 
 def picture(folder: Path, row: int) -> torch.Tensor:
-    """What torchvision makes of the picture of a row of the lists."""
+    """Return the picture of a row of the lists as torchvision crops it."""
     crop = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(64), transforms.PILToTensor()])
     return crop(Image.open(folder / NAMES[row]))
 
@@ -75,56 +66,42 @@ def images(data_dir: Path) -> Path:
     return data_dir / "celeba" / "img_align_celeba"
 
 
-def assert_not_found(data_dir: Path, *said: object, allow_missing: bool = False) -> None:
+def assert_not_found(data_dir: Path, *said: object, allow_missing: bool = False) -> str:
     with pytest.raises(UserError) as caught:
         celeba.find(data_dir, allow_missing)
     assert "\n" not in str(caught.value)
     for words in said:
         assert str(words) in str(caught.value)
+    return str(caught.value)
 
 
-# What is read.
+# What is read
 
 
 def test_splits_are_those_of_the_partition(drawn: Path, tmp_path: Path) -> None:
-    train, validation = celeba.training_data(drawn, tmp_path, allow_missing=False, workers=1)
-    test = celeba.test_data(drawn, tmp_path, allow_missing=False, workers=1)
-    wanted = torch.from_numpy(VALUES[:, [COLUMNS.index(name) for name in celeba.ATTRIBUTES]] == 1).byte()
-    for part, data in enumerate((train, validation, test)):
+    source = Source(data_dir=drawn, cache_dir=tmp_path, workers=1)
+    train, validation = celeba.training_data(source)
+    expected = torch.from_numpy(VALUES[:, [COLUMNS.index(name) for name in celeba.ATTRIBUTES]] == 1).byte()
+    for part, data in enumerate((train, validation, celeba.examples("test", source))):
         rows = np.flatnonzero(part == PARTS)
-        assert torch.equal(data.tensors["attrs"], wanted[rows])
-        expected = torch.stack([picture(drawn / "celeba" / "img_align_celeba", int(row)) for row in rows])
-        assert torch.equal(data.tensors["image"], expected)
-
-
-def test_splits_share_one_mapped_file(drawn: Path, tmp_path: Path) -> None:
-    train, validation = celeba.training_data(drawn, tmp_path, allow_missing=False, workers=1)
-    assert len([path for path in tmp_path.iterdir() if path.stat().st_size]) == 1
+        assert torch.equal(data.tensors["attrs"], expected[rows])
+        pictures = [picture(drawn / "celeba" / "img_align_celeba", int(row)) for row in rows]
+        assert torch.equal(data.tensors["image"], torch.stack(pictures))
     end = train.tensors["image"].data_ptr() + train.tensors["image"].nbytes
-    assert validation.tensors["image"].data_ptr() == end
-
-
-def test_limit_takes_the_first_of_the_training_split(drawn: Path, tmp_path: Path) -> None:
-    whole, _ = celeba.training_data(drawn, tmp_path, allow_missing=False, workers=1)
-    some, validation = celeba.training_data(drawn, tmp_path, limit=7, allow_missing=False, workers=1)
-    assert len(validation) == 60
-    assert torch.equal(some.tensors["image"], whole.tensors["image"][:7])
-    assert torch.equal(some.tensors["attrs"], whole.tensors["attrs"][:7])
-
-
-def test_batch_is_of_floats(drawn: Path, tmp_path: Path) -> None:
-    train, _ = celeba.training_data(drawn, tmp_path, allow_missing=False, workers=1)
+    assert validation.tensors["image"].data_ptr() == end  # they share one mapped file
+    some, validation = celeba.training_data(source, limit=7)
+    assert (len(some), len(validation)) == (7, 60)
+    assert torch.equal(some.tensors["image"], train.tensors["image"][:7])
     batch, present = train.batch(torch.tensor([3, 1]))
     assert present is None
     assert torch.equal(batch["image"], train.tensors["image"][[3, 1]].float() / 255)
-    assert batch["attrs"].tolist() == train.tensors["attrs"][[3, 1]].tolist()
-    assert {tensor.dtype for tensor in batch.values()} == {torch.float32}
+    assert torch.equal(batch["attrs"], train.tensors["attrs"][[3, 1]].float())
 
 
 def test_columns_are_found_by_their_names(data_dir: Path) -> None:
     order = np.random.default_rng(2).permutation(40)
-    shuffled = attribute_list([COLUMNS[column] for column in order], VALUES[:, order])
     before = celeba.find(data_dir)
+    shuffled = attribute_list([COLUMNS[column] for column in order], VALUES[:, order])
     (data_dir / "celeba" / "list_attr_celeba.txt").write_text(shuffled)
     after = celeba.find(data_dir)
     for name in celeba.ATTRIBUTES:
@@ -132,7 +109,7 @@ def test_columns_are_found_by_their_names(data_dir: Path) -> None:
         assert (one == other).all()
 
 
-# The set as people have it: each of these changes its folder, and it is found all the same.
+# Other layouts: each of these changes the folder
 
 
 def as_csv(folder: Path) -> None:
@@ -176,14 +153,19 @@ def in_utf_16(folder: Path) -> None:
         path.write_text(path.read_text(), encoding="utf-16")
 
 
+def with_carriage_returns(folder: Path) -> None:
+    for path in folder.glob("list_*"):
+        path.write_bytes(path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))
+
+
 def in_two_folders(folder: Path) -> None:
     (folder / "img_align_celeba").rename(folder.parent / "img_align_celeba")
 
 
-@pytest.mark.parametrize("marks", [None, with_byte_order_marks, in_utf_16])
+@pytest.mark.parametrize("marks", [None, with_byte_order_marks, in_utf_16, with_carriage_returns])
 @pytest.mark.parametrize("lists", [None, as_csv])
 @pytest.mark.parametrize("layout", [None, nested, as_png, with_an_empty_folder_beside_the_zip, in_two_folders])
-def test_set_is_found_as_people_have_it(
+def test_other_layouts_are_found(
     data_dir: Path, *, layout: Callable[[Path], None] | None, lists: Callable[[Path], None] | None,
     marks: Callable[[Path], None] | None,
 ) -> None:  # fmt: skip
@@ -202,31 +184,32 @@ def test_set_is_found_as_people_have_it(
 def test_empty_folder_is_named(data_dir: Path, images: Path) -> None:
     shutil.rmtree(images)
     images.mkdir()
-    assert_not_found(data_dir, images, "holds no pictures", "img_align_celeba.zip")
+    assert_not_found(data_dir, images, "has no pictures", "img_align_celeba.zip")
 
 
-def test_images_of_other_names_are_named_and_no_flag_is_advised(data_dir: Path, images: Path) -> None:
+def test_images_with_other_names_are_named(data_dir: Path, images: Path) -> None:
     for number, path in enumerate(sorted(images.iterdir())):
         path.rename(images / f"face{number}.jpg")
-    with pytest.raises(UserError, match=r"which has face0\.jpg, face1\.jpg and others, and not 000001\.jpg") as caught:
-        celeba.find(data_dir)
-    assert "allow_missing" not in str(caught.value)
-
-
-def test_too_few_images_are_named_before_a_flag_is_advised(data_dir: Path, images: Path) -> None:
-    for name in NAMES[:100]:
-        (images / name).unlink()
-    with pytest.raises(UserError, match="too few are left") as caught:
-        celeba.find(data_dir)
-    assert "allow_missing" not in str(caught.value)
+    said = assert_not_found(data_dir, "it has face0.jpg, face1.jpg and others, but not 000001.jpg")
+    assert "--allow-missing" not in said
 
 
 @pytest.mark.parametrize(
     ("name", "old", "new", "said"),
     [
-        ("list_attr_celeba.csv", "Bald,", "", "line 1: doesn't name the column Bald"),
-        ("list_attr_celeba.csv", "000002.jpg,", "000002.jpg,7,", "line 3: 42 words"),
-        ("list_eval_partition.csv", "000002.jpg,1", "000002.jpg,3", r"line 3 \(000002.jpg\): '3' where 0 or 1 or 2"),
+        ("list_attr_celeba.csv", "Bald,", "", "line 1: the header must name the column Bald"),
+        (
+            "list_attr_celeba.csv",
+            "000002.jpg,",
+            "000002.jpg,7,",
+            "line 3: expected a name and 40 values, found 42 words",
+        ),
+        (
+            "list_eval_partition.csv",
+            "000002.jpg,1",
+            "000002.jpg,3",
+            r"line 3 \(000002.jpg\): expected 0 or 1 or 2, found '3'",
+        ),
     ],
 )
 def test_line_of_a_csv_that_is_wrong_is_named(data_dir: Path, name: str, old: str, new: str, said: str) -> None:
@@ -235,16 +218,6 @@ def test_line_of_a_csv_that_is_wrong_is_named(data_dir: Path, name: str, old: st
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(UserError, match=f"{name}, {said}"):
         celeba.find(data_dir)
-
-
-def test_lists_with_carriage_returns_are_read(data_dir: Path) -> None:
-    for name in ("list_attr_celeba.txt", "list_eval_partition.txt"):
-        path = data_dir / "celeba" / name
-        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert celeba.find(data_dir).counts == (60, 60, 60)
-
-
-# Where it is found.
 
 
 def official(root: Path, images: Path) -> None:
@@ -274,15 +247,13 @@ def test_official_download_is_found(drawn: Path, tmp_path: Path, below: str, fol
     assert faces.source == where / ("img_align_celeba.zip" if packed else "img_align_celeba")
 
 
-def test_zip_of_the_images_gives_what_the_folder_gives(drawn: Path, data_dir: Path, images: Path) -> None:
-    with zipfile.ZipFile(images.with_suffix(".zip"), "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in images.iterdir():
-            archive.write(path, f"img_align_celeba/{path.name}")
-    shutil.rmtree(images)
-    of_zip = celeba.test_data(data_dir, data_dir / "cache", allow_missing=False, workers=1)
-    of_folder = celeba.test_data(drawn, data_dir / "other", allow_missing=False, workers=1)
+def test_zip_gives_what_its_folder_gives(drawn: Path, data_dir: Path, images: Path) -> None:
+    with_an_empty_folder_beside_the_zip(images.parent)
+    of_zip, of_folder = (
+        celeba.examples("test", Source(data_dir=folder, cache_dir=data_dir / name, workers=1))
+        for folder, name in ((data_dir, "a"), (drawn, "b"))
+    )
     assert torch.equal(of_zip.tensors["image"], of_folder.tensors["image"])
-    assert not images.exists()
 
 
 @pytest.mark.parametrize("name", ["img_align_celeba", "list_attr_celeba.txt", "list_eval_partition.txt"])
@@ -296,42 +267,34 @@ def test_empty_data_folder_lacks_all_three(tmp_path: Path) -> None:
     assert_not_found(tmp_path, "img_align_celeba.zip and list_attr_celeba.txt and list_eval_partition.txt")
 
 
-# Missing images.
+# Missing images
 
 
-def test_missing_images_are_counted_and_refused(data_dir: Path, images: Path) -> None:
-    for name in NAMES[:5]:
-        (images / name).unlink()
-    assert_not_found(data_dir, f"5 of the {N} images", images, "`allow_missing`")
-
-
-def test_missing_images_may_be_allowed_and_are_told(
+def test_missing_images_are_refused_unless_allowed(
     data_dir: Path, images: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in NAMES[:5]:
         (images / name).unlink()
-    test = celeba.test_data(data_dir, data_dir / "cache", allow_missing=True, workers=1)
+    assert_not_found(data_dir, f"5 of the {N} images", images, "--allow-missing")
+    test = celeba.examples(
+        "test", Source(data_dir=data_dir, cache_dir=data_dir / "cache", workers=1, allow_missing=True)
+    )
     (record,) = (record for record in caplog.records if record.levelname == "WARNING")
     assert f"5 of the {N} images" in record.getMessage()
     rows = np.flatnonzero(PARTS == 2)[1:]
     assert torch.equal(test.tensors["image"], torch.stack([picture(images, int(row)) for row in rows]))
 
 
-def test_too_few_images_are_refused_in_any_case(data_dir: Path, images: Path) -> None:
-    for name, part in zip(NAMES, PARTS, strict=True):
-        if part == 1:
-            (images / name).unlink()
-    said = "too few are left: 60 for train, 0 for validation, 60 for test"
-    assert_not_found(data_dir, f"60 of the {N} images", said, allow_missing=True)
+@pytest.mark.parametrize("allow_missing", [True, False])
+def test_split_with_too_few_images_is_refused(data_dir: Path, images: Path, allow_missing: bool) -> None:
+    for row in np.flatnonzero(PARTS == 1):
+        (images / NAMES[row]).unlink()
+    left = "too few are left: 60 for train, 0 for validation, 60 for test"
+    said = assert_not_found(data_dir, f"60 of the {N} images", left, allow_missing=allow_missing)
+    assert "--allow-missing" not in said
 
 
-def test_check_says_what_is_there(drawn: Path) -> None:
-    said = celeba.check(drawn)
-    assert said.endswith("train 60 of 60 images, validation 60 of 60 images, test 60 of 60 images")
-    assert str(drawn / "celeba" / "img_align_celeba") in said
-
-
-# Lists that don't fit. Line 5 of the attributes and line 3 of the partition are of the third image.
+# Wrong lists. Line 5 of the attributes and line 3 of the partition are the third image's
 
 
 def replace(old: str, new: str) -> Callable[[str], str]:
@@ -348,43 +311,42 @@ def in_row(name: str, edit: Callable[[str], str]) -> Callable[[str], str]:
 
 THIRD = NAMES[2]
 ATTRIBUTE_FAULTS = [
-    (in_row(THIRD, lambda row: row.replace("\n", " 1\n")), "line 5: 42 words"),
-    (in_row(THIRD, lambda row: row[:20] + "\n"), "line 5: 4 words"),
-    (in_row(THIRD, lambda row: "\n"), "line 5: 0 words"),
-    (in_row(THIRD, lambda row: row.replace(" -1", "  0", 1)), f"line 5 ({THIRD}): '0'"),
-    (in_row(THIRD, lambda row: row.replace(" -1", " --1", 1)), f"line 5 ({THIRD}): '--1'"),
-    (in_row(THIRD, lambda row: row.replace(" -1", " 11", 1)), f"line 5 ({THIRD}): '11'"),
+    (in_row(THIRD, lambda row: row.replace("\n", " 1\n")), "line 5: expected a name and 40 values, found 42 words"),
+    (in_row(THIRD, lambda row: row[:20] + "\n"), "line 5: expected a name and 40 values, found 4 words"),
+    (in_row(THIRD, lambda row: "\n"), "line 5: expected a name and 40 values, found 0 words"),
+    (in_row(THIRD, lambda row: row.replace(" -1", "  0", 1)), f"line 5 ({THIRD}): expected -1 or 1, found '0'"),
+    (in_row(THIRD, lambda row: row.replace(" -1", " --1", 1)), f"line 5 ({THIRD}): expected -1 or 1, found '--1'"),
+    (in_row(THIRD, lambda row: row.replace(" -1", " 11", 1)), f"line 5 ({THIRD}): expected -1 or 1, found '11'"),
     (in_row(THIRD, lambda row: row.replace(" -1", " \x00", 1)), "line 5"),
-    (in_row(THIRD, lambda row: row.replace(" -1", " -", 1)), f"line 5 ({THIRD}): '-'"),
-    (in_row(THIRD, lambda row: row.replace(" -1", " é", 1)), f"line 5 ({THIRD}): 'é'"),
-    (in_row(THIRD, lambda row: row.replace(THIRD, NAMES[0])), f"line 5: names {NAMES[0]} a second time"),
-    (in_row(THIRD, lambda row: ""), f"line 1: is '{N}' where the number of rows stands, and there are {N - 1}"),
-    (replace(f"{N}\n", "many\n"), "line 1: is 'many'"),
-    (replace("Male", "Mail"), "line 2: doesn't name the column Male"),
+    (in_row(THIRD, lambda row: row.replace(" -1", " -", 1)), f"line 5 ({THIRD}): expected -1 or 1, found '-'"),
+    (in_row(THIRD, lambda row: row.replace(" -1", " é", 1)), f"line 5 ({THIRD}): expected -1 or 1, found 'é'"),
+    (in_row(THIRD, lambda row: row.replace(THIRD, NAMES[0])), f"line 5: {NAMES[0]} is named a second time"),
+    (in_row(THIRD, lambda row: ""), f"line 1: expected the row count, {N - 1}, found '{N}'"),
+    (replace(f"{N}\n", "many\n"), "found 'many'"),
+    (replace("Male", "Mail"), "line 2: the header must name the column Male"),
     (lambda text: "", "line 2"),
     (lambda text: text[: len(text) // 2], "line "),
 ]
 PARTITION_FAULTS = [
-    (replace(f"{THIRD} 2", f"{THIRD} 3"), f"line 3 ({THIRD}): '3' where 0 or 1 or 2"),
-    (replace(f"{THIRD} 2", f"{THIRD}"), "line 3: 1 words"),
-    (replace(f"{THIRD} 2\n", ""), f"line 3: names {NAMES[3]}"),
-    (replace(f"{THIRD} 2", "other.jpg 2"), "line 3: names other.jpg"),
-    (replace(f"{NAMES[-1]} 2\n", ""), f"line {N}: names no more"),
-    (lambda text: text + "more.jpg 0\n", f"line {N + 1}: names more.jpg"),
+    (replace(f"{THIRD} 2", f"{THIRD} 3"), f"line 3 ({THIRD}): expected 0 or 1 or 2, found '3'"),
+    (replace(f"{THIRD} 2", f"{THIRD}"), "line 3: expected a name and 1 values, found 1 words"),
+    (replace(f"{THIRD} 2\n", ""), f"in row 3 they name {NAMES[3]} and {THIRD}"),
+    (replace(f"{THIRD} 2", "other.jpg 2"), f"in row 3 they name other.jpg and {THIRD}"),
+    (replace(f"{NAMES[-1]} 2\n", ""), f"in row {N} they name no more and"),
+    (lambda text: text + "more.jpg 0\n", f"in row {N + 1} they name more.jpg and no more"),
     (lambda text: "", "line 1"),
 ]
 
 
-@pytest.mark.parametrize(("edit", "said"), ATTRIBUTE_FAULTS)
-def test_fault_in_the_list_of_attributes_is_named(data_dir: Path, edit: Callable[[str], str], said: str) -> None:
-    path = data_dir / "celeba" / "list_attr_celeba.txt"
-    path.write_text(edit(path.read_text()))
-    assert_not_found(data_dir, path, said)
-
-
-@pytest.mark.parametrize(("edit", "said"), PARTITION_FAULTS)
-def test_fault_in_the_partition_is_named(data_dir: Path, edit: Callable[[str], str], said: str) -> None:
-    path = data_dir / "celeba" / "list_eval_partition.txt"
+@pytest.mark.parametrize(
+    ("name", "edit", "said"),
+    [
+        *(("list_attr_celeba.txt", *fault) for fault in ATTRIBUTE_FAULTS),
+        *(("list_eval_partition.txt", *fault) for fault in PARTITION_FAULTS),
+    ],
+)
+def test_fault_in_a_list_is_named(data_dir: Path, name: str, edit: Callable[[str], str], said: str) -> None:
+    path = data_dir / "celeba" / name
     path.write_text(edit(path.read_text()))
     assert_not_found(data_dir, path, said)
 
@@ -395,42 +357,30 @@ def test_partition_that_leaves_a_split_empty_is_refused(data_dir: Path) -> None:
     assert_not_found(data_dir, path, "120 for train, 0 for validation, 60 for test")
 
 
-def test_damaged_image_is_named(data_dir: Path, images: Path) -> None:
-    (images / THIRD).write_bytes((images / THIRD).read_bytes()[:-40])
-    with pytest.raises(UserError, match=THIRD):
-        celeba.test_data(data_dir, data_dir / "cache", allow_missing=False, workers=1)
+# The script and the real lists
 
 
-# The flags, the script, and the real lists.
-
-
-def test_script_names_the_flag_and_does_with_what_is_there(data_dir: Path, images: Path, tmp_path: Path) -> None:
+def test_script_decodes_the_images_that_exist(data_dir: Path, images: Path, tmp_path: Path) -> None:
     for name in NAMES[:5]:
         (images / name).unlink()
     env = environment(MVAE_DATA_DIR=str(data_dir), MVAE_CACHE_DIR=str(tmp_path / "cache"))
-    done = run_warm("celeba/datasets.py", cwd=tmp_path, env=env)
-    assert_refused(done, 1, f"5 of the {N} images", "--allow-missing")
-    done = run_warm("celeba/datasets.py", "--allow-missing", "--workers", 1, cwd=tmp_path, env=env)
-    assert done.returncode == 0
-    assert len(done.stderr.splitlines()) == 1
+    done = run("celeba/datasets.py", "--allow-missing", cwd=tmp_path, env=env)
+    assert (done.returncode, len(done.stderr.splitlines())) == (0, 1)
     assert f"5 of the {N} images" in done.stderr
     assert "train 58 of 60 images, validation 58 of 60 images, test 59 of 60 images" in done.stdout
     assert f"decoding {N - 5} pictures" in done.stdout
+    assert (tmp_path / "cache" / "celeba-64.pictures").exists()
+    flags = ["--data-dir", data_dir, "--cache-dir", tmp_path]
+    assert_refused(run_warm("celeba/datasets.py", *flags), 1, f"5 of the {N} images", "--allow-missing")
 
 
-def test_cache_folder_may_be_named_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
-    for value in (None, "/elsewhere"):
-        if value:
-            monkeypatch.setenv("MVAE_CACHE_DIR", value)
-        else:
-            monkeypatch.delenv("MVAE_CACHE_DIR", raising=False)
-        parser = argparse.ArgumentParser()
-        add_flags(parser)
-        args = parser.parse_args([])
-        found.append(args.cache_dir)
-        assert (args.allow_missing, args.workers) == (False, os.cpu_count())
-    assert found == [Path("./data/cache"), Path("/elsewhere")]
+@pytest.mark.parametrize(("workers", "status", "said"), [(1, 1, THIRD), (0, 2, "workers must be an integer >= 1")])
+def test_script_names_a_damaged_image_and_a_wrong_flag(
+    data_dir: Path, images: Path, workers: int, status: int, said: str
+) -> None:
+    (images / THIRD).write_bytes((images / THIRD).read_bytes()[:-40])
+    flags = ["--data-dir", data_dir, "--cache-dir", data_dir / "cache", "--workers", workers]
+    assert_refused(run_warm("celeba/datasets.py", *flags), status, said)
 
 
 def test_real_lists_are_read_whole() -> None:

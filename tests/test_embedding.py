@@ -1,24 +1,27 @@
-"""embed.py: latents of a split or of files, in one .npz; and the map of them."""
+"""mvae.tools.embed: latents of a split or of files, in one .npz file; and their map."""
 
-import argparse
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from mnist.datasets import CONTROLS as MNIST
+from mnist.model import build_model
+from mvae import Data, UsageError, UserError, load_model
+from mvae.data import mnist
+from mvae.run import checkpoint, maps
+from mvae.tools import embed as embedding
+from mvae.tools.controls import Attributes, Label, Picture
+from mvae.tools.embed import Embedding
+from mvae.tools.folder import Experiment
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mnist.datasets import CONTROLS as MNIST
-from mnist.datasets import examples as mnist_examples
-from mnist.model import build_model
-from mvae import UsageError, UserError, checkpoint, maps
-from mvae.data import Data
-from mvae.scripts import embedding, flags
-from mvae.scripts.kinds import Attributes, Label, Picture
-
-from helpers import Trained, assert_ended, fit_small, run_warm, small_data, small_model
+from helpers import ROOT, Trained, assert_ended, assert_refused, environment, small_data, small_model
 
 CONTROLS = {
     "image": Picture("L", 6, dark=True),
@@ -28,140 +31,141 @@ CONTROLS = {
 Embed = Callable[..., dict[str, np.ndarray]]
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the small model."""
-    folder = tmp_path_factory.mktemp("small")
-    fit_small(folder, epochs=1)
-    return folder / checkpoint.BEST
-
-
 @pytest.fixture
-def embed(path: Path, tmp_path: Path) -> Embed:
-    """Embeds 1,200 examples, or files: what embed.py does with these words."""
+def embed(tmp_path: Path) -> Embed:
+    """Embeds 1,200 examples of the small model, or files, with these flags."""
+    content = {"settings": {}, "n_latents": 2, "model": small_model().state_dict()}
+    checkpoint.save(tmp_path / "model.pt", "small", content)
 
-    def done(*words: object, data: Data | None = None) -> dict[str, np.ndarray]:
-        parser = flags.embedding_parser(None, CONTROLS)
-        args = parser.parse_args([str(path), "--out", str(tmp_path / "new" / "z.npz"), *map(str, words)])
-
-        def examples(split: str, args: argparse.Namespace, settings: Any) -> Data:
-            return data or small_data(1200, seed=3)
-
-        embedding.embed(args, "small", lambda n_latents: small_model(), CONTROLS, examples)
-        with np.load(args.out) as found:
-            return dict(found)
+    def done(data: Data | None = None, **flags: Any) -> dict[str, np.ndarray]:
+        found = data or small_data(1200, seed=3)
+        folder = Experiment("small", CONTROLS, object, lambda *_: found, lambda _: small_model())
+        config = Embedding(model_path=tmp_path / "model.pt", out=tmp_path / "new" / "z.npz", **flags)
+        embedding.embed(config, folder)
+        with np.load(config.out) as arrays:
+            return dict(arrays)
 
     return done
 
 
-def posterior(path: Path, *names: str, n: int = 1200) -> tuple[np.ndarray, np.ndarray]:
-    model, _ = checkpoint.load_model(path, "small", lambda n_latents: small_model(), torch.device("cpu"))
-    batch = small_data(n, seed=3).tensors
+def posterior(*names: str) -> tuple[np.ndarray, np.ndarray]:
+    batch = small_data(1200, seed=3).tensors
     with torch.no_grad():
-        mu, logvar = model.posterior({name: batch[name] for name in names})
+        mu, logvar = small_model().eval().posterior({name: batch[name] for name in names})
     return mu.numpy(), logvar.numpy()
 
 
-def test_latents_are_those_of_the_modalities_given(embed: Embed, path: Path) -> None:
-    found = embed("--given", "label", "image")
-    for part, expected in zip(("mu", "logvar"), posterior(path, "label", "image"), strict=True):
+def test_file_has_the_latents_given_some_modalities_and_the_labels(embed: Embed) -> None:
+    found, data = embed(given=("label", "image")), small_data(1200, seed=3).tensors
+    for part, expected in zip(("mu", "logvar"), posterior("label", "image"), strict=True):
         np.testing.assert_allclose(found[part], expected, rtol=1e-5, atol=1e-6)
     assert found["given"].tolist() == ["label", "image"]
-
-
-def test_file_has_labels_attributes_and_their_names(embed: Embed) -> None:
-    found, data = embed(), small_data(1200, seed=3).tensors
     np.testing.assert_array_equal(found["label"], data["label"])
     np.testing.assert_array_equal(found["attrs"], data["attrs"])
-    assert (found["label_names"].tolist(), found["attrs_names"].tolist()) == (
-        ["ant", "bee", "cat"],
-        ["Big", "Old", "Red", "Wet"],
-    )
-    assert found["given"].tolist() == ["image"]
+    assert found["label_names"].tolist() == ["ant", "bee", "cat"]
+    assert found["attrs_names"].tolist() == ["Big", "Old", "Red", "Wet"]
 
 
-def test_examples_are_read_a_bounded_number_at_a_time_and_limit_takes_the_first(embed: Embed, path: Path) -> None:
+def test_examples_are_read_in_bounded_batches_and_limit_takes_the_first(embed: Embed) -> None:
     sizes: list[int] = []
 
     def transform(rows: dict[str, Any]) -> dict[str, Any]:
         sizes.append(len(rows["label"]))
         return rows
 
-    found = embed("--limit", 1100, data=small_data(1200, seed=3, transform=transform))
+    found = embed(small_data(1200, seed=3, transform=transform), limit=1100)
     assert sizes == [500, 500, 100]
-    np.testing.assert_allclose(found["mu"], posterior(path, "image")[0][:1100], rtol=1e-5, atol=1e-6)
+    assert found["given"].tolist() == ["image"]
+    np.testing.assert_allclose(found["mu"], posterior("image")[0][:1100], rtol=1e-5, atol=1e-6)
 
 
-def test_pictures_of_folders_and_files_are_named(embed: Embed, path: Path, tmp_path: Path) -> None:
+def test_files_and_folders_are_embedded(embed: Embed, tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     paths = [tmp_path / "own" / "a.png", tmp_path / "own" / "b.png", tmp_path / "c.png"]
     for i, file in enumerate(paths):
         Image.new("L", (9, 7), 50 * i).save(file)
-    found = embed("--files", tmp_path / "own", "--files", paths[2])
+    found = embed(files=(tmp_path / "own", paths[2]))
     assert found["file"].tolist() == list(map(str, paths))
     assert found.keys() == {"mu", "logvar", "given", "file"}
-    model, _ = checkpoint.load_model(path, "small", lambda n_latents: small_model(), torch.device("cpu"))
     with torch.no_grad():
-        mu, _ = model.posterior({"image": CONTROLS["image"].tensor(paths[1])})
+        mu, _ = small_model().eval().posterior({"image": CONTROLS["image"].tensor(paths[1])})
     np.testing.assert_allclose(found["mu"][1:2], mu, rtol=1e-5)
 
 
-def test_files_are_pictures_alone(embed: Embed, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="`files` are pictures"):
-        embed("--files", tmp_path / "a.png", "--given", "label")
+def test_wrong_flags_are_refused_and_leave_no_file(embed: Embed, tmp_path: Path) -> None:
+    absent, model = tmp_path / "absent.png", tmp_path / "model.pt"
+    with pytest.raises(UsageError, match="given must be among image, attrs, label"):
+        embed(given=("other",))
+    with pytest.raises(UsageError, match="one control that files can hold"):
+        embed(files=(absent,), given=("label",))
     with pytest.raises(UserError, match="can't read"):
-        embed("--files", tmp_path / "absent.png")
-    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == []
-    assert not (tmp_path / "new").exists()
+        embed(files=(absent,))
+    with pytest.raises(UsageError, match="would overwrite"):
+        embed(plot=model)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
 
 
 @pytest.mark.parametrize(("by", "n_colours"), [("label", 3), ("Old", 2)])
 def test_map_is_coloured_by_a_label_or_an_attribute(embed: Embed, tmp_path: Path, by: str, n_colours: int) -> None:
-    embed("--plot", tmp_path / "map.png", "--colour-by", by)
+    embed(plot=tmp_path / "map.png", colour_by=by)
     pixels = np.asarray(Image.open(tmp_path / "map.png").convert("RGB")).reshape(-1, 3)
     shown = [colour for colour in maps.COLOURS if (pixels == list(bytes.fromhex(colour[1:]))).all(axis=1).sum() > 50]
     assert shown == list(maps.COLOURS[:n_colours])
 
 
-def test_attribute_that_most_divides_the_examples_is_the_usual_colour() -> None:
+def test_default_colour_is_the_attribute_nearest_to_one_half() -> None:
     attrs = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 1], [1, 0, 0, 0]])
     by, classes, names = embedding.colours_of({"attrs": attrs}, CONTROLS, None, 4)
     assert (by, classes.tolist(), names) == ("Old", [1, 0, 1, 0], ["-Old", "Old"])
-
-
-def test_unknown_colour_is_refused_and_the_known_ones_are_named() -> None:
-    with pytest.raises(UsageError, match="`colour_by` takes label, not Old"):
+    with pytest.raises(UsageError, match="colour_by must be one of label, got Old"):
         embedding.colours_of({"label": torch.tensor([0, 1])}, CONTROLS, "Old", 2)
 
 
-def test_principal_components_are_those_of_the_covariance() -> None:
+def test_principal_components_point_to_where_their_largest_weight_is_positive() -> None:
     points = np.random.default_rng(0).normal(size=(300, 5)) * [0.1, 3, 1, 0.2, 9] + 7
     found = maps.pca(points)
     values = np.linalg.eigvalsh(np.cov(points.T))[::-1]
     np.testing.assert_allclose(np.cov(found.T), np.diag(values[:2]), atol=1e-9 * values[0])
     np.testing.assert_allclose(maps.pca(points + 1), found, atol=1e-9)
-    assert np.corrcoef(found[:, 0], points[:, 4])[0, 1] > 0.99  # the axis points to where the values rise
+    assert np.corrcoef(found[:, 0], points[:, 4])[0, 1] > 0.99
+    assert maps.pca(points[:3, :1]).shape == (3, 2)
+    assert maps.pca(points[:1]).tolist() == [[0, 0]]
 
 
-def test_projection_that_is_not_installed_is_told_with_its_package() -> None:
-    for name, module, package in (("tsne", "sklearn", "scikit-learn"), ("umap", "umap", "umap-learn")):
-        try:
-            __import__(module)
-        except ImportError:
-            with pytest.raises(UsageError, match=rf"`map` {name} needs {package}: pip install {package}"):
-                maps.projection(name)
-        else:
-            points = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
-            assert maps.projection(name)(points, 0).shape == (40, 2)
+def test_projections_to_two_dimensions() -> None:
+    points = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+    assert maps.projection("tsne")(points, 0).shape == (40, 2)
+    with pytest.raises(UsageError, match="at least 4 points"):
+        maps.projection("tsne")(points[:3], 0)
+    try:
+        __import__("umap")
+    except ImportError:
+        with pytest.raises(UsageError, match="pip install umap-learn"):
+            maps.projection("umap")
+    else:
+        assert maps.projection("umap")(points, 0).shape == (40, 2)
 
 
-def test_script_embeds_the_validation_split(trained: Trained, digits_dir: Path, tmp_path: Path) -> None:
-    words = [trained.out_dir / checkpoint.BEST, "--data-dir", digits_dir, "--split", "validation", "--plot", "map.png"]
-    assert_ended(run_warm("mnist/embed.py", *words, cwd=tmp_path))
-    held_out = mnist_examples("validation", argparse.Namespace(data_dir=digits_dir), {"n_val": 200, "binarize": False})
-    batch, _ = held_out.batch(torch.arange(200))
-    model, _ = checkpoint.load_model(trained.out_dir / checkpoint.BEST, "mnist", build_model, torch.device("cpu"))
-    with np.load(tmp_path / "latents.npz") as found, torch.no_grad():
+def test_legend_is_bounded() -> None:
+    names = [f"class {i}" for i in range(50)]
+    (legend,) = maps.figure(np.zeros((50, 2)), range(50), names, "many").legends
+    assert [text.get_text() for text in legend.get_texts()] == names[:20]
+    assert legend.get_title().get_text() == "and 30 more"
+
+
+def run_tool(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mvae.tools.embed", *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
+
+
+def test_tool_runs_in_an_experiments_folder(trained: Trained, digits_dir: Path, tmp_path: Path) -> None:
+    model_path, out = trained.out_dir / checkpoint.BEST, tmp_path / "z.npz"
+    words = [model_path, "--data-dir", digits_dir, "--split", "validation", "--out", out]
+    assert_ended(run_tool(*words, cwd=ROOT / "mnist"))
+    _, validation = mnist.training_data("MNIST", digits_dir, n_val=200, binarize=False)
+    batch, _ = validation.batch(torch.arange(200))
+    model, _ = load_model(model_path, "mnist", build_model, torch.device("cpu"))
+    with np.load(out) as found, torch.no_grad():
         np.testing.assert_allclose(found["mu"], model.posterior({"image": batch["image"]})[0], rtol=1e-4, atol=1e-5)
         assert found["text_names"].tolist() == list(MNIST["text"].names)
-    assert {file.name for file in tmp_path.iterdir()} == {"latents.npz", "map.png"}
+    assert_refused(run_tool(*words, cwd=tmp_path), 2, "run this in an experiment's folder")

@@ -38,7 +38,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def blocks() -> tuple[np.ndarray, np.ndarray]:
-    """One picture a class: digit d is a block in the middle, 4 + 2 d pixels high, 12 wide, of brightness 20 (d + 1)."""
+    """One picture a class: digit d is a block in the centre, 4 + 2 d pixels high, 12 wide, of brightness 20 (d + 1)."""
     images = np.zeros((10, 28, 28), np.uint8)
     for digit in range(10):
         images[digit, 12 - digit : 16 + digit, 8:20] = 20 * (digit + 1)
@@ -48,9 +48,9 @@ def blocks() -> tuple[np.ndarray, np.ndarray]:
 # The canvases
 
 
-def test_digits_stand_at_the_corners_in_reading_order(digits: tuple[np.ndarray, np.ndarray]) -> None:
+def test_digits_are_at_the_corners_in_reading_order(digits: tuple[np.ndarray, np.ndarray]) -> None:
     images, labels = digits
-    inner = slice(2, 19)  # what neighbouring squares don't share
+    inner = slice(2, 19)  # where neighbouring squares don't overlap
     squares = datasets._scaled(images, 21)[:, inner, inner]
     known = {(str(label), square.tobytes()) for label, square in zip(labels, squares, strict=True)}
     for canvas, text in zip(*draw(*digits), strict=True):
@@ -59,13 +59,10 @@ def test_digits_stand_at_the_corners_in_reading_order(digits: tuple[np.ndarray, 
             assert (text[place], shown.tobytes()) in known if place < len(text) else not shown.any()
 
 
-def test_every_number_of_digits_is_as_likely(digits: tuple[np.ndarray, np.ndarray]) -> None:
+def test_all_numbers_of_digits_within_the_bounds_are_equally_likely(digits: tuple[np.ndarray, np.ndarray]) -> None:
     _, texts = draw(*digits, n=5000)
     counts = np.bincount([len(text) for text in texts], minlength=5)
     assert np.abs(counts - 1000).max() < 4 * np.sqrt(800)
-
-
-def test_the_number_of_digits_keeps_to_its_bounds(digits: tuple[np.ndarray, np.ndarray]) -> None:
     _, texts = draw(*digits, min_digits=2, max_digits=3)
     assert {len(text) for text in texts} == {2, 3}
 
@@ -84,7 +81,7 @@ def test_free_digits_are_read_by_halves_from_left_to_right(blocks: tuple[np.ndar
         assert np.lexsort((columns, rows >= 24.5)).tolist() == list(range(len(text)))
 
 
-def test_free_digits_stand_anywhere(blocks: tuple[np.ndarray, np.ndarray]) -> None:
+def test_free_digits_are_anywhere(blocks: tuple[np.ndarray, np.ndarray]) -> None:
     canvases, _ = draw(*blocks, n=5000, fixed=False)
     assert (canvases.max(axis=0)[5:45, 5:45] > 0).all()
 
@@ -95,10 +92,16 @@ def test_one_digit_in_the_centre(blocks: tuple[np.ndarray, np.ndarray]) -> None:
         assert (canvas[11:39, 11:39] == blocks[0][int(text)]).all()
 
 
-def test_digits_too_large_to_place_are_refused() -> None:
-    full = np.full((1, 28, 28), 255, np.uint8)
-    with pytest.raises(UserError, match="too large to place"):
-        draw(full, np.zeros(1, np.uint8), n=20, fixed=False, no_resize=True, max_digits=2)
+@pytest.mark.parametrize(
+    ("images", "recipe", "said"),
+    [
+        (np.full((1, 28, 28), 255), {"fixed": False, "no_resize": True, "max_digits": 2}, "too large to place"),
+        (np.zeros((3, 28, 28)), {"no_repeat": True}, "4 classes"),
+    ],
+)
+def test_digits_that_cannot_make_canvases_are_refused(images: np.ndarray, recipe: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        draw(images.astype(np.uint8), np.arange(len(images), dtype=np.uint8), n=20, **recipe)
 
 
 def test_no_repeat_makes_digits_differ(digits: tuple[np.ndarray, np.ndarray]) -> None:
@@ -106,12 +109,7 @@ def test_no_repeat_makes_digits_differ(digits: tuple[np.ndarray, np.ndarray]) ->
     assert all(len(set(text)) == len(text) for text in texts)
 
 
-def test_no_repeat_is_refused_with_too_few_classes() -> None:
-    with pytest.raises(UserError, match="4 classes"):
-        draw(np.zeros((3, 28, 28), np.uint8), np.arange(3, dtype=np.uint8), no_repeat=True)
-
-
-def test_scramble_changes_the_order_of_the_text_alone(digits: tuple[np.ndarray, np.ndarray]) -> None:
+def test_scramble_changes_the_order_of_the_text_only(digits: tuple[np.ndarray, np.ndarray]) -> None:
     plain, scrambled = draw(*digits), draw(*digits, scramble=True)
     assert (plain[0] == scrambled[0]).all()
     assert [sorted(text) for text in plain[1]] == [sorted(text) for text in scrambled[1]]
@@ -119,7 +117,7 @@ def test_scramble_changes_the_order_of_the_text_alone(digits: tuple[np.ndarray, 
     assert orders >= set(itertools.permutations(range(4)))
 
 
-def test_reverse_turns_half_of_the_texts(digits: tuple[np.ndarray, np.ndarray]) -> None:
+def test_reverse_reverses_half_of_the_texts(digits: tuple[np.ndarray, np.ndarray]) -> None:
     plain, turned = draw(*digits), draw(*digits, reverse=True)
     assert (plain[0] == turned[0]).all()
     pairs = [(text, other) for text, other in zip(plain[1], turned[1], strict=True) if text != text[::-1]]
@@ -127,7 +125,7 @@ def test_reverse_turns_half_of_the_texts(digits: tuple[np.ndarray, np.ndarray]) 
     assert 0.4 < np.mean([text != other for text, other in pairs]) < 0.6
 
 
-def test_the_last_twelfth_shows_digits_of_its_own() -> None:
+def test_the_last_twelfth_shows_other_digits() -> None:
     images = np.full((120, 28, 28), 100, np.uint8)
     images[-10:] = 255
     labels = np.zeros(120, np.uint8)
@@ -262,14 +260,11 @@ def probability(text_given_z: Any) -> dict[str, float]:
     return dict(zip(texts, text_given_z.log_prob(Z.expand(len(texts), -1), symbols).exp().tolist(), strict=True))
 
 
-def test_inference_parameters_are_the_papers() -> None:
+def test_networks_have_the_papers_sizes() -> None:
     model = networks.build_model(100)
     assert sum(weight.numel() for weight in model.encoders.parameters()) == 1_841_936
     assert sum(weight.numel() for weight in model.encoders["image"].parameters()) == 1_316_936
-
-
-def test_decoded_canvases_have_50_by_50_pixels() -> None:
-    assert networks.build_model(7).likelihood("image").mean(torch.zeros(2, 3, 7)).shape == (2, 3, 1, 50, 50)
+    assert model.likelihood("image").mean(torch.zeros(2, 3, 100)).shape == (2, 3, 1, 50, 50)
 
 
 @torch.no_grad()
@@ -298,8 +293,8 @@ def test_in_bfloat16_probabilities_still_sum_to_one() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("text", [[1, 10, 2, 10], [-1, 10, 10, 10], [11, 10, 10, 10]])
-def test_symbols_that_are_no_text_are_refused(text: list[int]) -> None:
-    with pytest.raises(UsageError, match="digits 0 to 9, and after them 10 alone"):
+def test_symbols_that_are_not_a_text_are_refused(text: list[int]) -> None:
+    with pytest.raises(UsageError, match="digits 0 to 9, and after them 10 only"):
         networks.build_model(5).check({"text": torch.tensor([text])}, names=["text"])
 
 
@@ -313,7 +308,7 @@ def test_a_digit_after_the_end_has_no_probability(text_given_z: Any) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("text", ["", "4", "07", "1773"])
 def test_teacher_forcing_is_the_chain_rule(text_given_z: Any, probability: dict[str, float], text: str) -> None:
-    """Decoding place by place, p(symbol | what stands before it) is a ratio of sums over texts."""
+    """In decoding, p(symbol | previous symbols) is a ratio of sums over texts."""
 
     def begins(prefix: str) -> float:
         return sum(p for other, p in probability.items() if other.startswith(prefix))
@@ -381,66 +376,56 @@ def sample(folder: Path, *condition: object) -> tuple[bytes, list[str]]:
     return (folder / "sample_image.png").read_bytes(), (folder / "sample_text.txt").read_text().split("\n")[:-1]
 
 
-def test_train_takes_the_canvases_that_datasets_has_made(trained: Path) -> None:
-    settings = checkpoint.load(trained / "trained_models" / checkpoint.BEST, "multimnist")["settings"]
-    assert settings["canvases"] == dataclasses.asdict(Recipe(**SMALL))
-
-
-def test_training_reports_how_many_texts_are_read_right(trained: Path) -> None:
+def test_training_uses_the_canvases_of_datasets_and_resumes(digits_dir: Path, trained: Path) -> None:
+    content = checkpoint.load(trained / "trained_models" / checkpoint.BEST, "multimnist")
+    assert content["facts"]["canvases"] == dataclasses.asdict(Recipe(**SMALL))
     assert all(0 <= record["validation/text_accuracy"] <= 1 for record in stats(trained / "trained_models"))
-
-
-def test_a_resumed_run_is_the_run(digits_dir: Path, trained: Path) -> None:
     train(trained, digits_dir, "--out-dir", "resumed", "--epochs", 1)
     train(trained, digits_dir, "--out-dir", "resumed", "--epochs", 2, "--resume")
     assert_same_run(trained / "resumed", trained / "trained_models", "multimnist")
 
 
-def test_the_empty_text_is_a_condition_as_any_other(trained: Path) -> None:
+def test_the_empty_text_is_a_condition_like_any_other(trained: Path) -> None:
     empty, other = (sample(trained, "--condition-on-text", text) for text in ("", "007"))
     assert len({sample(trained)[0], empty[0], other[0]}) == 3
 
 
-def test_texts_are_drawn_at_a_temperature_beside_a_held_out_canvas(trained: Path) -> None:
+def test_texts_are_drawn_at_a_temperature_given_a_held_out_canvas(trained: Path) -> None:
     _, texts = sample(trained, "--condition-on-image", "", "--condition-on-text", "", "--draw", "--temperature", 2)
     assert [datasets.decode(datasets.encode(text).unsqueeze(0))[0] for text in texts] == texts
     assert len(set(texts)) > 1
 
 
-def test_a_text_that_no_held_out_canvas_has_is_an_error(trained: Path, tmp_path: Path) -> None:
-    arguments = ["--canvas-dir", trained / "data" / "MultiMNIST", "--condition-on-image", "9876"]
-    done = run_warm("multimnist/sample.py", trained / "trained_models" / checkpoint.BEST, *arguments, cwd=tmp_path)
-    assert_refused(done, 1, "none of the 30 held-out examples shows text '9876'")
-
-
-def test_sample_says_what_texts_are_allowed(tmp_path: Path) -> None:
-    done = run_warm("multimnist/sample.py", "any", "--condition-on-text", "12345", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "0 to 4 digits" in done.stderr.splitlines()[-1]
-
-
-def test_datasets_refuses_an_impossible_call(tmp_path: Path) -> None:
-    done = run_warm("multimnist/datasets.py", "--no-fixed", "--no-resize", cwd=tmp_path)
-    assert_refused(done, 2, "--max-digits 2")
+@pytest.mark.parametrize(
+    ("script", "arguments", "status", "said"),
+    [
+        ("sample", ["--condition-on-image", "9876"], 1, "none of the 30 held-out examples shows text '9876'"),
+        ("sample", ["--condition-on-text", "12345"], 2, "0 to 4 digits"),
+        ("datasets", ["--no-fixed", "--no-resize"], 2, "--max-digits 2"),
+    ],
+)
+def test_scripts_refuse_in_one_line(
+    script: str, arguments: list[str], status: int, said: str, trained: Path, tmp_path: Path
+) -> None:
+    if script == "sample":
+        canvases = trained / "data" / "MultiMNIST"
+        arguments = [str(trained / "trained_models" / checkpoint.BEST), "--canvas-dir", str(canvases), *arguments]
+    assert_refused(run_warm(f"multimnist/{script}.py", *arguments, cwd=tmp_path), status, said)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_loglike_reports_both_accuracies(trained: Path) -> None:
+    path = trained / "trained_models" / checkpoint.BEST
     few = ("--limit", 20, "--n-samples", 10, "--json", "found.json")
-    assert_ended(run_warm("multimnist/loglike.py", "trained_models/model_best.pth.tar", *few, cwd=trained))
+    assert_ended(run_warm("multimnist/loglike.py", path, *few, cwd=trained))
     found = json.loads((trained / "found.json").read_text())
     assert all(row["mean"] < 0 for row in found["log_likelihood"])
-    model, _ = checkpoint.load_model(
-        trained / "trained_models" / checkpoint.BEST, "multimnist", networks.build_model, torch.device("cpu")
-    )
+    model, _ = checkpoint.load_model(path, "multimnist", networks.build_model, torch.device("cpu"))
     batch, _ = datasets.test_data(trained / "data" / "MultiMNIST").batch(torch.arange(20))
     with torch.no_grad():
         read = model.likelihood("text").mean(model.posterior({"image": batch["image"]})[0]).argmax(dim=2)
-    texts, said = datasets.decode(batch["text"]), datasets.decode(read)
-    right = [digit == other[i : i + 1] for text, other in zip(texts, said, strict=True) for i, digit in enumerate(text)]
-    accuracies = [
-        found["measures"][f"accuracy of the text read off the image, {kind}"]["mean"]
-        for kind in ("whole strings", "per digit")
-    ]
-    whole = [text == other for text, other in zip(texts, said, strict=True)]
-    assert accuracies == pytest.approx([np.mean(whole), np.mean(right)])
+    pairs = list(zip(datasets.decode(batch["text"]), datasets.decode(read), strict=True))
+    right = [digit == other[i : i + 1] for text, other in pairs for i, digit in enumerate(text)]
+    for kind, expected in (("whole strings", [text == other for text, other in pairs]), ("per digit", right)):
+        accuracy = found["measures"][f"accuracy of the text read off the image, {kind}"]["mean"]
+        assert accuracy == pytest.approx(np.mean(expected))

@@ -269,7 +269,7 @@ def test_the_orientation_and_the_bits_of_a_picture_are_respected(tmp_path: Path)
     exif[0x0112] = 6  # rotate by 90 degrees, clockwise
     Image.fromarray(np.ascontiguousarray(np.rot90(upright))).save(tmp_path / "a.png", exif=exif)
     config = setup.Config(command="grayscale", src=tmp_path, dst=tmp_path / "out")
-    assert setup.convert(config, None, tmp_path / "a.png").status == "made"
+    assert setup.convert(config, None, tmp_path / "a.png") == ("made", "")
     assert abs(read(tmp_path / "out" / "a.png") - upright / 257).max() <= 0.5
 
 

@@ -13,14 +13,14 @@ from mvae.tools.sampling import Condition, Sampling, sample
 
 from torch import Tensor
 
-from datasets import CONTROLS, MODALITIES, NAME, SIZE, Source, examples
+from datasets import CONTROLS, MODALITIES, NAME, SIZE, examples
 from model import build_model
 
 N_ROWS = 8  # of the contact sheet
 
 
 @dataclass(kw_only=True)
-class Config(Sampling, Source):
+class Config(Sampling):
     # Conditions
     condition_file: tuple[Path, ...] = ()  # pictures of any size, each with a --condition-type
     condition_type: tuple[str, ...] = ()  # modality of each file, in the same order; two files of one are two rows

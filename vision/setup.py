@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from mvae import cli
 from mvae.data.pictures import eight_bit
@@ -70,21 +70,12 @@ class Config:
     fallback: bool = True  # where no face is found, use the frame that CelebA is aligned to instead of a blank mask
 
     def __post_init__(self) -> None:
-        for name, value in (("workers", self.workers), ("limit", self.limit)):
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be an integer >= 1, got {value}")
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"limit must be an integer >= 1, got {self.limit}")
         if self.src.resolve() == self.dst.resolve():
             raise UsageError(f"src and dst must differ, got {self.src} for both")
         if self.command != "mask" and (self.predictor != PREDICTOR or not self.fallback):
             raise UsageError(f"--predictor and --no-fallback apply to masks only, not to {self.command}")
-
-
-class Outcome(NamedTuple):
-    """The status of a picture: "made", "no face" (made without one), "kept" or "damaged"."""
-
-    source: Path
-    status: str
-    reason: str = ""
 
 
 def grayscale(image: Image.Image) -> Image.Image:
@@ -178,16 +169,19 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def convert(config: Config, predictor: Path | None, source: Path) -> Outcome:
-    """Make one picture's result and write it."""
+def convert(config: Config, predictor: Path | None, source: Path) -> tuple[str, str]:
+    """Make one picture's result and write it.
+
+    Returns "made", "no face" (made without one), "kept" or "damaged", and what is wrong with a damaged picture.
+    """
     destination = config.dst / source.name
     if not config.overwrite and is_whole(destination):
-        return Outcome(source, "kept")
+        return "kept", ""
     try:
         with Image.open(source) as opened:
             image = eight_bit(opened)
     except Exception as error:  # as in is_whole
-        return Outcome(source, "damaged", getattr(error, "strerror", None) or str(error))
+        return "damaged", f"can't read {source}: {getattr(error, 'strerror', None) or error}"
     status = "made"
     if predictor:
         face = find_face(image)
@@ -200,7 +194,7 @@ def convert(config: Config, predictor: Path | None, source: Path) -> Outcome:
     bare = Image.fromarray(np.asarray(result))  # without the colour profile of the source, which doesn't apply
     bare.save(buffer, Image.registered_extensions()[source.suffix.lower()], quality=JPEG_QUALITY)
     write_atomically(destination, buffer.getvalue(), sync=False)  # a file that a power cut spoils is made again
-    return Outcome(source, status)
+    return status, ""
 
 
 def convert_all(config: Config, sources: Sequence[Path], predictor: Path | None = None) -> None:
@@ -211,10 +205,10 @@ def convert_all(config: Config, sources: Sequence[Path], predictor: Path | None 
     statuses: Counter[str] = Counter()
     job = functools.partial(convert, config, predictor)
     with contextlib.closing(in_parallel(job, sources, config.workers)) as outcomes:
-        for outcome in tqdm(outcomes, config.command, len(sources), leave=False, unit="picture", disable=None):
-            statuses[outcome.status] += 1
-            if outcome.status == "damaged":
-                tqdm.write(f"can't read {outcome.source}: {outcome.reason}", file=sys.stderr)
+        for status, what in tqdm(outcomes, config.command, len(sources), leave=False, unit="picture", disable=None):
+            statuses[status] += 1
+            if status == "damaged":
+                tqdm.write(what, file=sys.stderr)
     n_made = statuses["made"] + statuses["no face"]
     print(f"{config.dst}: made {n_made}, kept {statuses['kept']} that are complete")
     if statuses["no face"]:

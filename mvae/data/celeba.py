@@ -65,7 +65,9 @@ class Source(DataDir):
     """The flags of every script that reads CelebA."""
 
     # Pictures
-    cache_dir: Path = Path(os.environ.get("MVAE_CACHE_DIR") or "data/cache")  # folder of decoded pictures (or set MVAE_CACHE_DIR)
+    cache_dir: Path = Path(
+        os.environ.get("MVAE_CACHE_DIR") or "data/cache"
+    )  # folder of decoded pictures (or set MVAE_CACHE_DIR)
     workers: int = os.cpu_count() or 1  # number of processes that decode pictures
     allow_missing: bool = False  # use the images that exist, if the lists name more
 

@@ -2,21 +2,22 @@
 
 import gzip
 import hashlib
+import io
 import math
-import tempfile
+import shutil
 import zlib
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision import datasets
-from torchvision.datasets.utils import download_url
+from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import check_writable, write_atomically
+from ..files import write_atomically
 from .dataset import Data, binarize_once, pictures_and_labels, split
 from .dataset import binarize as binarize_each_time
 
@@ -35,6 +36,11 @@ CONTENT_MD5 = {
     },
 }
 """Checksums of the unpacked files, which serve packed and unpacked ones."""
+
+MIRRORS = {
+    "MNIST": ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/"),
+    "FashionMNIST": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
+}
 
 
 def training_data(
@@ -83,9 +89,9 @@ def load_idx(data_dir: Path, name: str, part: str) -> tuple[Tensor, Tensor]:
     """
     folder = data_dir / name / "raw"
     stems = [f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"]
-    absent = [stem + ".gz" for stem in stems if not _candidates(folder, stem)]
-    if absent:
-        _download(folder, name, absent)
+    for stem in stems:
+        if not _candidates(folder, stem):
+            _download(folder, name, stem)
     images, labels = (_first_good(_candidates(folder, stem), name, stem) for stem in stems)
     if not len(images) or len(images) != len(labels):
         raise UserError(f"{folder}: {part} has {len(images)} pictures and {len(labels)} labels")
@@ -156,24 +162,20 @@ def _checksums(path: Path) -> dict[str, str]:
     return {Path(name.lstrip("*")).name: digest.lower() for digest, name in lines}
 
 
-def _download(folder: Path, name: str, files: Sequence[str]) -> None:
-    """Download an official data set's packed files into `folder`, each checked before it is there."""
-    official = getattr(datasets, name)
-    try:
-        check_writable(folder / files[0])
-        with tempfile.TemporaryDirectory() as temporary:
-            for file in files:
-                _fetch(official.mirrors, file, dict(official.resources)[file], temporary)
-                write_atomically(folder / file, Path(temporary, file).read_bytes())
-    except UserError as error:
-        remedy = "put them there, or set --data-dir or MVAE_DATA_DIR to the folder of your data sets"
-        raise UserError(f"{', '.join(files)} of {name} not found in {folder}: {error}; {remedy}") from None
-
-
-def _fetch(mirrors: Sequence[str], file: str, md5: str, folder: str) -> None:
-    for mirror in mirrors:
+def _download(folder: Path, name: str, stem: str) -> None:
+    """Download an official packed file into `folder`, from the first mirror that has it intact."""
+    path = folder / f"{stem}.gz"
+    for mirror in MIRRORS[name]:
+        content = io.BytesIO()
         try:
-            return download_url(mirror + file, folder, md5=md5)
-        except (OSError, HTTPException, RuntimeError) as error:
+            with (
+                urlopen(mirror + path.name, timeout=60) as response,
+                tqdm.wrapattr(response, "read", response.length, desc=path.name, leave=False, disable=None) as stream,
+            ):
+                shutil.copyfileobj(stream, content)
+            if hashlib.md5(gzip.decompress(content.getvalue())).hexdigest() != CONTENT_MD5[name][stem]:
+                raise OSError("its checksum is wrong")
+            return write_atomically(path, content.getvalue())
+        except (OSError, EOFError, zlib.error, HTTPException) as error:
             reason = getattr(error, "reason", error)  # of a URLError, in plain words
-    raise UserError(f"can't download them ({reason})")
+    raise UserError(f"no {path}, and it can't be downloaded ({reason}): put it there, or set --data-dir")

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -23,26 +24,27 @@ def in_parallel(function: Callable[[Job], Result], jobs: Sequence[Job], workers:
     """
     if workers < 1:
         raise UsageError(f"workers must be an integer >= 1, got {workers}")
-    with ProcessPoolExecutor(min(workers, len(jobs)) or 1, initializer=_start_worker) as pool:
-        running: set[Future[Result]] = set()
-        todo = iter(jobs)
-        try:
-            while True:
-                for job in todo:
-                    running.add(pool.submit(function, job))
-                    if len(running) >= 2 * workers:
-                        break
-                if not running:
-                    return
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process was killed: rerun the command to continue, with fewer --workers if memory is short"
-            ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)  # the others import torch again
+    pool = ProcessPoolExecutor(min(workers, len(jobs)) or 1, context, initializer=_start_worker)
+    running: set[Future[Result]] = set()
+    todo = iter(jobs)
+    try:
+        while True:
+            for job in todo:
+                running.add(pool.submit(function, job))
+                if len(running) >= 2 * workers:
+                    break
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed: rerun the command to continue, with fewer --workers if memory is short"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:

@@ -106,16 +106,16 @@ class TwoStages(Training):
         saved_state(self, name)
         if self.self_labels and not self.paired:
             raise UsageError("self_labels are for examples without a label: set n_paired or paired_fraction")
-        labels = {field.name: field.default for field in fields(self) if _concerns_labels(field.name)}
-        own: dict[str, Any] = {
+        first: dict[str, Any] = {field.name: field.default for field in fields(self) if _concerns_labels(field.name)}
+        first |= {
             "epochs": self.images_first,
             "out_dir": self.images_dir or self.out_dir / "images",
             "resume": self.resume or self.images_dir is not None,
         }
-        return replace(self, **labels | own)
+        return replace(self, **first)
 
 
 def _concerns_labels(name: str) -> bool:
     others = {"n_paired", "paired_fraction", "unpaired", "pairs_per_batch", "images_first", "images_dir", "self_labels"}
-    others |= {"self_labels_by", "select", "reconstruct", "approx_m", "attr_missing"}
+    others |= {"self_labels_by", "select", "reconstruct", "attr_missing"}
     return name in others or (name.startswith("lambda_") and name != "lambda_image")

@@ -3,17 +3,23 @@
 import atexit
 import dataclasses
 import os
+import shutil
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UsageError, UserError
+from ..model import has_fixed_shapes
+from ..objective import Objective, Totals
 
 T = TypeVar("T")
+Forward = Callable[..., tuple[Tensor, Totals]]
 
 CPU = torch.device("cpu")
 
@@ -115,6 +121,28 @@ class Processes:
         if self.world > 1:
             for buffer in module.buffers():
                 distributed.broadcast(buffer, src=0)
+
+
+def parallel(objective: Objective, present: Mapping[str, Tensor] | None, world: int, compiled: bool) -> Forward:
+    """Return the objective as `world` processes share it, compiled if asked. present: the training data's masks.
+
+    Raises UsageError if compiling needs a compiler that isn't there.
+    """
+    device = next(objective.parameters()).device
+    forward: Forward = objective
+    if world > 1:
+        # A network has no gradient if a process's examples lack its modality, or no term uses it.
+        lacking = present is not None and not compiled and not has_fixed_shapes(device)
+        inputs = {name for term in objective.terms for name in term.inputs}
+        outputs = {name for term in objective.terms for name in term.reconstructs}
+        unused = set(objective.model.modalities) != inputs & outputs
+        forward = DistributedDataParallel(objective, find_unused_parameters=lacking or unused)
+    if compiled:
+        compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        if device.type == "cpu" and not shutil.which(compiler):
+            raise UsageError(f"compile needs a C++ compiler ({compiler}): install one, set CXX, or omit --compile")
+        forward = torch.compile(forward, mode="reduce-overhead" if device.type == "cuda" else None)
+    return forward
 
 
 @contextmanager

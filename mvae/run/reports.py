@@ -1,12 +1,16 @@
 """What a run reports of its epochs: stats.jsonl, TensorBoard's scalars and pictures, and a line for each."""
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from ..data.dataset import Data
 from ..errors import UserError
@@ -40,7 +44,7 @@ class Reports:
             self.writer.close()
 
     def write(self, record: Record, validation: Data) -> None:
-        """Report an epoch, with reconstructions of `validation` by the model as it is. Raises UserError if that fails."""
+        """Report an epoch, with reconstructions of `validation` by the model. Raises UserError if that fails."""
         try:
             with open(self.stats, "a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -99,3 +103,30 @@ def line(record: Record, n_epochs: int, names: Sequence[str], *, best: bool) -> 
     beta = f"β {record['beta']:.3f}" + " (validation: β = 1)" * (record["beta"] < 1)
     speed = f"{record['examples_per_second']:.0f} examples/s"
     return "  ".join([f"epoch {record['epoch']}/{n_epochs}", beta, losses, *elbos, *metrics, speed, *["(best)"] * best])
+
+
+def progress(
+    batches: Sequence[Tensor], title: str, *, done: int, more: int, every: int, loss: Callable[[], float], say: Any
+) -> Iterator[Tensor]:
+    """Yield the batches that are left, with a progress bar on a terminal and plain lines elsewhere.
+
+    Args:
+        done: how many of them are done. more: how many follow them in later epochs.
+        every: steps between two lines. loss: returns the mean so far; say: prints a line.
+    """
+    terminal, n, began = sys.stderr.isatty(), len(batches), time.perf_counter()
+    bar = tqdm(batches[done:], title, n, initial=done, leave=False, disable=not terminal)
+    for step, rows in enumerate(bar, done + 1):
+        yield rows
+        if step % every == 0:
+            pace = (time.perf_counter() - began) / (step - done)
+            left = _duration(pace * (n - step + more))
+            bar.set_postfix_str(f"loss {loss():.2f}, {left} left")
+            if not terminal:
+                speed = f"{len(rows) / pace:.0f} examples/s"
+                say(f"{title}  step {step}/{n}  loss {loss():.2f}  {speed}  {left} left")
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "< 1 min"

@@ -1,12 +1,23 @@
 """Whether a run may write into a folder, and the state that it continues from."""
 
 import dataclasses
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from torch.optim import Optimizer
+
 from .. import cli
-from ..errors import UsageError
+from ..errors import UsageError, UserError
+from ..files import locked
+from ..objective import Objective
 from . import checkpoint
+from .distributed import is_first
+
+log = logging.getLogger(__name__)
 
 MAY_CHANGE = {"cuda", "threads", "workers", "log_interval", "save_every", "resume", "allow_missing"}
 """Fields of a Config that may differ when a run is resumed, as may folders. The data are compared themselves."""
@@ -74,3 +85,30 @@ def _compare(content: dict[str, Any], config: Any, path: Path, shared: bool) -> 
 
 def _options(hint: Any) -> tuple[Any, ...]:
     return getattr(hint, "__args__", ())
+
+
+def facts_of(objective: Objective, optimizer: Optimizer) -> dict[str, Any]:
+    """Return what a checkpoint records in addition to the Config: the command, the objective's terms and weights, and
+    the optimizer's options, which must be the same when a run is resumed."""
+    varying = {"params", "lr", "initial_lr", "fused", "foreach", "capturable", "differentiable"}
+    groups = [{name: value for name, value in group.items() if name not in varying} for group in optimizer.param_groups]
+    return {
+        **checkpoint.origin(),
+        "objective_crc32": objective.checksum(),
+        "optimizer": f"{type(optimizer).__name__} {groups}",
+    }
+
+
+@contextmanager
+def only_writer(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Hold the folder's lock, in the first process. If another run does: wait for it, or raise UsageError."""
+    waiting = functools.partial(log.info, "waiting for another run, which is training in %s", folder)
+    with ExitStack() as stack:
+        if is_first():
+            try:
+                stack.enter_context(locked(folder / ".lock", waiting if wait else None))
+            except BlockingIOError:
+                raise UsageError(f"another run is writing to {folder}: use another out_dir") from None
+            except OSError as error:
+                raise UserError(f"can't write {folder}: {error.strerror or error}") from None
+        yield

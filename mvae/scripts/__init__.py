@@ -1,1 +1,0 @@
-"""What the scripts share, and all that knows of flags and terminals."""
