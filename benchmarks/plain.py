@@ -1,23 +1,23 @@
-"""A training step's loss as the published 2018 code computes it, for any MVAE: what `step.py` measures against.
+"""A training step's loss as the published 2018 code computes it, for any MVAE: the reference of step.py.
 
-Every ELBO term runs by itself: it encodes, fuses, draws z, decodes every modality and scores some. The layers are the
-published ones too: Swish, cross-entropies and the product of experts are written out, operation by operation.
+Every ELBO term has a pass for itself alone: it encodes, fuses, draws z, decodes every modality and scores some. The
+layers are the published ones: Swish, cross-entropies and the product of experts, operation by operation.
 
 A pass per term gives batch norm each term's statistics; ours takes those of all terms together. So in training the two
-losses are equal for networks without batch norm (and dropout) alone; in evaluation they are equal for all.
+losses are equal only for networks without batch norm and dropout; in evaluation mode they are equal for all.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from mvae import MVAE, Batch, Bernoulli, Categorical, Likelihood, Term
 from mvae.layers import FoldConvTranspose2d
 
+import torch
+from torch import Tensor, nn
+
 Encode = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
-"""From an encoder and its modality to mu and logvar, each (batch, latents)."""
+"""Maps an encoder and its modality to mu and logvar, each (batch, latents)."""
 
 
 class Swish(nn.Module):
@@ -26,7 +26,7 @@ class Swish(nn.Module):
 
 
 def published(model: nn.Module) -> nn.Module:
-    """The model, changed in place, in the published code's layers and torch's default memory format."""
+    """Change the model in place to the published code's layers and torch's default memory format; return it."""
     for name, child in model.named_children():
         if isinstance(child, nn.SiLU):  # one operation; a Swish is two
             setattr(model, name, Swish())
@@ -40,13 +40,13 @@ def published(model: nn.Module) -> nn.Module:
 
 
 def encode_labels(encoder: Any, label: Tensor) -> tuple[Tensor, Tensor]:
-    """A label encoder's output computed for each example, not for each class."""
+    """Run a label encoder on each example instead of each class."""
     hidden = encoder.hidden(encoder.embedding(label))
     return encoder.mu(hidden), encoder.logvar(hidden)
 
 
 def product(experts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The prior times the Gaussians of these (mu, logvar), each (batch, latents), by their precisions."""
+    """Return the prior times the Gaussians of these (mu, logvar), each (batch, latents), by their precisions."""
     prior = torch.zeros_like(experts[0][0])
     mu = torch.stack([prior, *(mu for mu, _ in experts)])
     logvar = torch.stack([prior, *(logvar for _, logvar in experts)])
@@ -56,7 +56,7 @@ def product(experts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def log_prob(likelihood: Likelihood, z: Tensor, x: Tensor) -> Tensor:
-    """log p(x | z) in nats, (batch,); likelihoods that the published code lacks score by themselves."""
+    """Return log p(x | z) in nats, (batch,); a likelihood that the published code lacks has its own log_prob."""
     if isinstance(likelihood, Bernoulli):
         logits = likelihood.decode(z)
         nats = logits.clamp(min=0) - logits * x + (1 + (-logits.abs()).exp()).log()
@@ -73,39 +73,37 @@ def loss(
     batch: Batch,
     terms: Sequence[Term],
     weights: Mapping[str, float],
-    beta: float = 1.0,
     *,
     encode: Mapping[str, Encode] | None = None,
     given_only: bool = False,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """The negative sum of the terms' ELBOs in nats, a mean over the batch: what `Objective` gives.
+    """Return the negative sum of the terms' ELBOs at β = 1, in nats, a mean over the batch: the loss of `Objective`.
 
     Args:
-        model, batch, terms, weights, beta: as for `mvae.objective.Objective`, all modalities present.
+        model, batch, terms, weights: as for `mvae.Objective`, all modalities present.
         encode: by modality, how to run its encoder where that isn't a plain call.
-        given_only: a term encodes just what it is given (the published code does); else, every modality again.
+        given_only: a term encodes its inputs only, as the published code does, instead of every modality.
         noise: (terms, batch, latents) standard normal; drawn when None.
     """
     losses = []
     for t, term in enumerate(terms):
         experts = {}
-        for name in term.given if given_only else model.modalities:
+        for name in term.inputs if given_only else model.modalities:
             encoder, x = model.encoders[name], batch[name]
             mu, logvar = encode[name](encoder, x) if encode and name in encode else encoder(x)
             experts[name] = mu.float(), logvar.float()
-        mu, logvar = product([experts[name] for name in term.given])
-        eps = torch.randn_like(mu) if noise is None else noise[t]
-        z = mu + (0.5 * logvar).exp() * eps
+        mu, logvar = product([experts[name] for name in term.inputs])
+        z = mu + (0.5 * logvar).exp() * (torch.randn_like(mu) if noise is None else noise[t])
         reconstruction: Tensor | float = 0.0
         for name in model.modalities:
             likelihood = model.likelihood(name)
-            if name in term.scored:
+            if name in term.reconstructs:
                 reconstruction = reconstruction + weights.get(name, 1.0) * log_prob(likelihood, z, batch[name])
             elif isinstance(likelihood, Bernoulli | Categorical):
                 likelihood.decode(z)
             else:
                 likelihood.log_prob(z, batch[name])
         kl = -0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum(dim=1)
-        losses.append((beta * kl - reconstruction).mean())
+        losses.append((kl - reconstruction).mean())
     return torch.stack(losses).sum()

@@ -1,361 +1,209 @@
-"""Time a training step of each experiment against the plain reference: which has a pass for every ELBO term.
+"""Time a training step of each experiment against the plain reference, which has a pass for every ELBO term.
 
-A plain step (plain.py) encodes and decodes every modality again in every term, in the layers and formulas of the
-published 2018 code, and ends in torch's default Adam. That code spares itself the encoders of what a term isn't given,
-and so does the plain step called 'given only'. Ours is what `mvae.fit` does per step: a batch from the uint8 data set,
-seeds, subsets, `mvae.train_step` with fused Adam, and the sums of its parts. Before it is timed, both losses are found
-equal in evaluation mode; in training mode, too, where there is neither batch norm nor dropout (see plain.py). Every row
-comes from a process in which blocks of plain steps and of ours take turns; a ratio is that of neighbouring
-blocks.
+A plain step (plain.py) encodes and decodes every modality in every term, in the layers and formulas of the published
+2018 code, and ends in torch's default Adam. The published code encodes a term's inputs only; so does the plain step
+called "given only". Ours is the loop of train.py. Before it is timed, both losses are found equal in evaluation mode.
+
+Each row comes from a process in which blocks of plain steps and of ours take turns; a ratio is that of neighbouring
+blocks. Memory is the peak of a process that takes 10 steps: on a CPU all of it, on CUDA what torch has allocated.
+loglike is the time of loglike.py for 1,000 examples with 1,000 importance samples, extrapolated from 10 examples.
 """
 
-import argparse
 import itertools
-import json
 import math
-import os
-import platform
 import resource
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from mvae import Data, Run, Term, Training, cli, evaluate, random_subsets
+from mvae.data.dataset import permuted_rows
+from mvae.model import Precision, autocast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
-from mvae import MVAE, Data, Objective, Term, evaluate, random_subsets, train_step
-from mvae.data import permuted_rows, seed_of
-from mvae.files import write_atomically
-from mvae.scripts import running, types
-from mvae.training import Precision
 
 import plain
-from experiments import EXPERIMENTS, Experiment, build_model
+from common import about, alone, in_turns, quartiles, spread, write
+from experiments import EXPERIMENTS, NAMES, Name, build_model
 
 MIB = 2**20
 BLOCK_SECONDS = 0.2
-PRECISIONS = ["fp32", "bf16"]
-NORMS_AND_DROPOUT = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-
-ABOUT_TIMES = """\
-Milliseconds: median (lower to upper quartile). The plain step is never compiled; 'given only' is a plain one whose
-terms encode just what they are given. 'data' is the share of our step that its batch takes, made from the uint8 data
-set on the device.
-"""
-ABOUT_MEMORY = """
-Peak memory in MiB of a process that takes 10 steps. On a CPU that is all it holds: Python, torch, the data set,
-weights, gradients, Adam's moments, activations, and where it compiles the compiler; in brackets, Python and torch
-alone. On CUDA it is what torch has allocated on the device.
-"""
 
 
 class Setting(NamedTuple):
-    """How a step is to run. `threads` are of the CPU."""
+    """How a step runs."""
 
-    device: torch.device
-    threads: int
+    device: str = "cpu"
+    threads: int = 1
     precision: Precision = "fp32"
     compiled: bool = False
 
 
+@dataclass(kw_only=True)
+class Config:
+    experiments: tuple[Name, ...] = NAMES  # experiments to measure
+    seconds: float = 5  # seconds to measure per row, after a warm-up
+    threads: tuple[int, ...] = (1,)  # numbers of CPU threads
+    precision: tuple[Literal["fp32", "bf16"], ...] = ("fp32",)  # precisions of the networks
+    eager: bool = False  # omit the compiled steps
+    json: Path | None = None  # file for the numbers
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="which")
-    parser.add_argument("--seconds", type=types.positive_float, default=5.0, help="to measure per row, after a warm-up")
-    parser.add_argument("--threads", nargs="+", type=types.positive_int, default=[1], help="CPU threads")
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="of the networks")
-    parser.add_argument("--eager", action="store_true", help="leave out the compiled steps")
-    parser.add_argument("--json", type=types.output, metavar="FILE", help="write the numbers to this file, too")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        print(json.dumps(measure(**json.loads(args.child))))
-        return
-    started = time.perf_counter()
+    config = cli.parse(__doc__, Config)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    gpu = torch.cuda.get_device_name() if "cuda" in devices else None
-    content: dict[str, Any] = {
-        **running.origin(),
-        "device": ", ".join(devices),
-        "processor": f"{processor()}, {os.cpu_count()} cores",
-        "gpu": gpu,
-        "torch": torch.__version__,
-        "threads": args.threads,
-        "steps": [],
-        "memory": [],
-        "loglike": [],
-    }
-    print(f"torch {torch.__version__}, {content['processor']}{f', {gpu}' if gpu else ''}")
-    for name in args.experiments:
-        print(f"\n## {name}: a step of {EXPERIMENTS[name].batch_size} examples\n")
-        content["steps"] += _report_times(name, devices, args)
-        content["memory"] += _report_memory(name, devices, args)
-        content["loglike"] += _report_loglike(name, devices)
-    content["seconds"] = time.perf_counter() - started
-    if args.json:
-        write_atomically(args.json, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def _report_times(name: str, devices: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
-    print(ABOUT_TIMES)
-    _row("device", "threads", "precision", "compiled", "plain", "ours", "plain / ours", "given only / ours", "data")
-    _row(*["---"] * 9)
-    found = []
-    for device in devices:
-        threads_here = args.threads if device == "cpu" else args.threads[:1]
-        for threads, precision, compiled in itertools.product(threads_here, args.precision, [False, True]):
-            if compiled and args.eager:
-                continue
-            setting = {"device": device, "threads": threads, "precision": precision, "compiled": compiled}
-            measured = _child(task="time", name=name, seconds=args.seconds, **setting)
-            times, ours = measured["times"], measured["times"]["ours"]
-            row = {
-                "experiment": name,
-                "batch_size": EXPERIMENTS[name].batch_size,
-                **setting,
-                "plain_ms": _quartiles(1e3 * np.array(times["plain"])),
-                "ours_ms": _quartiles(1e3 * np.array(ours)),
-                "plain / ours": _quartiles(np.divide(times["plain"], ours)),
-                "given only / ours": _quartiles(np.divide(times["given only"], ours)),
-                "blocks": len(ours),
-                "data_share": measured["data_share"],
-            }
-            found.append(row)
-            _row(
-                device,
-                str(threads) if device == "cpu" else "–",
-                precision,
-                "yes" if compiled else "no",
-                *(_spread(row[column], ".1f") for column in ("plain_ms", "ours_ms")),
-                *(_spread(row[column], ".2f") for column in ("plain / ours", "given only / ours")),
-                f"{100 * measured['data_share']:.1f} %",
-            )
-    return found
-
-
-def _report_memory(name: str, devices: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
-    print(ABOUT_MEMORY)
+    content: dict[str, Any] = {**about(), "device": ", ".join(devices), "threads": config.threads}
+    content["gpu"] = torch.cuda.get_device_name() if len(devices) > 1 else None
+    content |= {"steps": [], "memory": [], "loglike": []}
     kinds = {"plain": ("plain", False), "ours": ("ours", False)}
-    if not args.eager:
-        kinds["ours, compiled"] = "ours", True
-    _row("device", "precision", *kinds)
-    _row(*["---"] * (2 + len(kinds)))
-    rows = []
-    for device, precision in itertools.product(devices, args.precision):
-        row: dict[str, Any] = {"experiment": name, "device": device, "precision": precision}
-        for column, (kind, compiled) in kinds.items():
-            setting = {"device": device, "threads": 1, "precision": precision, "compiled": compiled}
-            found = _child(task="memory", name=name, kind=kind, **setting)
-            row[column] = {"peak_mib": found["peak"] / MIB}
-            if device == "cpu":
-                row[column]["before_mib"] = found["before"] / MIB
-        rows.append(row)
-        cells = (row[column] for column in kinds)
-        _row(
-            device,
-            precision,
-            *(
-                f"{cell['peak_mib']:.0f}" + (f" ({cell['before_mib']:.0f})" if device == "cpu" else "")
-                for cell in cells
-            ),
+    kinds |= {} if config.eager else {"ours, compiled": ("ours", True)}
+    compiled = (False,) if config.eager else (False, True)
+    for name, device in itertools.product(config.experiments, devices):
+        threads = config.threads if device == "cpu" else config.threads[:1]
+        for setting in itertools.starmap(Setting, itertools.product([device], threads, config.precision, compiled)):
+            row = {"experiment": name, "batch_size": EXPERIMENTS[name].batch_size, **setting._asdict()}
+            row |= alone(time_steps, name, setting, config.seconds)
+            content["steps"].append(row)
+            ratios = ", ".join(f"{kind} {spread(row[kind])}" for kind in ("plain / ours", "given only / ours"))
+            print(f"{name}, {setting}: {row['ours_ms'][1]:.1f} ms, {ratios}", flush=True)
+        for precision in config.precision:
+            row = {"experiment": name, "device": device, "precision": precision}
+            row |= {key: alone(memory, name, kind, Setting(device, 1, precision, c)) for key, (kind, c) in kinds.items()}
+            content["memory"].append(row)
+            peaks = ", ".join(f"{key} {row[key]['peak_mib']:.0f} MiB" for key in kinds)
+            print(f"{name}, {device}, {precision}: peak memory {peaks}", flush=True)
+        minutes = quartiles([100 * seconds / 60 for seconds in alone(time_loglike, name, device)])
+        content["loglike"].append({"experiment": name, "device": device, "threads": 1, "minutes": minutes})
+        print(f"{name}, {device}: loglike.py takes {spread(minutes, '.1f')} minutes", flush=True)
+    write(config.json, content)
+
+
+def time_steps(name: str, setting: Setting, seconds: float) -> dict[str, Any]:
+    """Return the times of both steps, their ratios, and the share of our step that making the batch takes."""
+    data = prepare(name, setting)
+    check(name, data, setting)
+    rows = itertools.chain.from_iterable(permuted_rows(data, EXPERIMENTS[name].batch_size, i) for i in itertools.count())
+    steps: dict[str, Callable[[], object]] = {
+        "plain": plain_step(name, data, setting),
+        "given only": plain_step(name, data, setting, given_only=True),
+        "ours": our_step(name, data, setting),
+        "batch": lambda: data.batch(next(rows)),
+    }
+    slowest = max(warm_seconds(step, setting.device, 1) for step in steps.values())
+    n = max(1, round(BLOCK_SECONDS / slowest))
+    blocks = {kind: repeated(step, n, setting.device) for kind, step in steps.items()}
+    rounds = max(5, round(seconds / (n * slowest * len(blocks))))
+    times = {kind: np.array(found) / n for kind, found in in_turns(blocks, rounds, time.perf_counter).items()}
+    return {
+        **{f"{kind}_ms": quartiles(1e3 * times[kind]) for kind in ("plain", "ours")},
+        **{f"{kind} / ours": quartiles(times[kind] / times["ours"]) for kind in ("plain", "given only")},
+        "blocks": rounds,
+        "data_share": float(np.median(times["batch"]) / np.median(times["ours"])),
+    }
+
+
+def memory(name: str, kind: str, setting: Setting) -> dict[str, float]:
+    """Return the peak memory of 10 steps in MiB; on a CPU, that of Python and torch alone, too."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = {"plain": plain_step, "ours": our_step}[kind](name, prepare(name, setting), setting)
+    repeated(step, 10, setting.device)()
+    if setting.device == "cuda":
+        return {"peak_mib": torch.cuda.max_memory_allocated() / MIB}
+    unit = MIB if sys.platform == "darwin" else 1024
+    return {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, "before_mib": before / unit}
+
+
+def time_loglike(name: str, device: str) -> list[float]:
+    """Return the seconds that 10 examples with 1,000 importance samples take, of several runs."""
+    experiment, data = EXPERIMENTS[name], prepare(name, Setting(device))[:10]
+    model = build_model(name, experiment.n_latents).to(device)
+
+    def run() -> None:
+        evaluate(
+            model, data, quantities=experiment.quantities, predictions=experiment.predictions, n_samples=1000
         )
-    return rows
+
+    return [warm_seconds(run, device, 1) for _ in range(5)]
 
 
-def _report_loglike(name: str, devices: Sequence[str]) -> list[dict[str, Any]]:
-    print("\nloglike.py on 1,000 examples with 1,000 importance samples each, extrapolated from runs of 10 examples:")
-    rows = []
-    for device in devices:
-        found = _child(task="loglike", name=name, device=device, threads=1)
-        minutes = _quartiles([100 * seconds / 60 for seconds in found["times"]])
-        rows.append({"experiment": name, "device": device, "threads": 1, "minutes": minutes})
-        print(f"{_spread(minutes, '.1f')} minutes on {'one CPU thread' if device == 'cpu' else device}", flush=True)
-    return rows
-
-
-def _row(*cells: str) -> None:
-    print(f"| {' | '.join(cells)} |", flush=True)
-
-
-def _quartiles(values: Sequence[float] | np.ndarray) -> list[float]:
-    """Lower quartile, median, upper quartile."""
-    return np.quantile(values, [0.25, 0.5, 0.75]).tolist()
-
-
-def _spread(quartiles: Sequence[float], digits: str) -> str:
-    low, middle, high = quartiles
-    return f"{middle:{digits}} ({low:{digits}} to {high:{digits}})"
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _child(**task: Any) -> dict[str, Any]:
-    """What `measure` returns for this task, in another process with the threads asked for."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(task["threads"])}
-    command = [sys.executable, __file__, "--child", json.dumps(task)]
-    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
-def measure(task: str, name: str, device: str, seconds: float = 1.0, kind: str = "ours", **how: Any) -> dict[str, Any]:
-    """Runs one task: "time", "memory" or "loglike". `how`: the further fields of a Setting."""
-    before = _peak_memory(torch.device("cpu"))
-    setting = Setting(torch.device(device), **how)
+def prepare(name: str, setting: Setting) -> Data:
+    """Seed, set the threads and return the experiment's data on the device."""
     torch.set_num_threads(setting.threads)
     torch.manual_seed(0)
-    if task == "loglike":
-        return {"times": _time_loglike(name, setting.device)}
-    data = EXPERIMENTS[name].data().to(setting.device)
-    if task == "memory":
-        step = {"plain": _plain_step, "ours": our_step}[kind](name, data, setting)
-        for _ in range(10):
+    return EXPERIMENTS[name].data().to(torch.device(setting.device))
+
+
+def repeated(step: Callable[[], object], n: int, device: str) -> Callable[[], None]:
+    """Return n steps in a row, the device's work included."""
+
+    def run() -> None:
+        for _ in range(n):
             step()
-        return {"before": before, "peak": _peak_memory(setting.device)}
-    return _time(name, data, setting, seconds)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
 
 
-def _time(name: str, data: Data, setting: Setting, seconds: float) -> dict[str, Any]:
-    """Seconds per step of each kind, by block, and the share of our step that making the batch takes."""
-    _check(name, data, setting)
-    batch_size = EXPERIMENTS[name].batch_size
-    if setting.device.type == "cpu":
-        as_after_loading()
-    rows = _rows(data, batch_size)
-    steps = {
-        "plain": _plain_step(name, data, setting),
-        "given only": _plain_step(name, data, setting, given_only=True),
-        "ours": our_step(name, data, setting),
-        "data": lambda: data.batch(next(rows)[1]),
-    }
-    times = _in_turns(steps, seconds, setting.device)
-    shuffling = min(seconds_of(lambda: permuted_rows(data, batch_size, 0), 1, setting.device) for _ in range(3))
-    fetching = float(np.median(times["data"])) + shuffling / (len(data) // batch_size)
-    return {"times": times, "data_share": fetching / float(np.median(times["ours"]))}
-
-
-def as_after_loading() -> None:
-    """Has glibc keep memory as it does in a real run.
-
-    It hands big freed blocks back to the system, and every step would fault them in anew, unless a block of nearly
-    32 MiB has been freed once; loading the data does that.
-    """
-    torch.empty(32 * MIB - 2**16, dtype=torch.uint8)
-
-
-def _in_turns(steps: Mapping[str, Callable], seconds: float, device: torch.device) -> dict[str, list[float]]:
-    """Seconds per call of each step in every round; a round runs a block of each, in an order that turns about."""
-    for step in steps.values():
-        seconds_of(step, 3, device)
-    slowest = max(seconds_of(step, 1, device) for step in steps.values())
-    n = max(1, round(BLOCK_SECONDS / slowest))
-    times: dict[str, list[float]] = {name: [] for name in steps}
+def warm_seconds(step: Callable[[], object], device: str, n: int) -> float:
+    """Return the seconds per call of n calls, after some that don't count."""
+    repeated(step, min(n, 3), device)()
     started = time.perf_counter()
-    order = list(steps)
-    while time.perf_counter() - started < seconds or len(times[order[0]]) < 5:
-        for name in order:
-            times[name].append(seconds_of(steps[name], n, device))
-        order.reverse()
-    return times
-
-
-def seconds_of(step: Callable[[], Any], n: int, device: torch.device) -> float:
-    """Seconds per call of n calls in a row, the device's work included."""
-    synchronize(device)
-    started = time.perf_counter()
-    for _ in range(n):
-        step()
-    synchronize(device)
+    repeated(step, n, device)()
     return (time.perf_counter() - started) / n
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: what torch has allocated on a CUDA device; on a CPU, all that the process holds."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _objective(experiment: Experiment, model: MVAE, device: torch.device) -> Objective:
-    objective = Objective(model, weights=experiment.weights, reconstruct=experiment.reconstruct)
-    return objective.to(device).train()
-
-
-def _our_objective(name: str, device: torch.device) -> Objective:
-    return _objective(EXPERIMENTS[name], build_model(name, EXPERIMENTS[name].n_latents), device)
-
-
-def _plain_objective(name: str, device: torch.device) -> Objective:
-    """Of the plain reference's model, where ours has other modules."""
-    experiment = EXPERIMENTS[name]
-    build = experiment.plain_model
-    return _objective(experiment, build(experiment.n_latents), device) if build else _our_objective(name, device)
-
-
-def _rows(data: Data, batch_size: int) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """One batch after the other, epoch after epoch: (epoch, step), and the batch's rows."""
-    for epoch in itertools.count(1):
-        for step, rows in enumerate(permuted_rows(data, batch_size, seed_of(epoch))):
-            yield (epoch, step), rows
-
-
 def our_step(name: str, data: Data, setting: Setting) -> Callable[[], None]:
-    """A step as `mvae.fit` takes it."""
+    """Return a step of the loop of train.py."""
+    steps = loop(name, data, setting)
+    return lambda: next(steps)
+
+
+def loop(name: str, data: Data, setting: Setting) -> Iterator[None]:
+    """Train as train.py does, and yield after each step."""
     experiment = EXPERIMENTS[name]
-    objective = _our_objective(name, setting.device)
-    optimizer = torch.optim.Adam(objective.parameters(), lr=experiment.lr, fused=True)
-    step_module: Callable = objective
-    if setting.compiled:
-        step_module = torch.compile(objective, mode="reduce-overhead" if setting.device.type == "cuda" else None)
-    all_rows = _rows(data, experiment.batch_size)
-    beta = torch.zeros((), device=setting.device)
-    fixed = setting.compiled or setting.device.type == "cuda"
-    sums: list[Tensor] = []
-
-    def step() -> None:
-        (epoch, number), rows = next(all_rows)
-        torch.manual_seed(seed_of(0, epoch, number, 0))
-        subset_rng = np.random.default_rng(seed_of(0, epoch, number))
-        subsets = random_subsets(objective.model.modalities, experiment.approx_m, subset_rng)
-        masks = objective.mask(subsets).to(setting.device) if subsets and fixed else subsets
-        batch, present = data.batch(rows)
-        beta.fill_(1.0)
-        totals = train_step(
-            step_module, optimizer, batch, present, beta=beta, subsets=masks, precision=setting.precision
-        )
-        sums[:] = [sums[0] + totals.vector() if sums else totals.vector()]
-
-    return step
+    objective = experiment.objective(build_model(name, experiment.n_latents))
+    optimizer = torch.optim.AdamW(objective.parameters(), experiment.lr, weight_decay=0, fused=True)
+    validation = data[:100]
+    with tempfile.TemporaryDirectory() as folder:
+        config = Training(
+            out_dir=Path(folder, "run"), cuda=setting.device == "cuda", threads=setting.threads,
+            precision=setting.precision, compile=setting.compiled, log_interval=10**9, save_every=1e9,
+        )  # fmt: skip
+        with Run(name, objective, optimizer, config) as run:
+            for _ in run.epochs(10**9):
+                for batch, present in run.batches(data, experiment.batch_size):
+                    run.set(lr=experiment.lr, beta=1)
+                    subsets = run.random_subsets(experiment.approx_m)
+                    loss, parts = run.objective(batch, run.beta, subsets, present)
+                    run.backward(loss, parts)
+                    run.step()
+                    yield
+                run.validate(validation)
 
 
-def _plain_step(name: str, data: Data, setting: Setting, given_only: bool = False) -> Callable[[], None]:
-    """A step of the plain reference, on one batch that is there from the start."""
+def plain_step(name: str, data: Data, setting: Setting, given_only: bool = False) -> Callable[[], None]:
+    """Return a step of the plain reference, on one batch that is made before."""
     experiment = EXPERIMENTS[name]
-    objective = _plain_objective(name, setting.device)
+    build = experiment.plain_model or (lambda n_latents: build_model(name, n_latents))
+    objective = experiment.objective(build(experiment.n_latents)).to(setting.device).train()
     model = objective.model
     plain.published(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=experiment.lr)
-    batch, _ = data.batch(next(_rows(data, experiment.batch_size))[1])
+    batch, _ = data.batch(torch.arange(experiment.batch_size))
     rng = np.random.default_rng(0)
 
     def step() -> None:
         optimizer.zero_grad()
-        subsets = random_subsets(model.modalities, experiment.approx_m, rng)
+        masks = random_subsets(len(model.modalities), experiment.approx_m, rng).tolist()
+        subsets = [tuple(itertools.compress(model.modalities, mask)) for mask in masks]
         terms = [*objective.terms, *(Term(subset, subset) for subset in subsets)]
-        with _precision(setting):
+        with autocast(setting.precision, torch.device(setting.device)):
             loss = plain.loss(
                 model, batch, terms, experiment.weights, encode=experiment.plain_encode, given_only=given_only
             )
@@ -366,56 +214,21 @@ def _plain_step(name: str, data: Data, setting: Setting, given_only: bool = Fals
     return step
 
 
-def _precision(setting: Setting) -> torch.autocast:
-    return torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.precision == "bf16")
-
-
 @torch.no_grad()
-def _check(name: str, data: Data, setting: Setting) -> None:
-    """Makes sure that both steps compute the same loss, with as many weights.
-
-    In evaluation mode; in training mode, too, if the networks do the same there: batch norm takes its statistics over
-    all terms together in our step and over each term in the plain one, and dropout draws at random.
-    """
-    experiment, objective = EXPERIMENTS[name], _our_objective(name, setting.device)
-    if experiment.plain_model:
-        others = _plain_objective(name, setting.device)
-        assert _n_weights(others) == _n_weights(objective), "the plain model is another"
-    batch, _ = data.batch(next(_rows(data, experiment.batch_size))[1])
-    noise = torch.randn(len(objective.terms), experiment.batch_size, experiment.n_latents, device=setting.device)
-    differs_in_training = any(isinstance(module, NORMS_AND_DROPOUT) for module in objective.modules())
-    for training in [False] if differs_in_training else [False, True]:
-        objective.train(training)
-        with _precision(setting):
-            ours = objective(batch, noise=noise)[0].item()
-            other = plain.loss(
-                objective.model,
-                batch,
-                objective.terms,
-                experiment.weights,
-                encode=experiment.plain_encode,
-                noise=noise,
-            ).item()
-        if not math.isclose(ours, other, rel_tol=1e-4 if setting.precision == "fp32" else 1e-2):
-            mode = "training" if training else "evaluation"
-            raise AssertionError(f"in {mode} mode, the plain loss is {other}, ours {ours}")
-
-
-def _n_weights(objective: Objective) -> int:
-    return sum(weight.numel() for weight in objective.parameters())
-
-
-def _time_loglike(name: str, device: torch.device) -> list[float]:
-    """Seconds that 10 examples with 1,000 importance samples take, in several runs."""
-    experiment = EXPERIMENTS[name]
-    model, data = _our_objective(name, device).model, experiment.data()[:10].to(device)
-
-    def run() -> None:
-        evaluate(model, data, quantities=experiment.quantities, predictions=experiment.predictions, n_samples=1000)
-
-    seconds_of(run, 1, device)
-    return [seconds_of(run, 1, device) for _ in range(5)]
+def check(name: str, data: Data, setting: Setting) -> None:
+    """Raise AssertionError unless both steps compute the same loss, in evaluation mode."""
+    experiment, device = EXPERIMENTS[name], torch.device(setting.device)
+    objective = experiment.objective(build_model(name, experiment.n_latents)).to(device).eval()
+    batch, _ = data.batch(torch.arange(experiment.batch_size))
+    noise = objective.noise(experiment.batch_size)
+    with autocast(setting.precision, device):
+        ours = objective(batch, noise=noise)[0].item()
+        other = plain.loss(
+            objective.model, batch, objective.terms, experiment.weights, encode=experiment.plain_encode, noise=noise
+        ).item()
+    if not math.isclose(ours, other, rel_tol=1e-4 if setting.precision == "fp32" else 1e-2):
+        raise AssertionError(f"the plain loss is {other}, ours is {ours}")
 
 
 if __name__ == "__main__":
-    running.run(main)
+    cli.run(main)

@@ -1,10 +1,10 @@
 """The networks for CelebA: a face, in convolutions, and its attributes as one vector (Wu & Goodman 2018, appendix)."""
 
-import torch
-from torch import Tensor, nn
-
 from mvae import MVAE, Bernoulli, experts
 from mvae.layers import FaceEncoder, face_decoder
+
+import torch
+from torch import Tensor, nn
 
 N_ATTRIBUTES, HIDDEN = 18, 512
 
@@ -27,7 +27,7 @@ class AttributesEncoder(nn.Module):
 
 
 def attributes_decoder(n_latents: int) -> nn.Sequential:
-    """From z to the 18 attributes' logits, in four layers."""
+    """Map z to the logits of the 18 attributes, in four layers."""
     return nn.Sequential(
         nn.Linear(n_latents, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.SiLU(),
         nn.Linear(HIDDEN, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.SiLU(),
@@ -36,7 +36,7 @@ def attributes_decoder(n_latents: int) -> nn.Sequential:
 
 
 def build_model(n_latents: int) -> MVAE:
-    """The MVAE of image and attrs."""
+    """Return the MVAE of image and attrs."""
     model = MVAE(
         encoders={"image": FaceEncoder(3, n_latents), "attrs": AttributesEncoder(n_latents)},
         likelihoods={

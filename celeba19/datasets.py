@@ -17,7 +17,7 @@ from torch import Tensor
 
 NAME = "celeba19"
 MODALITIES = ("image", *ATTRIBUTES)
-CONTROLS = {"image": Picture("RGB", 64), "attrs": Attributes(ATTRIBUTES, apart=True)}
+CONTROLS = {"image": Picture("RGB", 64), "attrs": Attributes(ATTRIBUTES, separate=True)}
 
 
 def separated(rows: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """The networks for CelebA-19: a face, in convolutions, and 18 attributes, each a modality.
 
-The 18 attributes' networks are alike, and run together: each layer of all of them is one batched matrix product.
+The networks of the 18 attributes have the same layers and run together: a layer of all of them is one batched product.
 """
 
 import functools
@@ -8,14 +8,14 @@ import itertools
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from mvae import MVAE, Batch, Bernoulli, experts
 from mvae.data.celeba import ATTRIBUTES
 from mvae.layers import FaceEncoder, face_decoder
 from mvae.likelihoods import float32_at_least
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 HIDDEN = 512
 ALL = slice(None)
@@ -26,19 +26,19 @@ class AttributeLinear(nn.Module):
 
     def __init__(self, n_inputs: int, n_outputs: int):
         super().__init__()
-        bound = 1 / math.sqrt(n_inputs)  # as nn.Linear begins
+        bound = 1 / math.sqrt(n_inputs)  # as nn.Linear is initialised
         self.weight = nn.Parameter(torch.empty(len(ATTRIBUTES), n_inputs, n_outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(len(ATTRIBUTES), 1, n_outputs).uniform_(-bound, bound))
 
     def forward(self, x: Tensor, which: slice = ALL) -> Tensor:
-        """`which`: the attributes whose layers x is for."""
+        """Apply the layers of the attributes `which`."""
         return torch.baddbmm(self.bias[which], x, self.weight[which])
 
 
 class AttributeEncoders(nn.Module):
-    """q(z | attribute) of each attribute: its mu and logvar for absent and for there.
+    """q(z | attribute) of each attribute.
 
-    The networks run on the two values, not on the batch: their output is then looked up.
+    The networks run on the two values 0 and 1, not on the batch; their output is looked up.
     """
 
     def __init__(self, n_latents: int):
@@ -49,16 +49,16 @@ class AttributeEncoders(nn.Module):
         self.logvar = AttributeLinear(HIDDEN, n_latents)
 
     def forward(self, values: Tensor, which: slice = ALL) -> tuple[Tensor, Tensor]:
-        """(attributes, batch) of 0 and 1 -> mu, logvar, each (attributes, batch, latents)."""
+        """Map values (attributes, batch), 0 and 1, to mu, logvar, each (attributes, batch, latents)."""
         hidden = F.silu(self.hidden(F.silu(self.embedding[which]), which))
-        there = values.bool().unsqueeze(-1)
-        absent_or_there = (layer(hidden, which).split(1, dim=1) for layer in (self.mu, self.logvar))
-        mu, logvar = (torch.where(there, when_there, when_absent) for when_absent, when_there in absent_or_there)
+        one = values.bool().unsqueeze(-1)
+        zero_and_one = (layer(hidden, which).split(1, dim=1) for layer in (self.mu, self.logvar))
+        mu, logvar = (torch.where(one, if_one, if_zero) for if_zero, if_one in zero_and_one)
         return mu, logvar
 
 
 class AttributeDecoders(nn.Module):
-    """From z to each attribute's logit, in four layers."""
+    """Map z to the logit of each attribute, in four layers."""
 
     def __init__(self, n_latents: int):
         super().__init__()
@@ -66,7 +66,7 @@ class AttributeDecoders(nn.Module):
         self.layers = nn.ModuleList(AttributeLinear(*pair) for pair in itertools.pairwise(sizes))
 
     def forward(self, z: Tensor, which: slice = ALL) -> Tensor:
-        """(attributes, rows, latents) -> logits (attributes, rows)."""
+        """Map z (attributes, rows, latents) to logits (attributes, rows)."""
         first, *others = self.layers
         z = first(z, which)
         for layer in others:
@@ -75,11 +75,11 @@ class AttributeDecoders(nn.Module):
 
 
 class One(nn.Module):
-    """One attribute's network of those that run together, which keep the weights."""
+    """The network of one attribute, as a view of the networks that hold all weights."""
 
     def __init__(self, networks: nn.Module, number: int):
         super().__init__()
-        self.networks = (networks,)  # in a tuple, so that its weights aren't this module's, too
+        self.networks = (networks,)  # in a tuple, so that this module doesn't register their weights
         self.which = slice(number, number + 1)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -105,7 +105,7 @@ class MVAE19(MVAE):
         self.attribute_encoders, self.attribute_decoders = attribute_encoders, attribute_decoders
 
     def encode(self, batch: Batch, present: Tensor) -> tuple[Tensor, Tensor]:
-        """As MVAE's, with one call for all attributes. An absent attribute's rows may hold any values."""
+        """As in MVAE, with one call for all attributes. An absent attribute's rows may hold any values."""
         image = super().encode({name: batch[name] for name in batch if name == "image"}, present)
         if len(batch) == ("image" in batch):
             return image
@@ -114,7 +114,7 @@ class MVAE19(MVAE):
         return mu, logvar
 
     def mean(self, z: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """As MVAE's, with one call for all attributes."""
+        """As in MVAE, with one call for all attributes."""
         found = super().mean(z, [name for name in names if name == "image"])
         if len(found) < len(names):
             rows = z.reshape(-1, z.shape[-1]).expand(len(ATTRIBUTES), -1, -1)
@@ -123,7 +123,7 @@ class MVAE19(MVAE):
         return {name: found[name] for name in names}
 
     def log_prob(self, z: Tensor, batch: Batch, decoded: Sequence[Sequence[str]], mask: Tensor | None = None) -> Tensor:
-        """As MVAE's, with one call for all attributes."""
+        """As in MVAE, with one call for all attributes."""
         image = super().log_prob(z, batch, [[name for name in names if name == "image"] for names in decoded], mask)
         order, counts, every = orders(tuple(map(tuple, decoded)), z.device)
         if not order.shape[1]:
@@ -132,7 +132,7 @@ class MVAE19(MVAE):
         logits = self.attribute_decoders(rows.flatten(1, 2)).view(rows.shape[:-1])
         values = values_of(batch).unsqueeze(1).expand_as(logits)
         nats = -F.binary_cross_entropy_with_logits(logits, values, reduction="none")
-        # Back to their terms' places; then the padding and what the mask leaves out become zeros.
+        # Scatter the scores to their terms; then zero the padding and what the mask leaves out.
         nats = torch.zeros_like(nats[:, :1]).expand(-1, len(z), -1).scatter(1, order.unsqueeze(2).expand_as(nats), nats)
         counts = counts if mask is None else counts & mask[:, 1:]
         return torch.cat([image[:, :1], torch.where(counts, nats.transpose(0, 1), 0.0)], dim=1)
@@ -141,10 +141,10 @@ class MVAE19(MVAE):
 @torch.compiler.assume_constant_result
 @functools.lru_cache(maxsize=64)
 def orders(decoded: tuple[tuple[str, ...], ...], device: torch.device) -> tuple[Tensor, Tensor, bool]:
-    """Return the terms that each attribute decodes, (attributes, n); which count, (terms, attributes, 1); if all do.
+    """Return the terms to decode for each attribute, (attributes, n); which count, (terms, attributes, 1); if all do.
 
-    They are those that reconstruct the attribute, then others, up to the most that any attribute has: so all attributes
-    have as many rows and go through their layers together. They are cached, so that no step on a GPU copies them.
+    The terms that reconstruct the attribute come first, then others up to the most that any attribute has, so that all
+    attributes have the same number of rows. The result is cached, so that no step on a GPU copies it.
     """
     wanted = [[name in names for names in decoded] for name in ATTRIBUTES]
     n = max(map(sum, wanted))
@@ -160,5 +160,5 @@ def values_of(batch: Batch) -> Tensor:
 
 
 def build_model(n_latents: int) -> MVAE:
-    """The MVAE of image and attributes."""
+    """Return the MVAE of image and attributes."""
     return MVAE19(n_latents).to(memory_format=torch.channels_last)  # faster convolutions, on a CPU and on a GPU

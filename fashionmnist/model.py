@@ -1,11 +1,11 @@
 """The networks for FashionMNIST: a picture, in convolutions, and a label (Wu & Goodman 2018, appendix)."""
 
+from mvae import MVAE, Bernoulli, Categorical, experts
+from mvae.layers import FoldConvTranspose2d, Permute
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from mvae import MVAE, Bernoulli, Categorical, experts
-from mvae.layers import FoldConvTranspose2d, Permute
 
 HIDDEN = 512
 
@@ -31,7 +31,7 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """q(z | label): (batch,) class indices -> mu, logvar, each (batch, latents).
 
-    The network runs on the ten classes, not on the batch: its output is then looked up.
+    The network runs on the ten classes, not on the batch; its output is looked up.
     """
 
     def __init__(self, n_latents: int):
@@ -47,7 +47,7 @@ class TextEncoder(nn.Module):
 
 
 def image_decoder(n_latents: int) -> nn.Sequential:
-    """From z to the pixels' logits, (rows, 1, 28, 28): the encoder's layers in reverse."""
+    """Map z to the logits of the pixels, (rows, 1, 28, 28): the encoder's layers in reverse."""
     return nn.Sequential(
         nn.Linear(n_latents, HIDDEN), nn.SiLU(),
         nn.Linear(HIDDEN, 7 * 7 * 128), nn.SiLU(), nn.Unflatten(1, (7, 7, 128)), Permute(0, 3, 1, 2),
@@ -57,7 +57,7 @@ def image_decoder(n_latents: int) -> nn.Sequential:
 
 
 def text_decoder(n_latents: int) -> nn.Sequential:
-    """From z to the ten classes' logits, in four layers."""
+    """Map z to the logits of the ten classes, in four layers."""
     return nn.Sequential(
         nn.Linear(n_latents, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU(),
         nn.Linear(HIDDEN, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, 10),
@@ -65,7 +65,7 @@ def text_decoder(n_latents: int) -> nn.Sequential:
 
 
 def build_model(n_latents: int) -> MVAE:
-    """The MVAE of image and text."""
+    """Return the MVAE of image and text."""
     model = MVAE(
         encoders={"image": ImageEncoder(n_latents), "text": TextEncoder(n_latents)},
         likelihoods={"image": Bernoulli(image_decoder(n_latents)), "text": Categorical(text_decoder(n_latents))},

@@ -1,9 +1,9 @@
 """The networks for MNIST: a picture and a label, in fully connected layers (Wu & Goodman 2018, appendix)."""
 
+from mvae import MVAE, Bernoulli, Categorical, experts
+
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from mvae import MVAE, Bernoulli, Categorical, experts
 
 HIDDEN = 512
 
@@ -27,7 +27,7 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """q(z | label): (batch,) class indices -> mu, logvar, each (batch, latents).
 
-    The network runs on the ten classes, not on the batch: its output is then looked up.
+    The network runs on the ten classes, not on the batch; its output is looked up.
     """
 
     def __init__(self, n_latents: int):
@@ -43,7 +43,7 @@ class TextEncoder(nn.Module):
 
 
 def decoder(n_latents: int, *output: nn.Module) -> nn.Sequential:
-    """Three hidden layers from z, then `output`."""
+    """Map z through three hidden layers, then `output`."""
     return nn.Sequential(
         nn.Linear(n_latents, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU(),
         nn.Linear(HIDDEN, HIDDEN), nn.SiLU(), *output,
@@ -51,7 +51,7 @@ def decoder(n_latents: int, *output: nn.Module) -> nn.Sequential:
 
 
 def build_model(n_latents: int) -> MVAE:
-    """The MVAE of image and text."""
+    """Return the MVAE of image and text."""
     return MVAE(
         encoders={"image": ImageEncoder(n_latents), "text": TextEncoder(n_latents)},
         likelihoods={

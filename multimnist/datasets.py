@@ -1,7 +1,7 @@
 """MultiMNIST: canvases (1, 50, 50) in [0, 1] with 0 to 4 MNIST digits as `image`, and the digits' string as `text`.
 
 As a command it makes the canvases from MNIST, in place of any others: python datasets.py [--canvas-dir DIR]. train.py
-with the same --canvas-dir uses them, and makes the default ones if there are none.
+with the same --canvas-dir uses them; if they are missing, it makes the default ones.
 """
 
 import dataclasses
@@ -91,6 +91,7 @@ class Recipe:
 
 @dataclass(kw_only=True)
 class Source(DataDir):
+    # Data
     canvas_dir: Path = Path("data/MultiMNIST")  # folder of the canvases, made from MNIST
 
 

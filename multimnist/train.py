@@ -47,21 +47,13 @@ PRESETS = {
 
 
 def fit(
-    config: Config,
-    objective: Objective,
-    train: Data,
-    validation: Data,
-    measure: dict,
-    recipe: dict,
-    *,
-    done: int = 0,
-    shared: bool = False,
+    config: Config, objective: Objective, train: Data, validation: Data, measure: dict, recipe: dict, done: int = 0
 ) -> None:
-    """Train for `config.epochs`. recipe: of the canvases, to record. done: epochs of an earlier stage, which β counts. shared: see `Run`."""
+    """Train for `config.epochs`. recipe: of the canvases. done: epochs of an earlier stage, which β counts."""
     optimizer = torch.optim.AdamW(objective.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
     beta = schedules.held(config.beta_hold, schedules.linear(config.annealing_epochs))
     rate = schedules.warmed_up(config.warmup_epochs, schedules.named(config.lr_schedule, config.epochs))
-    with Run(NAME, objective, optimizer, config, shared=shared, facts={"canvases": recipe}) as run:
+    with Run(NAME, objective, optimizer, config, facts={"canvases": recipe}) as run:
         for _ in run.epochs(config.epochs):
             for batch, present in run.batches(train, config.batch_size, config.pairs):
                 run.set(lr=config.lr * rate(run.t), beta=beta(run.t + done))
@@ -85,7 +77,7 @@ def main() -> None:
     if config.images_first:
         images = Objective(model, [Term(IMAGE, IMAGE, iw="image")], weights=λ, iw_samples=config.iw_samples)
         first = config.first_stage(NAME)
-        fit(first, images, train.only("image"), validation.only("image"), {}, recipe, shared=bool(config.images_dir))
+        fit(first, images, train.only("image"), validation.only("image"), {}, recipe)
         if config.self_labels:
             train = supervision.self_labelled(model, train, TEXT, share=config.self_labels, by=config.self_labels_by)
 

@@ -22,7 +22,7 @@ import os
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -41,8 +41,9 @@ def parse(description: str | None, config: type[C] | Mapping[str, C], argv: Sequ
     other flags replace fields. Exits with status 2 for a wrong flag; a Config may raise UsageError for a value.
     """
     argv = _joined(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    kind, defaults = config, None
+    parser = _Parser(description=description, formatter_class=_Formatter, allow_abbrev=False)
+    kind: Any = config
+    defaults: Any = None
     if isinstance(config, Mapping):
         chooser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
         chooser.add_argument("--preset", default=next(iter(config)))
@@ -58,14 +59,14 @@ def parse(description: str | None, config: type[C] | Mapping[str, C], argv: Sequ
         field = next(field for field in dataclasses.fields(kind) if field.name == name)
         default = getattr(defaults, name) if defaults else field.default
         required = default is dataclasses.MISSING
-        shown = None if required else _shown(default)
-        how = {"help": help_.replace("%", "%%") + (f" (default: {shown})" if shown else ""), **_reader(hints[name])}
-        if name.startswith("no_"):  # it has no opposite
-            how["action"] = "store_true"
+        shown = "" if required else _shown(default)
+        how = {"help": help_.replace("%", "%%") + shown, **_reader(hints[name])}
         if required:
             how.pop("metavar", None)  # its name says more
             parser.add_argument(name, **how)
             continue
+        if default is True:
+            how["action"] = argparse.BooleanOptionalAction
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         groups[group].add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **how)
@@ -75,13 +76,14 @@ def parse(description: str | None, config: type[C] | Mapping[str, C], argv: Sequ
     return dataclasses.replace(defaults, **given) if defaults else kind(**given)
 
 
-def documented(kind: type) -> Iterator[tuple[str, str, str]]:
-    """Yield (group, name, help) of a dataclass's fields, its own before those of its bases; help is empty if there is
-    no source, as in a zip."""
+def documented(kind: type) -> list[tuple[str, str, str]]:
+    """Return (group, name, help) of a dataclass's fields; help is empty if there is no source, as in a zip.
+
+    Groups that only the class itself has come first, then those of its bases, in the order of the base furthest away.
+    """
+    groups: dict[str, list[tuple[str, str, str]]] = {}
     seen = set()
-    for one in kind.__mro__:
-        if not dataclasses.is_dataclass(one):
-            continue
+    for one in filter(dataclasses.is_dataclass, kind.__mro__):
         try:
             source = inspect.getsource(one)
         except (OSError, TypeError):
@@ -90,9 +92,13 @@ def documented(kind: type) -> Iterator[tuple[str, str, str]]:
         for line in source.splitlines():
             if heading := re.fullmatch(r"    # (.+)", line):
                 group = heading[1]
+                groups[group] = groups.pop(group, [])
             elif (field := re.match(r"    (\w+): [^#]*# ?(.*)", line)) and field[1] not in seen:
                 seen.add(field[1])
-                yield group, field[1], field[2]
+                groups.setdefault(group, []).append((group, field[1], field[2]))
+    if missing := {field.name for field in dataclasses.fields(kind)} - seen:
+        raise TypeError(f"{kind.__name__}: no comment on the line of {', '.join(sorted(missing))}")
+    return [entry for entries in groups.values() for entry in entries]
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -151,6 +157,15 @@ def run(main: Callable[[], None]) -> None:
     sys.exit(status)
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34)
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
+        words = ["[options]", *(action.dest for action in actions if not action.option_strings)]
+        super().add_usage(f"%(prog)s {' '.join(words)}", actions, groups, prefix)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; -h shows all flags\n")
@@ -172,7 +187,7 @@ def _reader(hint: Any) -> dict[str, Any]:
     if isinstance(hint, types.UnionType):  # such as int | None
         hint = get_args(hint)[0]
     if hint is bool:
-        return {"action": argparse.BooleanOptionalAction}
+        return {"action": "store_true"}
     if get_origin(hint) is tuple:
         one, *others = get_args(hint)
         if others == [...]:
@@ -196,10 +211,10 @@ def _path(text: str) -> Path:
 
 
 def _shown(default: Any) -> str:
-    """Return a default as help shows it; nothing for None, False and ()."""
+    """Return what help adds about a default; nothing for None, False and ()."""
     if default is None or default is False or default == ():
         return ""
-    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
 
 
 def _open_streams() -> None:

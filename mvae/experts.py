@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 Fusion = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-"""How experts become a posterior: (mu, logvar, present) -> (mu, logvar), of the shapes that `product` has."""
+"""From experts to a posterior: (mu, logvar, present) -> (mu, logvar), with the shapes of `product`."""
 
 
 def product(mu: Tensor, logvar: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """q(z | X) for many subsets X at once: the product of the prior and the present experts.
+    """Return q(z | X) for many subsets X at once: the product of the prior and the present experts.
 
     With T_i = 1 / var_i: var = 1 / (1 + sum T_i) and mu = var * sum T_i mu_i (Cao & Fleet 2014), computed in log space,
-    so that log-variances from -80 to 80 are right in float32. An absent expert's numbers may be anything.
+    which is accurate in float32 for log-variances from -80 to 80. An absent expert may hold any values.
 
     Args:
         mu, logvar: (experts, batch, latents).
-        present: bool, broadcastable to (terms, experts, batch): which experts each term's product takes. None: there is
-            one term, which takes all of them.
+        present: bool, broadcastable to (terms, experts, batch): the experts in each term's product. None: one term with
+            all of them.
 
     Returns:
-        mu, logvar: (terms, batch, latents). With no expert present, the prior: zeros.
+        mu, logvar: (terms, batch, latents). Without experts it is the prior: zeros.
     """
     mu, log_precision = mu.unsqueeze(0), -logvar.unsqueeze(0)
     if present is not None:
@@ -38,21 +38,23 @@ def product(mu: Tensor, logvar: Tensor, present: Tensor | None = None) -> tuple[
 
 
 def kl_to_prior(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mu, exp(logvar)) || N(0, I)) in nats, summed over the last dimension (Kingma & Welling 2014, appendix B)."""
+    """Return KL(N(mu, exp(logvar)) || N(0, I)) in nats, summed over the last dimension (Kingma & Welling 2014, B)."""
     return 0.5 * (mu.square() + logvar.expm1() - logvar).sum(dim=-1)
 
 
 def draw(mu: Tensor, logvar: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
-    """A reparameterised draw mu + std * noise (Kingma & Welling 2014, section 2.4), of the shape of `noise`.
+    """Return the reparameterised draw mu + std * noise (Kingma & Welling 2014, section 2.4), shaped like `noise`.
 
-    mu, logvar: (..., latents). noise: standard normal, of their shape or with more dimensions before it. temperature:
-    what the variance is multiplied by.
+    Args:
+        mu, logvar: (..., latents).
+        noise: standard normal, of their shape or with more dimensions in front.
+        temperature: factor of the variance.
     """
-    if temperature != 1:  # a training step is spared the sum
+    if temperature != 1:  # saves the addition in a training step
         logvar = logvar + math.log(temperature)
     return mu + (0.5 * logvar).exp() * noise
 
 
 def log_standard_normal(z: Tensor) -> Tensor:
-    """log N(z; 0, I) in nats, summed over the last dimension."""
+    """Return log N(z; 0, I) in nats, summed over the last dimension."""
     return -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=-1)

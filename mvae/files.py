@@ -71,7 +71,7 @@ def check_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def npy(path: Path, n: int) -> Iterator[Callable[[np.ndarray], None]]:
-    """Yield a function that appends rows to the .npy file of a float32 array (n, ...), which never is in memory.
+    """Yield a function that appends rows to the .npy file of a float32 array (n, ...), so that memory holds few.
 
     Raises UserError if the file can't be written.
     """

@@ -1,4 +1,4 @@
-"""Layers that several experiments' networks have, and the networks of a 64x64 face that three of them share."""
+"""Layers of several experiments, and the networks for 64x64 faces that three of them share."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -7,9 +7,9 @@ from torch.nn import functional as F
 class FoldConvTranspose2d(nn.ConvTranspose2d):
     """A transposed convolution without bias, dilation or groups, as one matrix product and a fold.
 
-    It has the weights and gives the numbers of nn.ConvTranspose2d: a product makes each place's values for its kernel's
-    square, and `fold` adds up the squares. On a CPU that is faster where the output has one channel, or the input few
-    places. (n, in_channels, h, w) -> (n, out_channels, stride * (h - 1) + kernel_size - 2 * padding, the same of w).
+    Weights and results are those of nn.ConvTranspose2d: the product computes each input pixel's square of the output,
+    and `fold` adds up the squares. On a CPU this is faster for an output of one channel, or a small input.
+    (n, in_channels, h, w) -> (n, out_channels, stride * (h - 1) + kernel_size - 2 * padding, likewise for w).
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: int):
@@ -26,7 +26,7 @@ class FoldConvTranspose2d(nn.ConvTranspose2d):
 
 
 class Permute(nn.Module):
-    """The dimensions in another order."""
+    """Permute the dimensions."""
 
     def __init__(self, *dims: int):
         super().__init__()
@@ -39,7 +39,7 @@ class Permute(nn.Module):
 class FaceEncoder(nn.Module):
     """q(z | picture): (batch, channels, 64, 64) in [0, 1] -> mu, logvar, each (batch, latents).
 
-    The shapes are those of Wu & Goodman (2018) for CelebA's image.
+    The layers of Wu & Goodman (2018) for CelebA's image.
     """
 
     def __init__(self, n_channels: int, n_latents: int):
@@ -60,7 +60,7 @@ class FaceEncoder(nn.Module):
 
 
 def face_decoder(n_channels: int, n_latents: int) -> nn.Sequential:
-    """From z to the pixels' logits, (rows, channels, 64, 64): the encoder's layers in reverse."""
+    """Map z to the logits of the pixels, (rows, channels, 64, 64): the encoder's layers in reverse."""
     return nn.Sequential(
         nn.Linear(n_latents, 5 * 5 * 256), nn.SiLU(), nn.Unflatten(1, (5, 5, 256)), Permute(0, 3, 1, 2),
         nn.ConvTranspose2d(256, 128, 4, 1, 0, bias=False), nn.BatchNorm2d(128), nn.SiLU(),

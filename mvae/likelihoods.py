@@ -1,11 +1,11 @@
-"""p(x | z) of one modality: a decoder network, and how its output is read as a distribution.
+"""p(x | z) of one modality: a decoder network, and the distribution whose parameters it returns.
 
 Every likelihood has the same three methods, on latents `z` of shape (..., batch, latents):
-    log_prob(z, x)  nats of each example, summed over x's own dimensions; x is (batch, *event); returns (..., batch).
-    mean(z)         the expected x, or the probabilities of a label; (..., batch, *event).
-    sample(z)       a draw of x.
+    log_prob(z, x)  nats of each example (..., batch), summed over the dimensions of x (batch, *event).
+    mean(z)         the expected x, or the probabilities of a label, (..., batch, *event).
+    sample(z)       a draw of x, (..., batch, *event).
 For another kind of modality, such as a sequence, write a subclass of Likelihood with these methods, and with `check` if
-its x may not have any value.
+not every x is valid.
 """
 
 import math
@@ -20,16 +20,16 @@ from .errors import UsageError
 
 
 def float32_at_least(values: Tensor) -> Tensor:
-    """The values as they are, or as float32 where a network gave fewer bits: log-probabilities need 24 of them."""
+    """Convert bfloat16 and float16 to float32: log-probabilities need its 24 bits."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 class Likelihood(nn.Module, ABC):
-    """Holds the decoder, and runs it on stacked latents.
+    """Base class: a decoder network and a distribution.
 
     Args:
-        decoder: (rows, latents) -> (rows, *event). Batch norm in it takes its statistics in training over the rows of
-            all ELBO terms together: the running ones, which evaluation uses, are then of that same mixture.
+        decoder: (rows, latents) -> (rows, *event). Its rows are those of all ELBO terms together, so batch norm has the
+            same mixture in training as its running statistics have in evaluation.
     """
 
     def __init__(self, decoder: nn.Module):
@@ -37,28 +37,27 @@ class Likelihood(nn.Module, ABC):
         self.decoder = decoder
 
     def decode(self, z: Tensor) -> Tensor:
-        """The decoder's output for z of (..., batch, latents), in one call: (..., batch, *event), float32 at least."""
+        """Run the decoder once on z (..., batch, latents); return (..., batch, *event), float32 or better."""
         output = float32_at_least(self.decoder(z.reshape(-1, z.shape[-1])))
         return output.reshape(*z.shape[:-1], *output.shape[1:])
 
     @abstractmethod
     def log_prob(self, z: Tensor, x: Tensor) -> Tensor:
-        """log p(x | z) in nats: (..., batch)."""
+        """Return log p(x | z) in nats, (..., batch)."""
 
     @abstractmethod
     def mean(self, z: Tensor) -> Tensor:
-        """E[x | z], or a label's probabilities: (..., batch, *event)."""
+        """Return E[x | z], or a label's probabilities, (..., batch, *event)."""
 
     @abstractmethod
     def sample(self, z: Tensor, temperature: float = 1.0) -> Tensor:
-        """A draw from p(x | z) to the power 1 / temperature, normalised: (..., batch, *event)."""
+        """Draw x, (..., batch, *event), from p(x | z) to the power 1 / temperature, normalised."""
 
     def check(self, x: Tensor, z: Tensor) -> None:
-        """Raises UsageError, with what would be right, unless x (batch, *event) is what log_prob(z, x) scores.
+        """Raise UsageError unless log_prob(z, x) is defined for x (batch, *event) and z (batch, latents).
 
-        `fit` and `evaluate` ask it of their first examples and of those with the smallest and largest values; z is
-        (batch, latents). A subclass says which values x may have. Here x is to have the mean's shape, or for labels
-        the mean's without the classes.
+        `Run` and `evaluate` check their first examples and those with the smallest and largest values. A subclass
+        checks its values; this checks the shape: the mean's, or the mean's without the classes of a label.
         """
         shape = self.mean(z).shape
         if x.shape != shape[:-1]:
@@ -66,16 +65,16 @@ class Likelihood(nn.Module, ABC):
 
 
 def check_shape(x: Tensor, shape: torch.Size) -> None:
-    """Raises UsageError unless x has this shape: what broadcasts would be scored several times."""
+    """Raise UsageError unless x has this shape: one that broadcasts would count several times."""
     if x.shape != shape:
-        raise UsageError(f"it is of shape {tuple(x.shape)}, and its decoder makes {tuple(shape)}")
+        raise UsageError(f"must have the decoder's shape {tuple(shape)}, got {tuple(x.shape)}")
 
 
 class Bernoulli(Likelihood):
-    """Independent Bernoulli values; the decoder gives logits.
+    """Independent Bernoulli values in [0, 1]; the decoder returns logits.
 
-    x lies in [0, 1]. For binary x this is a probability; for grey values it is the usual cross-entropy, which is not a
-    normalised density.
+    For binary x the result is a probability. For grey values it is the usual cross-entropy, which isn't a normalised
+    density.
     """
 
     def log_prob(self, z: Tensor, x: Tensor) -> Tensor:
@@ -95,22 +94,22 @@ class Bernoulli(Likelihood):
     def check(self, x: Tensor, z: Tensor) -> None:
         check_shape(x, self.mean(z).shape)
         if not x.is_floating_point():
-            raise UsageError(f"it is {x.dtype}, and a Bernoulli likelihood takes floats from 0 to 1")
+            raise UsageError(f"must be floats from 0 to 1 for a Bernoulli likelihood, got {x.dtype}")
         low, high = x.aminmax()
         if not (low >= 0 and high <= 1):
-            remedy = "pictures of 0 to 255 are to be divided by 255, and none to be standardised"
-            raise UsageError(f"it has values from {low:g} to {high:g}, and 0 to 1 are wanted: {remedy}")
+            remedy = "divide pictures of 0 to 255 by 255, and don't standardise them"
+            raise UsageError(f"values must be from 0 to 1, got {low:g} to {high:g}: {remedy}")
 
 
 class _BernoulliScore(torch.autograd.Function):
     """The sum of x l - log(1 + exp(l)) over the last dimension of logits l and x, for a CPU.
 
-    That logarithm of each pixel is most of what a score costs, when it is taken as log1p. Here
+    A log1p of each pixel would be most of the cost. Instead,
 
         log(1 + exp(l)) = max(l, 0) + log(1 + exp(-|l|)),
 
-    whose last part lies from 0 to log 2: sixteen pixels are multiplied before one logarithm is taken of them all. The
-    rounding of 1 + exp(-|l|) loses 6e-8 nats a pixel at most in float32, no more than the sum does.
+    and since 1 + exp(-|l|) is from 1 to 2, sixteen pixels are multiplied before one logarithm of the product. Rounding
+    1 + exp(-|l|) loses at most 6e-8 nats a pixel in float32, no more than the sum does.
     """
 
     @staticmethod
@@ -119,7 +118,7 @@ class _BernoulliScore(torch.autograd.Function):
         linear = (x * logits).sub_(logits.relu()).sum(dim=-1)
         factors = logits.abs().neg_().exp_().add_(1)
         n = factors.shape[-1]
-        for _ in range(4):  # the second half goes into the first
+        for _ in range(4):  # multiply the first half by the second
             half = (n + 1) // 2
             factors[..., : n - half].mul_(factors[..., half:n])
             n = half
@@ -132,7 +131,7 @@ class _BernoulliScore(torch.autograd.Function):
 
 
 class Categorical(Likelihood):
-    """One label out of several; the decoder gives (rows, classes) logits. x is (batch,) of class indices."""
+    """One of several classes; the decoder returns logits (rows, classes), x is (batch,) of class indices."""
 
     def log_prob(self, z: Tensor, x: Tensor) -> Tensor:
         check_shape(x, z.shape[-2:-1])
@@ -149,22 +148,22 @@ class Categorical(Likelihood):
         *shape, classes = self.mean(z).shape
         check_shape(x, torch.Size(shape))
         if x.dtype != torch.int64:
-            raise UsageError(f"it is {x.dtype}, and a Categorical likelihood takes class numbers as torch.int64")
+            raise UsageError(f"must be torch.int64 class numbers for a Categorical likelihood, got {x.dtype}")
         low, high = x.aminmax()
         if low < 0 or high >= classes:
-            raise UsageError(f"it has labels from {low} to {high}, and its decoder knows classes 0 to {classes - 1}")
+            raise UsageError(f"labels must be from 0 to {classes - 1}, got {low} to {high}")
 
 
 class Gaussian(Likelihood):
-    """Independent Gaussian values; the decoder gives the means. `std`: the standard deviation of all, in x's unit.
+    """Independent Gaussian values; the decoder returns their means.
 
-    Raises UsageError unless `std` is above 0.
+    std: the standard deviation of all of them, in the unit of x. Raises UsageError unless it is > 0.
     """
 
     def __init__(self, decoder: nn.Module, std: float = 1.0):
         super().__init__(decoder)
         if not 0 < std < math.inf:
-            raise UsageError(f"`std` is {std}, and a standard deviation is above 0")
+            raise UsageError(f"std must be > 0, got {std}")
         self.std = std
 
     def log_prob(self, z: Tensor, x: Tensor) -> Tensor:
@@ -184,4 +183,4 @@ class Gaussian(Likelihood):
     def check(self, x: Tensor, z: Tensor) -> None:
         check_shape(x, self.mean(z).shape)
         if not x.is_floating_point():
-            raise UsageError(f"it is {x.dtype}, and a Gaussian likelihood takes floats")
+            raise UsageError(f"must be floats for a Gaussian likelihood, got {x.dtype}")

@@ -54,6 +54,7 @@ class Config:
     kind: Literal["digits", "fashion", "faces"]  # what to draw
     dir: Path  # data folder, created if missing
 
+    # Images
     train: int | None = None  # number of training images (default: 60000, faces: 8000)
     val: int | None = None  # number of validation images, faces only (default: 1000)
     test: int | None = None  # number of test images (default: 10000, faces: 1000)

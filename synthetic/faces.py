@@ -287,7 +287,7 @@ def background(rng: np.random.Generator) -> np.ndarray:
 def strands(face: Face) -> np.ndarray:
     """Return a texture of hair with strands and gloss, (HEIGHT, WIDTH, 3) uint8.
 
-    Strands hang down from the top of the head, straight or in waves; hair that is neither is matt.
+    Strands hang down from the top of the head, straight or in waves; other hair is matt.
     """
     x, y = grid()
     rng = face.rng

@@ -73,7 +73,9 @@ FORKED = multiprocessing.get_context("forkserver")
 
 The server never computes, as no process may be forked after a backward pass.
 """
-FORKED.set_forkserver_preload(["mvae", "torch._dynamo"])
+FORKED.set_forkserver_preload(  # not mvae: its defaults are read from the environment
+    ["torch._dynamo", "torch.utils.tensorboard", "sklearn.linear_model", "sklearn.manifold", "matplotlib.figure"]
+)
 
 
 def start_warm(

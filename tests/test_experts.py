@@ -3,17 +3,17 @@
 import itertools
 import math
 
+from mvae import experts
+
 import pytest
 import torch
 from torch import Tensor, distributions
-
-from mvae import experts
 
 
 def some_experts(
     n: int, *, low: float = -3.0, high: float = 3.0, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """mu and logvar in [low, high], (n, 20, 5) each, and a random mask (9, n, 20)."""
+    """Return mu, and logvar in [low, high], (n, 20, 5) each, and a random mask (9, n, 20)."""
     generator = torch.Generator().manual_seed(n)
     mu = torch.randn(n, 20, 5, generator=generator, dtype=dtype)
     logvar = low + (high - low) * torch.rand(n, 20, 5, generator=generator, dtype=dtype)
@@ -21,7 +21,7 @@ def some_experts(
 
 
 def exact(mu: Tensor, logvar: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The product by its precisions, which don't overflow in float64: mu, logvar, and the sum of |weight * mu|."""
+    """Return the product by its precisions, which don't overflow in float64: mu, logvar, and sum |weight * mu|."""
     precision = (-logvar.double()).exp() * present.unsqueeze(-1)
     total = 1 + precision.sum(dim=1)
     parts = precision * mu.double() / total.unsqueeze(1)
@@ -39,13 +39,12 @@ def assert_right_in_float32(mu: Tensor, logvar: Tensor, present: Tensor) -> None
 @pytest.mark.parametrize("n", [1, 2, 6, 19])
 def test_product_is_right_from_minus_80_to_80_in_float32(n: int) -> None:
     assert_right_in_float32(*some_experts(n, low=-80, high=80, dtype=torch.float32))
-
-
-def test_product_is_right_at_the_extremes_in_float32() -> None:
-    corners = list(itertools.product([-80.0, -79.9, -17.0, -1e-3, 0.0, 16.0, 80.0], repeat=2))
-    logvar = torch.tensor(corners).T.unsqueeze(-1)
-    mu = torch.tensor([[[1.5]], [[-2.5]]]).expand_as(logvar)
-    assert_right_in_float32(mu, logvar, torch.tensor([[[True], [True]], [[True], [False]]]).expand(2, 2, len(corners)))
+    if n == 2:
+        corners = list(itertools.product([-80.0, -79.9, -17.0, -1e-3, 0.0, 16.0, 80.0], repeat=2))
+        logvar = torch.tensor(corners).T.unsqueeze(-1)
+        mu = torch.tensor([[[1.5]], [[-2.5]]]).expand_as(logvar)
+        both_and_first = torch.tensor([[[True], [True]], [[True], [False]]])
+        assert_right_in_float32(mu, logvar, both_and_first.expand(2, 2, len(corners)))
 
 
 def test_gradients_of_the_product_are_right_from_minus_80_to_80_in_float32() -> None:
@@ -70,7 +69,7 @@ def test_product_is_the_product_of_densities() -> None:
         torch.testing.assert_close(found, density / torch.trapezoid(density, x), rtol=1e-9, atol=1e-12)
 
 
-def test_product_of_no_expert_is_exactly_the_prior() -> None:
+def test_product_without_experts_is_exactly_the_prior() -> None:
     mu, logvar, present = some_experts(6)
     found = experts.product(mu, logvar, torch.zeros_like(present))
     assert all(torch.equal(part, torch.zeros(9, 20, 5, dtype=torch.float64)) for part in found)
@@ -78,7 +77,7 @@ def test_product_of_no_expert_is_exactly_the_prior() -> None:
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
-def test_absent_experts_may_hold_anything(garbage: float) -> None:
+def test_absent_experts_may_hold_any_values(garbage: float) -> None:
     mu, logvar, present = some_experts(4)
     present[:, :, 0] = torch.tensor([True, False, True, False])  # an example whose absent experts no term takes
     expected = experts.product(mu, logvar, present)
@@ -91,19 +90,13 @@ def test_absent_experts_may_hold_anything(garbage: float) -> None:
         assert (gradient[1::2, 0] == 0).all()
 
 
-def test_an_absent_expert_is_as_if_it_were_not_there() -> None:
-    mu, logvar, _ = some_experts(5)
+def test_masks_broadcast_and_leave_experts_out() -> None:
+    mu, logvar, present = some_experts(5)
     chosen = torch.tensor([True, False, True, True, False])
-    found = experts.product(mu, logvar, chosen.view(1, 5, 1))
-    expected = experts.product(mu[chosen], logvar[chosen], torch.ones(1, 3, 1, dtype=torch.bool))
-    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
-
-
-def test_order_of_experts_does_not_matter() -> None:
-    mu, logvar, present = some_experts(6)
-    order = torch.tensor([3, 0, 5, 1, 4, 2])
-    found = experts.product(mu[order], logvar[order], present[:, order])
-    torch.testing.assert_close(found, experts.product(mu, logvar, present), rtol=1e-13, atol=1e-13)
+    few = experts.product(mu[chosen], logvar[chosen])
+    torch.testing.assert_close(experts.product(mu, logvar, chosen.view(1, 5, 1)), few, rtol=1e-14, atol=1e-14)
+    found, whole = (experts.product(mu, logvar, mask) for mask in (present[..., :1], present[..., :1].expand(9, 5, 20)))
+    assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
 
 
 def test_one_precise_expert_dominates() -> None:
@@ -114,29 +107,18 @@ def test_one_precise_expert_dominates() -> None:
     assert (found_logvar == -80).all()
 
 
-def test_mask_without_a_batch_is_for_every_example() -> None:
-    mu, logvar, present = some_experts(6)
-    whole = present[..., :1].expand_as(present)
-    found = experts.product(mu, logvar, present[..., :1])
-    assert all(torch.equal(a, b) for a, b in zip(found, experts.product(mu, logvar, whole), strict=True))
-
-
-def test_kl_to_prior_is_torchs() -> None:
+def test_kl_to_prior_and_log_standard_normal_are_torchs() -> None:
     mu, logvar, _ = some_experts(3, low=-20, high=5)
-    q = distributions.Normal(mu, (logvar / 2).exp())
-    expected = distributions.kl_divergence(q, distributions.Normal(torch.zeros_like(mu), 1.0)).sum(dim=-1)
+    prior = distributions.Normal(torch.zeros_like(mu), 1.0)
+    expected = distributions.kl_divergence(distributions.Normal(mu, (logvar / 2).exp()), prior).sum(dim=-1)
     torch.testing.assert_close(experts.kl_to_prior(mu, logvar), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(experts.log_standard_normal(mu), prior.log_prob(mu).sum(dim=-1))
 
 
-def test_draw_has_the_mean_and_variance_of_the_expert() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_draw_has_the_mean_and_the_variance_times_the_temperature(temperature: float) -> None:
     mu, logvar = torch.tensor([-1.0, 0.0, 2.0]), torch.tensor([-2.0, 0.0, 1.5])
     n = 100_000
-    z = experts.draw(mu, logvar, torch.randn(n, 3, generator=torch.Generator().manual_seed(0)))
+    z = experts.draw(mu, logvar, torch.randn(n, 3, generator=torch.Generator().manual_seed(0)), temperature)
     assert ((z.mean(dim=0) - mu).abs() < 4 * (logvar / 2).exp() / math.sqrt(n)).all()
-    assert ((z.var(dim=0).log() - logvar).abs() < 4 * math.sqrt(2 / n)).all()
-
-
-def test_log_standard_normal_is_torchs() -> None:
-    z = some_experts(2)[0]
-    expected = distributions.Normal(torch.zeros_like(z), 1.0).log_prob(z).sum(dim=-1)
-    torch.testing.assert_close(experts.log_standard_normal(z), expected)
+    assert ((z.var(dim=0).log() - logvar - math.log(temperature)).abs() < 4 * math.sqrt(2 / n)).all()

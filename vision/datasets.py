@@ -106,7 +106,9 @@ def find(source: Source) -> Pictures:
         raise UserError(f"{lack}: {_remedy(max(lacking, key=lacking.__getitem__), source)}")
     if lacking:
         log.warning("%s; using the %d that are in all four folders", lack, len(in_all))
-    partition = _partition_list(source.image_dir.parent, source.data_dir)
+    roots = (source.image_dir.parent, source.data_dir)
+    lists = [root / folder / name for root in roots for folder in celeba.FOLDERS for name in celeba.PARTITION_LIST]
+    partition = next(filter(Path.is_file, lists), None)
     official = {}
     if partition:  # its 000001.jpg may be 000001.png here
         official = {Path(name).stem: part for name, part in zip(*celeba.read_partition(partition), strict=True)}
@@ -126,11 +128,6 @@ def split_by_name(name: str) -> int:
     So a picture's split doesn't depend on the machine or on other pictures.
     """
     return max(0, zlib.crc32(name.encode()) % 10 - 7)
-
-
-def _partition_list(*roots: Path) -> Path | None:
-    candidates = (root / folder / name for root in roots for folder in celeba.FOLDERS for name in celeba.PARTITION_LIST)
-    return next((path for path in candidates if path.is_file()), None)
 
 
 def _remedy(name: str, source: Source) -> str:

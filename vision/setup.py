@@ -61,11 +61,12 @@ class Config:
     src: Path  # folder of the pictures
     dst: Path  # folder to write into, created if missing
 
-    workers: int = os.cpu_count() or 1  # number of processes
-    overwrite: bool = False  # replace results that are complete
+    # Pictures
     limit: int | None = None  # number of pictures to use, the first by name
+    overwrite: bool = False  # replace results that are complete
+    workers: int = os.cpu_count() or 1  # number of processes
 
-    # masks
+    # Masks
     predictor: Path = PREDICTOR  # dlib's 68-point predictor, .dat or .dat.bz2
     fallback: bool = True  # where no face is found, use the frame that CelebA is aligned to instead of a blank mask
 

@@ -30,6 +30,7 @@ TRANSFORMATIONS: dict[str, tuple[str, ...]] = {
 class Config(Source, Machine):
     model_path: Path  # checkpoint, such as trained_models/model_best.pth.tar
 
+    # Figure
     n_samples: int = 8  # number of faces
     out_dir: Path = Path("samples")  # folder to write into
     seed: int = 0  # random seed

@@ -74,10 +74,10 @@ def decoded(
     The file is built by `workers` processes unless it holds these pictures: their names, sizes and times are compared,
     and every byte of it is checked. A build that was killed is continued; a build by another process is awaited.
 
-    Raises UserError if there are no entries, a picture is damaged or the file can't be written.
+    Raises UserError for an empty `entries`, a damaged picture or a file that can't be written.
     """
     if not entries:
-        raise UserError(f"there are no pictures in {source}")
+        raise UserError(f"no pictures in {source}")
     if not hasattr(os, "pread"):
         raise UserError("decoding pictures into a cache needs Linux or macOS")
     layout = _Layout(entries, mode, size)
@@ -87,7 +87,7 @@ def decoded(
             with locked(lock, lambda: log.info("waiting for another process, which is decoding into %s", path)):
                 _build(source, path, layout, workers)
     except OSError as error:
-        raise UserError(f"can't write decoded pictures to {path}: {error.strerror or error}; set --cache-dir") from None
+        raise UserError(f"can't write decoded pictures to {path}: {error.strerror or error}: set --cache-dir") from None
     shape = (len(entries), len(mode), size, size)
     return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=torch.uint8).view(shape)
 
@@ -108,7 +108,7 @@ class _Layout:
         self.description = f"\n{line}\n".encode()
 
     def broken(self, path: Path) -> list[int] | None:
-        """Return the blocks with a wrong checksum; None if there is no such file, or it holds other pictures."""
+        """Return the blocks with a wrong checksum; None if it doesn't exist or holds other pictures."""
         if not path.exists():
             return None
         with open(path, "rb") as file:
@@ -143,7 +143,8 @@ def _build(source: Path, path: Path, layout: _Layout, workers: int) -> None:
         log.info("%s is incomplete or of other pictures than %s holds now: decoding all", path, source)
     todo = layout.broken(partial)
     if todo is None:
-        with open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)  # a process may have mapped it
+        with open(partial, "xb") as file:
             file.seek(layout.end)
             file.write(layout.description)
         todo = list(range(len(layout.blocks)))

@@ -65,9 +65,7 @@ class Source(DataDir):
     """The flags of every script that reads CelebA."""
 
     # Pictures
-    cache_dir: Path = Path(
-        os.environ.get("MVAE_CACHE_DIR") or "data/cache"
-    )  # folder of decoded pictures (or set MVAE_CACHE_DIR)
+    cache_dir: Path = Path(os.environ.get("MVAE_CACHE_DIR") or "data/cache")  # folder of decoded pictures
     workers: int = os.cpu_count() or 1  # number of processes that decode pictures
     allow_missing: bool = False  # use the images that exist, if the lists name more
 
@@ -259,7 +257,7 @@ def _read(path: Path) -> tuple[bytes, bool]:
 def _table(
     path: Path, content: bytes, first: int, n_columns: int, allowed: Sequence[int]
 ) -> tuple[list[str], np.ndarray]:
-    """Parse lines `NAME VALUE ...`, the first of which is line `first`: names (N) and values (N, n_columns) int8."""
+    """Parse lines `NAME VALUE ...`, counted from `first`, as names (N) and values (N, n_columns) int8."""
     codes = {str(value).encode(): value for value in allowed}
     rows: dict[str, int] = {}
     values = array.array("b")  # CelebA's list of attributes has eight million

@@ -195,7 +195,7 @@ def binarize_once(data: Data, name: str) -> Data:
 
 
 def random_example(data: Data, where: Tensor, what: str) -> dict[str, Tensor]:
-    """Return a batch of one random example where `where`, bool (N,), holds; UserError names `what` if there is none."""
+    """Return a batch of one random example where `where`, bool (N,), is True. Raises UserError if it never is."""
     rows = where.nonzero().flatten()
     if not len(rows):
         raise UserError(f"none of the {len(data)} held-out examples shows {what}")

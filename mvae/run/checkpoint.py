@@ -132,18 +132,12 @@ def load_model(
 
 def set_weights(model: MVAE, content: Mapping[str, Any], path: Path | str) -> None:
     """Give the model the weights of a checkpoint's content. Raises UserError, naming the parts that don't fit."""
-    saved, own = content.get("model", {}), model.state_dict()
-    wrong = [f"{name} is missing" for name in own.keys() - saved.keys()]
-    wrong += [f"{name} is unknown" for name in saved.keys() - own.keys()]
-    wrong += [
-        f"{name} is {tuple(saved[name].shape)}, not {tuple(own[name].shape)}"
-        for name in own.keys() & saved.keys()
-        if saved[name].shape != own[name].shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"the weights of {path} don't fit this model: {', '.join(sorted(wrong)[:3])}{more}")
-    model.load_state_dict(saved)
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError as error:
+        parts = [line.strip().rstrip(".") for line in str(error).splitlines()[1:]]
+        more = f"; and {len(parts) - 3} more" if len(parts) > 3 else ""
+        raise UserError(f"the weights of {path} don't fit this model: {'; '.join(parts[:3])}{more}") from None
 
 
 def initialised(model: MVAE, path: Path | None, experiment: str) -> MVAE:

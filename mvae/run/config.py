@@ -44,6 +44,7 @@ class Training(Machine):
     select: Literal["loss", "joint"] = "loss"  # best model by validation loss, or by the joint term's ELBO
     precision: Literal["fp32", "bf16", "auto"] = "fp32"  # of the networks; auto: bf16 if the processor supports it
     compile: bool = False  # compile the objective with torch.compile, on CUDA with CUDA graphs
+    wait: bool = False  # if another run is writing to --out-dir: wait and share its result instead of refusing
     log_interval: int = 100  # steps between progress reports
     save_every: float = 10  # minutes between saves within an epoch
 
@@ -96,6 +97,8 @@ class TwoStages(Training):
             raise UsageError(f"self_labels must be from 0 to 1, got {self.self_labels}")
         if not self.images_first and (self.self_labels or self.images_dir):
             raise UsageError("self_labels and images_dir need images_first, the epochs of the first stage")
+        if self.self_labels_by != "neighbours" and not self.self_labels:
+            raise UsageError("self_labels_by needs self_labels")
 
     def first_stage(self, name: str) -> Self:
         """Return the Config of the first stage, after checking that the second can follow it.
@@ -111,6 +114,7 @@ class TwoStages(Training):
             "epochs": self.images_first,
             "out_dir": self.images_dir or self.out_dir / "images",
             "resume": self.resume or self.images_dir is not None,
+            "wait": self.images_dir is not None,
         }
         return replace(self, **first)
 

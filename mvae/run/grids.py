@@ -103,8 +103,8 @@ class Sheet:
 
     Args:
         size: the cells' side in pixels.
-        beside: by a row's number, the text to its left and the number of rows it applies to.
-        above: the text above each column.
+        captions: by a row's number, the text to its left and the number of rows that it is for.
+        headings: the text above each column.
 
     Raises UsageError for a canvas that is larger than picture viewers accept.
     """
@@ -115,13 +115,13 @@ class Sheet:
         columns: int,
         size: int,
         *,
-        beside: Mapping[int, tuple[str, int]] | None = None,
-        above: Sequence[str] = (),
+        captions: Mapping[int, tuple[str, int]] | None = None,
+        headings: Sequence[str] = (),
     ):
         self.cell = size + PADDING
-        texts = {row: _broken(text, n * self.cell - PADDING) for row, (text, n) in (beside or {}).items()}
+        texts = {row: _broken(text, n * self.cell - PADDING) for row, (text, n) in (captions or {}).items()}
         self.left = max((_width(text) + 2 * PADDING for text in texts.values() if text), default=0)
-        self.top = LINE * max((text.count("\n") + 1 for text in above), default=0)
+        self.top = LINE * max((text.count("\n") + 1 for text in headings), default=0)
         height, width = self.top + rows * self.cell + PADDING, self.left + columns * self.cell + PADDING
         if height * width > (Image.MAX_IMAGE_PIXELS or height * width):
             raise UsageError(
@@ -131,7 +131,7 @@ class Sheet:
         pen = ImageDraw.Draw(canvas)
         for row, text in texts.items():
             pen.multiline_text((PADDING, self._y(row)), text, font=_font(), spacing=0)
-        for column, text in enumerate(above):
+        for column, text in enumerate(headings):
             pen.multiline_text((self._x(column), 0), text, font=_font(), spacing=0)
         self.pixels = np.array(canvas)
 

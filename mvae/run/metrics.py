@@ -1,4 +1,4 @@
-"""What to measure beside the ELBO: how well one modality is read off others."""
+"""Metrics in addition to the ELBO: how well one modality is predicted from others, or agrees with them."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,13 +9,13 @@ from ..likelihoods import Bernoulli
 from ..model import MVAE, Batch
 
 Metric = Callable[[MVAE, Batch], Tensor]
-"""A value of each example of a batch, (batch,). `fit` reports its mean over the validation examples."""
+"""A value for each example of a batch, (batch,). `Run.validate` reports its mean."""
 
 
 def label_accuracy(name: str, given: Sequence[str] = ("image",)) -> Metric:
-    """1 where the most probable label (every symbol of a text) is the true one, else 0; z is the mean of q(z | given).
+    """Return the accuracy of the most probable label (for a text, of all its symbols), from the mean of q(z | given).
 
-    `name` is the modality of the labels, whose likelihood's mean is its probabilities, classes last.
+    name: the modality of the labels. Its likelihood's mean is their probabilities, classes last.
     """
 
     def metric(model: MVAE, batch: Batch) -> Tensor:
@@ -27,7 +27,7 @@ def label_accuracy(name: str, given: Sequence[str] = ("image",)) -> Metric:
 
 
 def attribute_accuracy(names: Sequence[str], given: Sequence[str] = ("image",)) -> Metric:
-    """The share of binary attributes that are predicted right, of all modalities `names`; z is the mean of q."""
+    """Return the fraction of binary attributes, over the modalities `names`, that the mean of q(z | given) predicts."""
 
     def metric(model: MVAE, batch: Batch) -> Tensor:
         mu, _ = model.posterior({other: batch[other] for other in given})
@@ -39,9 +39,7 @@ def attribute_accuracy(names: Sequence[str], given: Sequence[str] = ("image",)) 
 
 
 def accuracies(probabilities: Tensor, truth: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """How well attributes are predicted: values (n,) by name, whose means are accuracies, overall and of each.
-
-    See `balanced_accuracies` for those that are called balanced.
+    """Return values (n,) by name, whose means are accuracies: overall, of each attribute, and balanced ones.
 
     Args:
         probabilities: (n, attributes), of each attribute.
@@ -61,13 +59,13 @@ def accuracies(probabilities: Tensor, truth: Tensor, names: Sequence[str]) -> di
 
 
 def balanced_accuracies(right: Tensor, truth: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """Values (n,) by attribute whose mean is its balanced accuracy, and their standard error that of this mean.
+    """Return values (n,) by attribute. Their mean is its balanced accuracy; their standard error is that of this mean.
 
-    Balanced accuracy is the mean of two accuracies: among the examples that have the attribute, and among the others.
-    An attribute that all or none of the examples have has none. The error is by the delta method.
+    Balanced accuracy is the mean of two accuracies: over the examples with the attribute, and over the others. It is
+    left out if one of the two is empty. The standard error follows from the delta method.
 
     Args:
-        right: bool (n, attributes), where an attribute was read right.
+        right: bool (n, attributes), where an attribute was predicted correctly.
         truth: (n, attributes), 0 and 1.
         names: of the attributes.
     """
@@ -84,7 +82,7 @@ def balanced_accuracies(right: Tensor, truth: Tensor, names: Sequence[str]) -> d
 
 
 Classify = Callable[[Tensor], Tensor]
-"""A classifier of another make: pictures (n, *event), as a model's means are -> what it reads off them (n, ...)."""
+"""A separately trained classifier: pictures (n, *event), such as a model's means -> labels (n, ...)."""
 
 
 @torch.no_grad()
@@ -98,20 +96,17 @@ def coherence(
     name: str = "image",
     temperature: float = 1.0,
 ) -> Tensor:
-    """Whether a classifier reads the label off pictures that are drawn given it.
+    """Return where a classifier finds the label in pictures conditioned on it, bool (labels, n, *label).
 
-    For each label, n draws of z from q(z | label), and the mean of p(picture | z) of each.
+    The pictures are the means of p(picture | z) for n draws of z from q(z | label).
 
     Args:
         model: in evaluation mode.
         labels: (labels, *label), on the model's device: classes, texts or vectors of attributes.
-        n: pictures for each label.
-        given: the label's modality; or several, one for each value of a label.
-        name: the picture's modality.
-        temperature: what the variance of z is multiplied by.
-
-    Returns:
-        bool (labels, n, *label): where the classifier reads what was given.
+        n: pictures per label.
+        given: the modality of the label, or one for each of its values.
+        name: the modality of the picture.
+        temperature: factor of z's variance.
     """
     right = []
     for label in labels.split(1):
@@ -125,17 +120,15 @@ def coherence(
 def prior_agreement(
     model: MVAE, classify: Classify, *, n: int, labels: Sequence[str] = ("text",), name: str = "image"
 ) -> Tensor:
-    """Whether picture and label of one draw from the prior agree.
+    """Return where picture and label agree for n draws of z from the prior, bool (n, *label).
 
-    The picture is the mean of p(picture | z), which the classifier reads; the label is the most probable one.
+    The picture is the mean of p(picture | z), which the classifier labels; the label is the most probable one.
 
     Args:
         model: in evaluation mode.
         n: draws of z.
-        labels, name: the modalities of the label, as `given` of `coherence`, and of the picture.
-
-    Returns:
-        bool (n, *label): where they agree.
+        labels: the modality of the label, or one for each of its values.
+        name: the modality of the picture.
     """
     z = model.draw({}, n, next(model.parameters()).device)
     means = model.mean(z, [*labels, name])

@@ -19,17 +19,15 @@ from .distributed import is_first
 
 log = logging.getLogger(__name__)
 
-MAY_CHANGE = {"cuda", "threads", "workers", "log_interval", "save_every", "resume", "allow_missing"}
+MAY_CHANGE = {"cuda", "threads", "workers", "log_interval", "save_every", "resume", "wait", "allow_missing"}
 """Fields of a Config that may differ when a run is resumed, as may folders. The data are compared themselves."""
 
 DIVERGED = "diverged.txt"
 """The file that a run leaves if it diverged."""
 
 
-def saved_state(config: Any, name: str, *, shared: bool = False) -> dict[str, Any] | None:
+def saved_state(config: Any, name: str) -> dict[str, Any] | None:
     """Return the content of the checkpoint that a run with this Config continues from; None for a new run.
-
-    shared: the folder is used by several runs, which must ask for the same number of epochs.
 
     Raises UsageError if the folder holds a run and `resume` isn't set, or if that run has other settings or diverged;
     UserError if its checkpoint can't be read.
@@ -51,22 +49,22 @@ def saved_state(config: Any, name: str, *, shared: bool = False) -> dict[str, An
     saved = checkpoint.load(latest, name)
     if "facts" not in saved:
         raise UsageError(f"{latest} was written by an older version: start a new run with --init {latest}")
-    _compare(saved, config, latest, shared)
+    _compare(saved, config, latest)
     return saved
 
 
-def _compare(content: dict[str, Any], config: Any, path: Path, shared: bool) -> None:
+def _compare(content: dict[str, Any], config: Any, path: Path) -> None:
     """Raise UsageError if the settings of the checkpoint at `path` aren't the Config's, field by field."""
     saved = content["settings"]
     now, hints = cli.plain(config), get_type_hints(type(config))
     defaults = cli.plain(type(config)())
     if unknown := sorted(saved.keys() - now.keys()):
         raise UsageError(f"{path} has settings that this version doesn't know: {', '.join(unknown)}")
-    if saved["epochs"] != now["epochs"] and (shared or now["lr_schedule"] != "constant"):
-        why = "other runs share it" if shared else f"lr_schedule {now['lr_schedule']} ends with the run"
+    if saved["epochs"] != now["epochs"] and (now["wait"] or now["lr_schedule"] != "constant"):
+        why = "other runs share it" if now["wait"] else f"its lr_schedule {now['lr_schedule']} ends with them"
         raise UsageError(
-            f"{path} is of a run over {saved['epochs']} epochs, got epochs {now['epochs']}, and {why}: "
-            f"use another --out-dir; `--init {path}` starts from its weights"
+            f"{path} is of a run over {saved['epochs']} epochs, not {now['epochs']}, and {why}: "
+            f"to train longer, start a new run with --init {path} and another --out-dir"
         )
     compared = [
         field.name

@@ -67,7 +67,6 @@ class Run:
         name: experiment, which the checkpoints record; another experiment's is refused.
         objective: is moved to the device. Modules in evaluation mode stay there, unless the whole model is.
         optimizer: of the objective's parameters.
-        shared: several runs may use the folder, one after the other: wait for the others instead of refusing.
         facts: plain values to record in addition to the Config.
 
     Raises:
@@ -84,7 +83,6 @@ class Run:
         optimizer: torch.optim.Optimizer,
         config: Training,
         *,
-        shared: bool = False,
         facts: Mapping[str, Any] | None = None,
     ):
         owned = {id(weight) for weight in objective.parameters()}
@@ -95,7 +93,7 @@ class Run:
         self.device = config.device()
         self.precision = resolve(config.precision, self.device)
         self.config = replace(config, precision=self.precision)
-        self.name, self.out_dir, self.shared = name, config.out_dir, shared
+        self.name, self.out_dir = name, config.out_dir
         self.bare, self.model, self.optimizer = objective.to(self.device), objective.model, optimizer
         if not self.model.training:
             self.model.train()
@@ -112,12 +110,12 @@ class Run:
         self.saved: dict[str, Any] | None = None  # the checkpoint's facts and kept states
         self.kept: dict[str, Any] = {}
         self.saved_at = time.monotonic()
-        self._data: dict[int, tuple[Data, Data]] = {}  # as given and on the device
+        self._data: dict[str, tuple[Data, Data]] = {}  # for training and validation: as given, and on the device
         self._subsets: tuple[int, Tensor] | None = None
 
     def __enter__(self) -> "Run":
         with ExitStack() as stack:
-            stack.enter_context(only_writer(self.out_dir, wait=self.shared))
+            stack.enter_context(only_writer(self.out_dir, wait=self.config.wait))
             self.processes = Processes.join(self.device)
             self.rank = self.processes.rank
             stack.enter_context(self.processes.together())
@@ -166,7 +164,7 @@ class Run:
         `mvae.data.supervision.composed_rows`.
         """
         rank, world, seed = self.rank, self.processes.world, self.config.seed
-        data = self._on_device(data, batch_size, training=True)
+        data = self._on_device(data, batch_size, "training")
         order = composed_rows(data, batch_size, pairs, seed_of(seed, self.epoch))
         self.n_steps = len(order)
         started = time.perf_counter() - self.seconds
@@ -263,7 +261,7 @@ class Run:
         self.processes.share_buffers(self.bare)  # otherwise each would validate its own running statistics
         config = self.config
         try:
-            data = self._on_device(data, config.batch_size)
+            data = self._on_device(data, config.batch_size, "validation")
             found = measured(
                 self.bare, data, metrics, batch_size=config.batch_size, seed=config.seed, precision=self.precision,
                 processes=self.processes, between=self._save_or_stop,
@@ -322,14 +320,14 @@ class Run:
 
     def _resume(self) -> None:
         """Restore the state of the checkpoint in `out_dir`, which the first process reads."""
-        saved = saved_state(self.config, self.name, shared=self.shared) if self.rank == 0 else None
+        saved = saved_state(self.config, self.name) if self.rank == 0 else None
         saved, settings = self.processes.from_first((saved, self.settings))
         if differ := [name for name, value in settings.items() if self.settings[name] != value]:
             raise UsageError(f"the processes of a run need the same settings; {', '.join(differ)} differ")
         if saved is None:
             if self.rank == 0:
                 (self.out_dir / DIVERGED).unlink(missing_ok=True)
-            if self.config.resume and not self.shared:
+            if self.config.resume and not self.config.wait:
                 self._say(f"no checkpoint in {self.out_dir} yet: starting from the beginning")
             return
         self.saved = saved
@@ -348,11 +346,13 @@ class Run:
         if self.saved and self.saved["facts"][name] != self.facts[name]:
             raise UsageError(f"the run in {self.out_dir} has other {what}: use another out_dir")
 
-    def _on_device(self, data: Data, batch_size: int, *, training: bool = False) -> Data:
-        """Return the data on the device. At first sight, check that networks and checkpoint fit them."""
-        if id(data) not in self._data:
-            if training:
+    def _on_device(self, data: Data, batch_size: int, use: str) -> Data:
+        """Return the data for "training" or "validation" on the device. At first sight, check that everything fits."""
+        if use not in self._data or self._data[use][0] is not data:
+            if use == "training":
                 self._begin(data, batch_size)
+            elif self.config.select == JOINT and data.present and not complete_examples(data.present).any():
+                raise UsageError("select joint needs validation examples with every modality")
             moved = data.to(self.device)
             extremes = moved.extremes()
             rows = torch.cat([consecutive_rows(moved, batch_size)[0], extremes]).unique()
@@ -360,13 +360,9 @@ class Run:
                 self.model.check(*moved.batch(rows))
             except UsageError as error:
                 which = listed(["the first batch", *map(str, extremes.tolist())])
-                what = "training" if training else "validation"
-                raise UsageError(f"{what} examples ({which}): {error}") from error.__cause__
-            joint = self.config.select == JOINT and not training
-            if joint and data.present and not complete_examples(data.present).any():
-                raise UsageError("select joint needs validation examples with every modality")
-            self._data[id(data)] = data, moved
-        return self._data[id(data)][1]
+                raise UsageError(f"{use} examples ({which}): {error}") from error.__cause__
+            self._data[use] = data, moved
+        return self._data[use][1]
 
     def _begin(self, data: Data, batch_size: int) -> None:
         """Prepare to train on the data, and print what is trained, where and how."""

@@ -83,7 +83,7 @@ class Kind(ABC):
 
     def colours(self, name: str, x: Tensor) -> dict[str, tuple[Tensor, Sequence[str]]]:
         """Return what n values can be coloured by in a plot: classes (n,) and the classes' names, by name."""
-        return {}
+        return {name: (x, self.names)} if self.names else {}
 
     def probabilities(self, mean: Tensor) -> list[tuple[str, float]]:
         """Return values as text with their probabilities over n draws of z: those of names, or of frequent values."""
@@ -166,23 +166,20 @@ class Label(Kind):
     def lines(self, x: Tensor) -> list[str]:
         return [self.names[number] for number in x.tolist()]
 
-    def colours(self, name: str, x: Tensor) -> dict[str, tuple[Tensor, Sequence[str]]]:
-        return {name: (x, self.names)}
-
 
 @dataclass(frozen=True)
 class Attributes(Kind):
     """Binary attributes. A value says of some of them whether they are present.
 
-    apart: each attribute is a modality, and the others are inferred. Otherwise they are one vector, and the others are
-        absent.
+    separate: each attribute is a modality, and those that a value doesn't name are inferred. Otherwise the attributes
+        are one vector, and those that a value doesn't name are absent.
     """
 
     names: Sequence[str]
-    apart: bool = False
+    separate: bool = False
 
     def modalities(self, name: str) -> tuple[str, ...]:
-        return tuple(self.names) if self.apart else (name,)
+        return tuple(self.names) if self.separate else (name,)
 
     def values(self, words: str) -> list[dict[str, bool]]:
         """Parse one value such as `Male,Eyeglasses,-Smiling`: attributes in any case, absent ones with a minus."""
@@ -202,19 +199,19 @@ class Attributes(Kind):
         """List the attributes, absent ones with a minus; of a complete vector, those that are present."""
         present = [name for name in self.names if value.get(name)]
         absent = [f"-{name}" for name in self.names if value.get(name) is False]
-        complete = not self.apart and len(value) == len(self.names)
+        complete = not self.separate and len(value) == len(self.names)
         return ", ".join(present if complete else present + absent) or "none of them"
 
     def tensor(self, value: Mapping[str, bool]) -> Tensor:
         return torch.tensor([[float(value.get(name, False)) for name in self.names]])
 
     def batch(self, name: str, value: Mapping[str, bool]) -> dict[str, Tensor]:
-        if not self.apart:
+        if not self.separate:
             return super().batch(name, value)
         return {attribute: torch.tensor([float(present)]) for attribute, present in value.items()}
 
     def join(self, batch: Mapping[str, Tensor], name: str) -> Tensor:
-        return torch.stack([batch[one] for one in self.names], dim=1) if self.apart else batch[name]
+        return torch.stack([batch[one] for one in self.names], dim=1) if self.separate else batch[name]
 
     def likeliest(self, mean: Tensor) -> Tensor:
         return (mean > 0.5).float()
@@ -246,7 +243,7 @@ class Vector(Kind):
         try:
             return self._checked([[float(word) for word in words.split(",")]], words)
         except ValueError:
-            raise UsageError(f"{words!r} is neither a file nor numbers separated by commas") from None
+            raise UsageError(f"{words!r} must be a file, or numbers separated by commas") from None
 
     def read(self, path: Path) -> list[list[float]]:
         """Read a .npy file, or a text file of numbers separated by commas: a value, or one in each row."""

@@ -5,6 +5,7 @@ labels; --plot draws a map of the means, coloured by them.
 """
 
 import dataclasses
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +90,10 @@ def embed(config: Embedding, folder: Experiment) -> None:
     arrays |= {f"{name}_names": np.array(controls[name].names) for name in labels if controls[name].names}
     if config.files:
         arrays["file"] = np.array([str(file) for file, _ in examples])
-    with whole(config.out) as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+    with whole(config.out) as file, zipfile.ZipFile(file, "w") as archive:  # np.savez can't name an array "file"
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.save(member, array)
     print(f"wrote {config.out}: mu and logvar of q(z | {', '.join(given)}), {n} x {model.n_latents}")
     if config.plot:
         rows = np.sort(np.random.default_rng(config.seed).permutation(n)[:MOST])

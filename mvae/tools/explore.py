@@ -197,7 +197,7 @@ def widget(name: str, kind: Kind) -> Widget:
             html.Div([words, dcc.RadioItems(how, "inferred", id=f"{name}-{words}", inline=True)], className="switch")
             for words in kind.names
         ]
-        if not kind.apart:
+        if not kind.separate:
             parts.append(html.Div("one vector: once a switch is set, the others count as absent", className="said"))
 
         def switched(values: dict[str, str]) -> dict[str, Tensor]:

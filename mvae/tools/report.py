@@ -92,11 +92,11 @@ def report(found: Evaluation, measures: Mapping[str, Tensor], config: Loglike, t
     if not is_first():
         return
     rows: list[dict[str, Any]] = []
-    for (quantity, proposal), estimate in found.estimates.items():
-        mean, error = mean_and_error(estimate.log_p)
-        variance = estimate.log_weight_variance.mean().item()
+    for (quantity, proposal), one in found.estimates.items():
+        mean, error = mean_and_error(one.log_p)
+        variance = one.log_weight_variance.mean().item()
         row = {"quantity": quantity.name, "proposal": _under(proposal), "mean": mean, "standard_error": error}
-        rows.append({**row, "log_weight_variance": variance, "n_examples": len(estimate.log_p)})
+        rows.append({**row, "log_weight_variance": variance, "n_examples": len(one.log_p)})
     n = len(torch.cat([*found.examples.values()]).unique())
     others = {name: (*mean_and_error(values), len(values)) for name, values in measures.items()}
     if config.json:
@@ -153,9 +153,9 @@ def write_per_example(found: Evaluation, path: Path) -> None:
     proposals = [_under(proposal) for _, proposal in found.estimates]
     example = torch.cat([*found.examples.values()]).unique()
     log_p, variance = np.full((2, len(example), len(found.estimates)), np.nan)
-    for column, (which, estimate) in enumerate(found.estimates.items()):
+    for column, (which, one) in enumerate(found.estimates.items()):
         rows = torch.searchsorted(example, found.examples[which])
-        log_p[rows, column], variance[rows, column] = estimate.log_p, estimate.log_weight_variance
+        log_p[rows, column], variance[rows, column] = one.log_p, one.log_weight_variance
     with whole(path) as file:
         if path.suffix == ".npz":
             columns = {"quantity": np.array(quantities), "proposal": np.array(proposals), "example": example.numpy()}

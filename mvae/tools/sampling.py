@@ -26,6 +26,7 @@ from .folder import Build, Examples, Tool
 
 BLOCK = 256  # samples decoded together, which bounds the memory
 STEPS = 8  # rows of an interpolation, including its two ends
+SHEET_ROWS = 8  # of the contact sheet
 
 
 @dataclass(kw_only=True)
@@ -52,9 +53,9 @@ class Sampling(Tool):
 class Condition(NamedTuple):
     """The condition of a row of samples.
 
-    said: in a few words; "" for none.
+    said: its description; "" if it is empty.
     batch: one example of some modalities.
-    end, share: a second such batch, and how far the row is on the way to it (0 to 1); None and 0 if there is no way.
+    end, share: of an interpolation, a second such batch, and how far the row is on the way to it (0 to 1).
     """
 
     said: str
@@ -178,15 +179,15 @@ def sample(
     *,
     given: Mapping[str, Sequence[Any]] | None = None,
     stem: str = "sample_",
-) -> tuple[Job, dict[str, Tensor]]:
+) -> None:
     """Draw and write the samples that the flags ask for.
+
+    If several controls can be drawn, contact_sheet.png shows the first samples of all of them next to each other.
 
     Args:
         examples: the experiment's data, for held-out pictures.
         given: values by control (default: those of the config's condition_on_NAME).
         stem: what file names begin with, followed by the control's name.
-
-    Returns the job and the first samples of each picture, (rows, n, *event), by control.
     """
     if given is None:
         words = {name: getattr(config, f"condition_on_{name}") for name in controls}
@@ -209,37 +210,32 @@ def sample(
         "given": [row.said for row in rows],
     }
     job = Job(rows, n, controls, about)
-    written: list[str] = []
-    first: dict[str, list[Tensor]] = {}
-    with contextlib.ExitStack() as files:
-        writers: list[Write] = []
+    files: dict[str, AbstractContextManager[Write]] = {}
 
-        def add(name: str, ending: str, writer: Callable[..., AbstractContextManager[Write]]) -> None:
-            written.append(stem + name + ending)
-            writers.append(files.enter_context(writer(config.out_dir / written[-1], name, controls[name], job)))
+    def add(file: str, writer: Callable[..., AbstractContextManager[Write]], *what: Any) -> None:
+        files[file] = writer(config.out_dir / file, job, *what)
 
-        for name, kind in controls.items():
-            if not isinstance(kind, Picture):
-                add(name, ".txt", _lines)
-            if kind.size and "grid" in config.save:
-                add(name, ".png", _grid)
-            if kind.size and "images" in config.save:
-                add(name, "", _images)
-            if "npy" in config.save:
-                add(name, ".npy", _array)
+    for name, kind in controls.items():
+        if not isinstance(kind, Picture):
+            add(f"{stem}{name}.txt", _lines, name, kind)
+        if kind.size and "grid" in config.save:
+            add(f"{stem}{name}.png", _grid, name, kind)
+        if kind.size and "images" in config.save:
+            add(f"{stem}{name}", _images, name, kind)
         if "npy" in config.save:
-            written.append(f"{stem}given.json")
-            write_atomically(config.out_dir / written[-1], (json.dumps(about, indent=2) + "\n").encode())
-        how: dict[str, Any] = {"n": n, "seed": config.seed, "temperature": config.temperature, "draw_x": config.draw}
-        blocks = draw(model, rows, controls, device=device, **how)
+            add(f"{stem}{name}.npy", _array, name)
+    if "npy" in config.save:
+        add(f"{stem}given.json", _about)
+    if sum(kind.size > 0 for kind in controls.values()) > 1:
+        add("contact_sheet.png", _contact_sheet)
+    how: dict[str, Any] = {"n": n, "seed": config.seed, "temperature": config.temperature, "draw_x": config.draw}
+    blocks = draw(model, rows, controls, device=device, **how)
+    with contextlib.ExitStack() as opened:
+        writers = [opened.enter_context(file) for file in files.values()]
         for block in tqdm(blocks, total=len(rows) * -(-n // BLOCK), leave=False, disable=None):
             for write in writers:
                 write(block)
-            for name, values in block.values.items():
-                if isinstance(controls[name], Picture) and block.start == 0:
-                    first.setdefault(name, []).append(values[:COLUMNS])
-    print(f"wrote {', '.join(written)} in {config.out_dir}")
-    return job, {name: torch.stack(some) for name, some in first.items()}
+    print(f"wrote {', '.join(files)} in {config.out_dir}")
 
 
 Write = Callable[[Drawn], None]
@@ -247,7 +243,7 @@ Write = Callable[[Drawn], None]
 
 
 @contextlib.contextmanager
-def _grid(path: Path, name: str, kind: Kind, job: Job) -> Iterator[Write]:
+def _grid(path: Path, job: Job, name: str, kind: Kind) -> Iterator[Write]:
     """Write a PNG with a row for each condition, shown at its left. One condition's samples fill rows of eight."""
     columns = job.n if len(job.rows) > 1 else min(COLUMNS, job.n)
     lines = -(-job.n // columns)
@@ -255,7 +251,7 @@ def _grid(path: Path, name: str, kind: Kind, job: Job) -> Iterator[Write]:
     size = max([kind.size, *(picture.shape[-1] for some in shown for picture in some)])
     margin = max(map(len, shown))
     labels = {i * lines: (row.said, lines) for i, row in enumerate(job.rows)}
-    sheet = Sheet(len(job.rows) * lines, margin + columns, size, beside=labels)
+    sheet = Sheet(len(job.rows) * lines, margin + columns, size, captions=labels)
     for i, some in enumerate(shown):
         for j, picture in enumerate(some):
             sheet.put(i * lines, j, picture)
@@ -269,7 +265,7 @@ def _grid(path: Path, name: str, kind: Kind, job: Job) -> Iterator[Write]:
 
 
 @contextlib.contextmanager
-def _images(path: Path, name: str, kind: Kind, job: Job) -> Iterator[Write]:
+def _images(path: Path, job: Job, name: str, kind: Kind) -> Iterator[Write]:
     """Write a folder of one PNG for each sample, 00000.png and so on."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists and isn't empty: choose another --out-dir")
@@ -288,14 +284,14 @@ def _images(path: Path, name: str, kind: Kind, job: Job) -> Iterator[Write]:
 
 
 @contextlib.contextmanager
-def _array(path: Path, name: str, kind: Kind, job: Job) -> Iterator[Write]:
+def _array(path: Path, job: Job, name: str) -> Iterator[Write]:
     """Write a float32 array of all samples, row by row."""
     with npy(path, len(job.rows) * job.n) as append:
         yield lambda block: append(block.values[name].numpy())
 
 
 @contextlib.contextmanager
-def _lines(path: Path, name: str, kind: Kind, job: Job) -> Iterator[Write]:
+def _lines(path: Path, job: Job, name: str, kind: Kind) -> Iterator[Write]:
     """Write a line of text for each sample, in the order of the grid."""
     with whole(path) as file:
 
@@ -304,3 +300,37 @@ def _lines(path: Path, name: str, kind: Kind, job: Job) -> Iterator[Write]:
             file.writelines(f"{line}\n".encode() for line in kind.lines(values))
 
         yield write
+
+
+@contextlib.contextmanager
+def _about(path: Path, job: Job) -> Iterator[Write]:
+    """Write what the files have in common, as JSON."""
+    write_atomically(path, (json.dumps(job.about, indent=2) + "\n").encode())
+    yield lambda block: None
+
+
+@contextlib.contextmanager
+def _contact_sheet(path: Path, job: Job) -> Iterator[Write]:
+    """Write a PNG of each row's first samples of every control that can be drawn, next to what was given."""
+    kinds = {name: kind for name, kind in job.controls.items() if kind.size}
+    shown = [row.pictures(kinds) for row in job.rows]
+    given = [name for name in kinds if any(name in some for some in shown)]
+    n = min(max(1, SHEET_ROWS // len(job.rows)), job.n)
+    sheet = Sheet(
+        len(job.rows) * n,
+        len(given) + len(kinds),
+        max(kind.size for kind in kinds.values()),
+        captions={i * n: (row.said, n) for i, row in enumerate(job.rows)},
+        headings=[f"given\n{name}" for name in given] + [f"\n{name}" for name in kinds],
+    )
+    for i, some in enumerate(shown):
+        for name, picture in some.items():
+            sheet.put(i * n, given.index(name), picture)
+
+    def write(block: Drawn) -> None:
+        for column, (name, kind) in enumerate(kinds.items(), len(given)):
+            for j, picture in enumerate(kind.pictures(block.values[name][:n]) if block.start == 0 else ()):
+                sheet.put(block.row * n + j, column, picture)
+
+    yield write
+    sheet.save(path, job.about)

@@ -1,0 +1,433 @@
+"""Run, the plumbing of the open loop: what a step does, what an epoch measures, records and prints."""
+
+import copy
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mvae import MVAE, Bernoulli, Data, Objective, Run, Term, Training, UsageError
+from mvae.data.dataset import permuted_rows, seed_of
+from mvae.model import Batch
+from mvae.objective import random_subsets
+from mvae.run import checkpoint, config, schedules
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers import SmallEncoder, run_small, same, small_data, small_model, stats, without_times
+
+
+def part(record: dict[str, Any], which: str) -> dict[str, Any]:
+    """Return the numbers of an epoch's record that are about "train" or "validation"."""
+    return {name: value for name, value in record.items() if name.startswith(f"{which}/")}
+
+
+def weights(out_dir: Path, name: str = checkpoint.LATEST) -> dict[str, Tensor]:
+    return checkpoint.load(out_dir / name, "small")["model"]
+
+
+def zeros(model: MVAE, batch: Batch) -> Tensor:
+    return torch.zeros(len(batch["label"]))
+
+
+def label_value(model: MVAE, batch: Batch) -> Tensor:
+    return batch["label"].float()
+
+
+# Steps
+
+
+def test_a_run_takes_the_steps_of_a_plain_loop(tmp_path: Path) -> None:
+    """With random subsets, and β and learning rates that change at each step."""
+    train, beta, rate = small_data(24, seed=0), schedules.linear(3), schedules.warmed_up(1, schedules.late(3))
+    run = run_small(tmp_path, train=train, epochs=3, seed=5, n_subsets=2, beta=beta, rate=rate)
+
+    objective = Objective(small_model())
+    optimizer = torch.optim.Adam(objective.parameters(), fused=True)
+    for epoch in (1, 2, 3):
+        losses = []
+        for step, rows in enumerate(permuted_rows(train, 6, seed_of(5, epoch))):
+            subsets = random_subsets(3, 2, np.random.default_rng(seed_of(5, epoch, step)))
+            t = epoch - 1 + (step + 1) / 4
+            optimizer.param_groups[0]["lr"] = 1e-2 * rate(t)
+            torch.manual_seed(seed_of(5, epoch, step, 0))
+            loss, _ = objective(train.batch(rows)[0], beta(t), subsets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        record = run.history[epoch - 1]
+        assert record["train/loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+        assert (record["beta"], record["lr"]) == (beta(t), 1e-2 * rate(t))
+    assert same(run.model.state_dict(), objective.model.state_dict())
+
+
+def test_gradients_of_several_batches_accumulate_until_a_step(tmp_path: Path) -> None:
+    """Two half batches take the step of the whole one; their noise is no matter, since the variance is 0."""
+
+    def train(folder: str, batch_size: int, every: int) -> list[Tensor]:
+        model = small_model()
+        for name, weight in model.encoders.named_parameters():
+            weight.data[2:] = -100 if name.endswith("bias") else 0  # log-variances
+        objective = Objective(model)
+        settings = Training(epochs=1, batch_size=batch_size, out_dir=tmp_path / folder)
+        data = small_data(24, seed=0)
+        with Run("small", objective, torch.optim.SGD(objective.parameters(), 0.1), settings) as run:
+            for _ in run.epochs(1):
+                for batch, present in run.batches(data, batch_size):
+                    loss, parts = run.objective(batch, 0.0, present=present)
+                    run.backward(loss / every, parts)
+                    if run.done % every == 0:
+                        run.step()
+                run.validate(data)
+        return list(model.parameters())
+
+    torch.testing.assert_close(train("whole", 24, 1), train("halves", 12, 2))
+
+
+def test_subsets_and_noise_differ_between_steps_epochs_and_seeds(tmp_path: Path) -> None:
+    """The examples are all the same, and the weights don't move."""
+    train, seen, drawn = small_data(1, seed=0)[torch.zeros(24, dtype=torch.long)], [], []
+
+    class Watching(Objective):
+        def forward(self, batch: Batch, beta: Any = 1.0, subsets: Any = None, present: Any = None, noise: Any = None):
+            found = super().forward(batch, beta, subsets, present, noise)
+            if self.training and subsets is not None:
+                seen.append(tuple(subsets.flatten().tolist()))
+                drawn.append(found[0].item())
+            return found
+
+    for seed in (0, 1):
+        objective = Watching(small_model())
+        settings = Training(epochs=3, batch_size=6, seed=seed, out_dir=tmp_path / str(seed))
+        with Run("small", objective, torch.optim.SGD(objective.parameters(), 0.0), settings) as run:
+            for _ in run.epochs(3):
+                for batch, _ in run.batches(train, 6):
+                    run.backward(*run.objective(batch, run.beta, run.random_subsets(1)))
+                    run.step()
+                run.validate(train)
+    epochs = [tuple(seen[i : i + 4]) for i in range(0, 24, 4)]
+    assert len(set(epochs)) == 6
+    assert all(len(set(epoch)) > 1 for epoch in epochs)
+    assert len(set(drawn)) == 24
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"beta": schedules.linear(1)}, {"rate": schedules.late(2)}, {}])
+def test_same_settings_give_the_same_run_and_others_do_not(changed: dict[str, Any], tmp_path: Path) -> None:
+    one, other = run_small(tmp_path / "one"), run_small(tmp_path / "other", **changed)
+    assert (without_times(one.history) == without_times(other.history)) == (not changed)
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "other")) == (not changed)
+
+
+class WatchedEncoder(SmallEncoder):
+    """An encoder that remembers in which mode it ran."""
+
+    def __init__(self, n_inputs: int):
+        super().__init__(n_inputs)
+        self.modes: list[bool] = []
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.modes.append(self.training)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ["new", "loaded", "frozen"])
+def test_networks_are_trained_in_training_mode_and_validated_in_evaluation_mode(kind: str, tmp_path: Path) -> None:
+    """A loaded model is in evaluation mode as a whole; a part that alone is in it is frozen, and stays so."""
+    model = small_model()
+    model.encoders["label"] = encoder = WatchedEncoder(1)
+    {"new": model.train, "loaded": model.eval, "frozen": encoder.eval}[kind]()
+    run_small(tmp_path, model=model, batch_size=12)
+    modes = [mode for mode, after in zip(encoder.modes, [*encoder.modes[1:], None], strict=True) if mode != after]
+    assert modes == ([False] if kind == "frozen" else [False, True, False, True, False])
+    assert model.encoders["image"].training
+
+
+def missing() -> dict[str, Tensor]:
+    """Of 24 examples a third lack the image, another third the label, and the last one everything."""
+    image, label, attrs = torch.ones(3, 24, dtype=torch.bool)
+    image[:8], label[8:16], attrs[-1] = False, False, False
+    image[-1] = label[-1] = False
+    return {"image": image, "label": label, "attrs": attrs}
+
+
+def test_missing_values_have_no_effect(tmp_path: Path) -> None:
+    train = small_data(24, seed=0, present=missing())
+    filled = {
+        **train.tensors,
+        "image": torch.where(missing()["image"].view(-1, 1, 1, 1), train.tensors["image"], 100.0),
+        "label": torch.where(missing()["label"], train.tensors["label"], -1),
+    }
+    one = run_small(tmp_path / "one", train=train)
+    other = run_small(tmp_path / "other", train=Data(tensors=filled, present=missing()))
+    assert math.isfinite(one.history[-1]["train/loss"])
+    assert without_times(one.history) == without_times(other.history)
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("present", [None, missing()], ids=["complete", "missing"])
+def test_bf16_is_close_to_fp32(present: dict[str, Tensor] | None, tmp_path: Path) -> None:
+    train = small_data(24, seed=0, present=present)
+    single, half = (
+        run_small(tmp_path / precision, train=train, precision=precision, n_subsets=1, lr=1e-30).history[-1]
+        for precision in ("fp32", "bf16")
+    )
+    for loss in ("train/loss", "validation/loss"):
+        assert single[loss] != half[loss]
+        assert half[loss] == pytest.approx(single[loss], rel=0.02)
+
+
+def test_modality_that_no_example_has_leaves_no_numbers(tmp_path: Path) -> None:
+    train = small_data(24, seed=0, present={"image": torch.zeros(24, dtype=torch.bool)})
+    (record,) = run_small(tmp_path, train=train, precision="bf16", epochs=1).history
+    assert not [name for name in part(record, "train") if name.startswith("train/image/")]
+    scored = {name for name in record if name.startswith("train/joint/log_prob/")}
+    assert scored == {"train/joint/log_prob/attrs", "train/joint/log_prob/label"}
+
+
+def test_a_compiled_run_has_the_losses_of_a_plain_one(tmp_path: Path) -> None:
+    """With random subsets and missing modalities."""
+    train = small_data(24, seed=0, present=missing())
+    plain, compiled = (
+        run_small(tmp_path / str(flag), train=train, compile=flag, n_subsets=1).history for flag in (False, True)
+    )
+    for record, expected in zip(compiled, plain, strict=True):
+        assert record["train/loss"] == pytest.approx(expected["train/loss"], rel=0.05)
+        assert record["validation/loss"] == pytest.approx(expected["validation/loss"], rel=0.05)
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UsageError, match=r"compile needs a C\+\+ compiler.*CXX"):
+        run_small(tmp_path / "run", compile=True)
+
+
+# Validation
+
+
+def validation_loss(tmp_path: Path, data: Data, seed: int = 0, epochs: int = 1) -> list[float]:
+    """Return the validation loss of each epoch of a model that doesn't change; batches have six examples."""
+    out_dir = tmp_path / str(len(list(tmp_path.iterdir())))
+    history = run_small(out_dir, validation=data, seed=seed, epochs=epochs, lr=1e-30).history
+    return [record["validation/loss"] for record in history]
+
+
+def test_validation_draws_the_same_noise_in_each_epoch_and_other_noise_for_another_batch_or_seed(
+    tmp_path: Path,
+) -> None:
+    six = torch.arange(6)
+    twice = small_data(6, seed=1)[torch.cat([six, six])]
+    once = validation_loss(tmp_path, twice[:6], epochs=2)
+    assert once[0] == once[1]
+    assert len({once[0], *validation_loss(tmp_path, twice), *validation_loss(tmp_path, twice[:6], seed=1)}) == 3
+
+
+def test_validation_ignores_missing_values(tmp_path: Path) -> None:
+    whole, here = small_data(6, seed=1), torch.arange(6) < 4
+    other = {**whole.tensors, "label": torch.where(here, whole.tensors["label"], -1)}
+    found = [validation_loss(tmp_path, Data(tensors=some, present={"label": here})) for some in (whole.tensors, other)]
+    assert found[0] == found[1] != validation_loss(tmp_path, whole)
+
+
+def test_validation_and_metrics_leave_training_unchanged(tmp_path: Path) -> None:
+    def noisy(model: MVAE, batch: Batch) -> Tensor:
+        return torch.randn(len(batch["label"]))
+
+    run_small(tmp_path / "one")
+    run_small(tmp_path / "other", validation=small_data(7, seed=2), metrics={"noisy": noisy})
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("present", "complete"),
+    [
+        (None, list(range(10))),
+        ({"image": torch.arange(10) != 3, "attrs": torch.arange(10) < 7}, [0, 1, 2, 4, 5, 6]),
+        ({"image": torch.arange(10) < 0}, []),
+    ],
+    ids=["complete", "some", "none"],
+)
+def test_a_metric_is_the_mean_over_the_complete_examples(present: Any, complete: list[int], tmp_path: Path) -> None:
+    validation = small_data(10, seed=1, present=present)
+    run = run_small(tmp_path, validation=validation, metrics={"value": label_value, "one": label_value})
+    for record in (*run.history, *stats(tmp_path)):
+        assert "train/value" not in record
+        expected = [validation.tensors["label"][complete].double().mean().item()] if complete else []
+        assert [record[name] for name in ("validation/value",) if name in record] == pytest.approx(expected)
+
+
+def test_a_metric_that_is_not_finite_is_null_and_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    metrics = {"bad": lambda model, batch: label_value(model, batch) / 0, "good": label_value}
+    records = run_small(tmp_path, metrics=metrics).history
+    assert [record["validation/bad"] for record in (*records, *stats(tmp_path))] == [None] * 4
+    assert all(math.isfinite(record["validation/good"]) for record in records)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "not finite in epoch 1, recorded as null: bad" in caplog.text
+    run_small(tmp_path, metrics=metrics, epochs=3, resume=True)
+    assert len(stats(tmp_path)) == 3
+
+
+# The best model
+
+LEARNING: dict[str, Any] = {"epochs": 12, "lr": 0.2, "beta": schedules.constant()}
+"""A rate so high that the loss rises and falls."""
+
+
+@pytest.mark.parametrize("select", ["loss", "joint"])
+def test_the_best_model_has_the_least_loss_or_the_greatest_joint_elbo(select: str, tmp_path: Path) -> None:
+    how = {**LEARNING, "select": select, "weights": {"label": 100.0}}
+    run = run_small(tmp_path / "run", **how)
+    losses = [record["validation/loss"] for record in run.history]
+    scores = {"loss": losses, "joint": [-record["validation/joint/elbo"] for record in run.history]}
+    best = int(np.argmin(scores[select])) + 1
+    assert 1 < best < 12
+    assert np.argmin(scores["loss"]) != np.argmin(scores["joint"])
+    content = checkpoint.load(tmp_path / "run" / checkpoint.BEST, "small")
+    assert (content["epoch"], content["validation_loss"], run.best_epoch) == (best, losses[best - 1], best)
+    seconds = [record["seconds"] for record in run.history[:best]]
+    assert content["training_seconds"] == pytest.approx(sum(seconds))
+
+    shorter = tmp_path / "shorter"
+    run_small(shorter, **{**how, "epochs": best})
+    assert same(content["model"], weights(shorter))
+    resumed = run_small(shorter, **{**how, "epochs": 12}, resume=True)
+    assert resumed.best_epoch == best
+    assert same(content["model"], weights(shorter, checkpoint.BEST))
+
+
+# Wrong calls
+
+
+def wrong_optimizer(*_: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(small_model().parameters(), 0.1)
+
+
+NORMED = nn.Sequential(nn.BatchNorm2d(1), nn.Identity())
+
+
+def normed_model() -> MVAE:
+    model = small_model()
+    model.encoders["image"] = nn.Sequential(nn.BatchNorm2d(1), model.encoders["image"])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"optimizer": lambda *_, **__: wrong_optimizer()}, r"build the optimizer from objective\.parameters\(\)"),
+        ({"terms": [Term(("image",), ("image",))], "select": "joint"}, "select joint needs a term"),
+        ({"validation": small_data(10, seed=1, present={"label": torch.arange(10) < 0}), "select": "joint"}, "every"),
+        ({"metrics": {"loss": label_value}}, "must not be named 'loss' or contain '/', got loss"),
+        ({"metrics": {"joint/elbo": label_value}}, "got joint/elbo"),
+        ({"model": normed_model(), "batch_size": 1}, r"at least 2 examples per process \(.*batch norm\), got 1, 24"),
+        ({"train": small_data(24, seed=0, pairs=torch.arange(24) < 3), "pairs_per_batch": 2}, "pairs_per_batch needs"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_call_is_refused(how: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        run_small(tmp_path, **how)
+    assert not (tmp_path / checkpoint.BEST).exists()
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "said"),
+    [
+        ("validate", r"each epoch must end in run\.validate"),
+        ("step", r"run\.validate needs run\.backward\(\.\.\.\), then run\.step\(\)"),
+        ("batches", r"run\.validate needs run\.backward\(\.\.\.\), then run\.step\(\)"),
+    ],
+)
+def test_loop_that_leaves_something_out_is_refused(forgotten: str, said: str, tmp_path: Path) -> None:
+    objective, data = Objective(small_model()), small_data(24, seed=0)
+    optimizer = torch.optim.SGD(objective.parameters(), 0.1)
+    with (
+        pytest.raises(UsageError, match=said),
+        Run("small", objective, optimizer, Training(epochs=2, batch_size=6, out_dir=tmp_path)) as run,
+    ):
+        for _ in run.epochs(2):
+            for batch, _ in run.batches(data, 6) if forgotten != "batches" else ():
+                run.backward(*run.objective(batch, run.beta))
+                if forgotten != "step":
+                    run.step()
+            if forgotten != "validate":
+                run.validate(data)
+
+
+# Reports
+
+
+def test_a_run_prints_what_it_trains_and_how_far_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"value": label_value, "bad": lambda model, batch: zeros(model, batch) / 0}
+    records = run_small(tmp_path, log_interval=2, n_subsets=3, metrics=metrics).history
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        rf"small: 24 training examples, 0\.00M parameters, cpu \(\d+ threads\), fp32, writing to {tmp_path}", header
+    )
+    steps = [line for line in lines if "  step " in line]
+    assert [line.split("  loss")[0] for line in steps] == [f"epoch {i}/2  step {j}/4" for i in (1, 2) for j in (2, 4)]
+    assert all(re.search(r"loss \d+\.\d\d  \d+ examples/s  < 1 min left$", line) for line in steps)
+    epochs = [line for line in lines if line not in steps]
+    for line, record in zip(epochs, records, strict=True):
+        assert f"epoch {record['epoch']}/2  β {record['beta']:.3f}" in line
+        assert f"loss {record['train/loss']:.2f}  validation loss {record['validation/loss']:.2f}" in line
+        assert f"ELBO(joint) {record['validation/joint/elbo']:.2f}" in line
+        assert f"value {record['validation/value']:.4f}  bad –" in line
+    assert ["(validation: β = 1)" in line for line in epochs] == [True, False]
+    terms = {which: [name for name in part(records[0], which) if "/elbo" in name] for which in ("train", "validation")}
+    assert terms["train"] == [f"train/{name}/elbo" for name in ("joint", "image", "attrs", "label", "subset")]
+    assert terms["validation"] == [f"validation/{name}/elbo" for name in ("joint", "image", "attrs", "label")]
+
+
+def test_a_terminal_gets_a_progress_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run_small(tmp_path, log_interval=1)
+    said = capsys.readouterr()
+    assert "epoch 1/2:" in said.err
+    assert "  step " not in said.out
+
+
+# The Config that all experiments share
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        *[({name: 0}, f"{name} must be an integer >= 1, got 0") for name in ("epochs", "n_latents", "batch_size")],
+        *[({name: 0}, f"{name} must be an integer >= 1, got 0") for name in ("iw_samples", "log_interval", "limit")],
+        ({"epochs": 10**30}, "epochs must be an integer >= 1"),
+        ({"n_paired": 0}, "n_paired must be an integer >= 1"),
+        ({"annealing_epochs": -1}, "annealing_epochs must be >= 0, got -1"),
+        ({"weight_decay": math.nan}, "weight_decay must be >= 0, got nan"),
+        ({"lr": 0}, "lr must be > 0, got 0"),
+        ({"lr": math.inf}, "lr must be > 0, got inf"),
+        ({"save_every": -1}, "save_every must be > 0"),
+        ({"seed": -1}, "seed must be an integer from 0"),
+        ({"seed": 2**63}, "seed must be an integer from 0"),
+        ({"threads": 10**6}, "threads must be from 1 to 1024"),
+        ({"paired_fraction": 1.5}, r"paired_fraction must be in \(0, 1\]"),
+        ({"paired_fraction": 0.5, "n_paired": 5}, "without n_paired"),
+        ({"unpaired": "both"}, "unpaired needs n_paired or paired_fraction"),
+        ({"images_first": -1}, "images_first must be an integer >= 0, got -1"),
+        ({"images_first": 1, "self_labels": 2}, "self_labels must be from 0 to 1, got 2"),
+        ({"self_labels": 0.5}, "self_labels and images_dir need images_first"),
+        ({"images_dir": Path("images")}, "self_labels and images_dir need images_first"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(map(str, value.items())),
+)
+def test_a_config_refuses_a_value_that_is_not_allowed(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        config.TwoStages(**fields)
+
+
+def test_pairs_default_to_a_third_of_the_batch_where_examples_lack_something() -> None:
+    assert [Training(batch_size=30, **how).pairs for how in ({}, {"n_paired": 5}, {"paired_fraction": 0.5})] == [0, 10, 10]
+    assert Training(n_paired=5, pairs_per_batch=0).pairs == 0
