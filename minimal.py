@@ -1,19 +1,20 @@
-"""The Multimodal Variational Autoencoder (MVAE) of Wu & Goodman (2018) in one file, on MNIST: an image and its label.
+"""The Multimodal Variational Autoencoder (MVAE) of Wu & Goodman (2018) in one file, on MNIST: images and their labels.
 
-    python minimal.py        # some minutes on one CPU core; writes minimal.png
+    python minimal.py        # a few minutes on one CPU core; writes minimal.png
 
 A latent z ~ N(0, I) generates both modalities: p(z) p(image | z) p(text | z), where the text is the label. Each has an
-encoder, an "expert" that returns a Gaussian over z. The posterior given any set of modalities is the product of their
+encoder, its "expert", which returns a Gaussian over z. The posterior given some modalities is the product of their
 experts and the prior. So one model generates images from labels, labels from images, or both from nothing.
 
-This is a copy for reading. The library `mvae` has the same mathematics with resume, missing modalities and more; a test
-compares their losses and gradients.
+This file is for reading. The library has the same mathematics (a test compares losses and gradients), with missing
+modalities, resume, log-likelihoods and more: see mnist/train.py.
 """
 
 import argparse
 import gzip
 import os
 import time
+from itertools import pairwise
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -22,22 +23,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.utils import save_image
 
-N_LATENTS = 64
-HIDDEN = 512
+N_LATENTS, HIDDEN = 64, 512
 BATCH_SIZE = 100
-EPOCHS = 8  # the paper: 500
-ANNEALING_EPOCHS = 4  # the paper: 200
+EPOCHS = 6  # the paper: 500
+ANNEALING_EPOCHS = 3  # the paper: 200
 LEARNING_RATE = 1e-3
 
-# Weights λ of log p(x_i | z). An image has 784 pixels and a label is one symbol, of 2.3 nats at most: without a large
-# weight the model would ignore the label.
+# λ weights log p(x_i | z). A label holds 2.3 nats at most and an image some hundred: unweighted, labels are ignored.
 LAMBDA = {"image": 1.0, "text": 50.0}
 
-# Each ELBO term: the modalities that z is inferred from, and those that are reconstructed from z. Without the last two
-# terms the encoders would only be trained together, and neither would be of use alone.
-# In the paper a term reconstructs its inputs, so only the joint term links the label to the image. The label then gets
-# latents that no image predicts, until hundreds of epochs of small β have merged the two. In a few epochs we get there
-# by one more reconstruction: the image's term predicts the label. (The paper's term here: (("image",), ("image",)).)
+# Each ELBO term: the modalities that z is inferred from, and those that are reconstructed from z. The joint term alone
+# would train the encoders to work together only; the other two train each to work alone.
+# In the paper a term reconstructs its inputs. Then only the joint term links image and label, and the label gets latents
+# that no image predicts, until hundreds of epochs at a small β merge the two. Here the image's term predicts the label
+# as well, which links them within an epoch. For the paper's objective, write (("image",), ("image",)).
 TERMS = [
     (("image", "text"), ("image", "text")),
     (("image",), ("image", "text")),
@@ -49,17 +48,30 @@ DATA = Path(os.environ.get("MVAE_DATA_DIR") or "data") / "MNIST" / "raw"
 MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 
 
+def load(part: str) -> dict[str, Tensor]:
+    """Return the images, (N, 784) in [0, 1], and labels, (N,), of "train" or "t10k" (test); download missing files."""
+    content = []
+    for name, header in ((f"{part}-images-idx3-ubyte.gz", 16), (f"{part}-labels-idx1-ubyte.gz", 8)):
+        if not (DATA / name).exists():
+            packed = urlopen(MIRROR + name, timeout=60).read()
+            DATA.mkdir(parents=True, exist_ok=True)
+            (DATA / name).write_bytes(packed)
+        unpacked = bytearray(gzip.decompress((DATA / name).read_bytes()))
+        content.append(torch.frombuffer(unpacked, dtype=torch.uint8, offset=header).to(DEVICE))
+    return {"image": content[0].view(-1, 784) / 255, "text": content[1].long()}
+
+
 def mlp(*sizes: int) -> nn.Sequential:
-    """Linear layers of these sizes, with the paper's Swish, x * sigmoid(x), between them."""
-    layers = [layer for n, m in zip(sizes, sizes[1:]) for layer in (nn.Linear(n, m), nn.SiLU())]
+    """Return linear layers of these sizes with the paper's Swish, x sigmoid(x), between them."""
+    layers = [layer for n, m in pairwise(sizes) for layer in (nn.Linear(n, m), nn.SiLU())]
     return nn.Sequential(*layers[:-1])
 
 
 def product_of_experts(experts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return mu and logvar of the product of Gaussian experts, each a (mu, logvar), and of the prior N(0, I).
+    """Return mu and logvar of the product of Gaussian experts, each a (mu, logvar), and the prior N(0, I).
 
-    With precisions T_i = 1 / var_i (the prior's is 1): T = 1 + sum T_i, mu = sum T_i mu_i / T, var = 1 / T. A missing
-    modality is simply not in the list. T_i / T is a softmax of log-precisions, which needs no epsilon and can't overflow.
+    With precisions T_i = 1 / var_i, 1 for the prior: T = 1 + sum T_i, mu = sum T_i mu_i / T and var = 1 / T. A missing
+    modality is left out. T_i / T is a softmax of log-precisions: it can't overflow and needs no epsilon.
     """
     prior = torch.zeros_like(experts[0][0])
     mu = torch.stack([prior, *(mu for mu, _ in experts)])
@@ -67,17 +79,22 @@ def product_of_experts(experts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Te
     return (log_precision.softmax(dim=0) * mu).sum(dim=0), -log_precision.logsumexp(dim=0)
 
 
+def draw(mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """Return z = mu + std * noise, so that gradients reach mu and logvar (the reparameterisation trick)."""
+    return mu + (logvar / 2).exp() * noise
+
+
 class MVAE(nn.Module):
+    """An encoder and a decoder for each modality."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.encoders = nn.ModuleDict({
-            "image": nn.Sequential(nn.Flatten(), mlp(784, HIDDEN, HIDDEN, 2 * N_LATENTS)),
-            "text": nn.Sequential(nn.Embedding(10, HIDDEN), mlp(HIDDEN, HIDDEN, 2 * N_LATENTS)),
-        })
-        self.decoders = nn.ModuleDict({
-            "image": mlp(N_LATENTS, HIDDEN, HIDDEN, HIDDEN, 784),  # logits of Bernoulli pixels
-            "text": mlp(N_LATENTS, HIDDEN, HIDDEN, HIDDEN, 10),  # logits of the ten classes
-        })
+        image = mlp(784, HIDDEN, HIDDEN, 2 * N_LATENTS)
+        text = nn.Sequential(nn.Embedding(10, HIDDEN), mlp(HIDDEN, HIDDEN, 2 * N_LATENTS))
+        self.encoders = nn.ModuleDict({"image": image, "text": text})
+        # The logits of Bernoulli pixels and of the ten classes.
+        sizes = {"image": 784, "text": 10}
+        self.decoders = nn.ModuleDict({name: mlp(N_LATENTS, *[HIDDEN] * 3, n) for name, n in sizes.items()})
 
     def expert(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mu and logvar, each (batch, latents), of one modality's expert."""
@@ -85,57 +102,39 @@ class MVAE(nn.Module):
         return mu, logvar
 
     def log_prob(self, name: str, x: Tensor, z: Tensor) -> Tensor:
-        """Return log p(x | z) of one modality in nats, (batch,)."""
+        """Return log p(x | z) of one modality, (batch,), in nats."""
         logits = self.decoders[name](z)
-        if name == "image":  # grey pixels have the cross-entropy, as in the paper
-            return -F.binary_cross_entropy_with_logits(logits, x.flatten(1), reduction="none").sum(dim=1)
-        return -F.cross_entropy(logits, x, reduction="none")
+        if name == "text":
+            return -F.cross_entropy(logits, x, reduction="none")
+        return -F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(dim=1)
 
     def loss(self, batch: dict[str, Tensor], beta: float, noise: Tensor) -> Tensor:
-        """Return the negative sum of the ELBO terms, in nats per example. noise: normal, (terms, batch, latents)."""
+        """Return the negative sum of the ELBO terms, in nats per example. noise: (terms, batch, latents)."""
         experts = {name: self.expert(name, x) for name, x in batch.items()}
         elbos = []
-        for (inputs, reconstructs), ε in zip(TERMS, noise):
-            # ELBO = E_q[sum of λ_i log p(x_i | z)] - β KL(q || p), with one draw z from q = q(z | inputs)
+        for (inputs, reconstructs), ε in zip(TERMS, noise, strict=True):
+            # ELBO = E_q[sum of λ_i log p(x_i | z)] - β KL(q || p), where q = q(z | inputs); one draw of z estimates E_q.
             mu, logvar = product_of_experts([experts[name] for name in inputs])
-            z = mu + (logvar / 2).exp() * ε
-            reconstruction = sum(LAMBDA[name] * self.log_prob(name, batch[name], z) for name in reconstructs)
-            kl = 0.5 * (mu.square() + logvar.expm1() - logvar).sum(dim=1)  # to the prior, in closed form
-            elbos.append(reconstruction - beta * kl)
+            z = draw(mu, logvar, ε)
+            log_prob = torch.stack([LAMBDA[name] * self.log_prob(name, batch[name], z) for name in reconstructs])
+            kl = 0.5 * (mu.square() + logvar.expm1() - logvar).sum(dim=1)
+            elbos.append(log_prob.sum(dim=0) - beta * kl)
         return -torch.stack(elbos).sum(dim=0).mean()
-
-
-def load(part: str) -> dict[str, Tensor]:
-    """Return the images, uint8 (N, 28, 28), and labels (N,) of "train" or "t10k" (test); download what isn't there."""
-    found = []
-    for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
-        path = DATA / f"{part}-{kind}-ubyte.gz"
-        if not path.exists():
-            content = urlopen(MIRROR + path.name, timeout=60).read()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        found.append(torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8, offset=header))
-    return {"image": found[0].view(-1, 28, 28).to(DEVICE), "text": found[1].long().to(DEVICE)}
-
-
-def batch_of(data: dict[str, Tensor], rows: Tensor | slice) -> dict[str, Tensor]:
-    return {"image": data["image"][rows].float() / 255, "text": data["text"][rows]}
 
 
 @torch.no_grad()
 def label_accuracy(model: MVAE, data: dict[str, Tensor]) -> float:
-    """Return how often the most probable label, given the image alone, is right."""
-    batch = batch_of(data, slice(None))
-    mu, _ = product_of_experts([model.expert("image", batch["image"])])
-    return (model.decoders["text"](mu).argmax(dim=1) == batch["text"]).double().mean().item()
+    """Return the fraction of images whose most probable label is right."""
+    mu, _ = product_of_experts([model.expert("image", data["image"])])  # no text: its expert is left out
+    return (model.decoders["text"](mu).argmax(dim=1) == data["text"]).double().mean().item()
 
 
 @torch.no_grad()
-def digits(model: MVAE, n: int = 10) -> Tensor:
-    """Return n digits conditioned on each label, (10 * n, 1, 28, 28). All labels have the same noise."""
+def digits(model: MVAE, n: int) -> Tensor:
+    """Return n images (their pixels' means) conditioned on each label, (10 * n, 1, 28, 28)."""
     mu, logvar = product_of_experts([model.expert("text", torch.arange(10, device=DEVICE))])
-    z = mu.unsqueeze(1) + (logvar / 2).exp().unsqueeze(1) * torch.randn(n, N_LATENTS, device=DEVICE)
-    return model.decoders["image"](z).sigmoid().view(-1, 1, 28, 28)  # the pixels' means
+    noise = torch.randn(1, n, N_LATENTS, device=DEVICE)  # the same for all labels: a column has one handwriting
+    return model.decoders["image"](draw(mu.unsqueeze(1), logvar.unsqueeze(1), noise)).sigmoid().view(-1, 1, 28, 28)
 
 
 def main() -> None:
@@ -148,23 +147,24 @@ def main() -> None:
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, fused=True)
 
     for epoch in range(n_epochs):
-        start, total = time.perf_counter(), 0.0
+        start, losses = time.perf_counter(), []
         batches = torch.randperm(len(train["text"]), device=DEVICE).split(BATCH_SIZE)
         for step, rows in enumerate(batches, 1):
-            # KL annealing: with β = 0 z learns to carry information at no cost, which a full KL term would prevent.
+            # KL annealing: β rises from 0 to 1. At a small β z first learns to carry information about x.
             beta = min(1.0, (epoch + step / len(batches)) / ANNEALING_EPOCHS)
             noise = torch.randn(len(TERMS), len(rows), N_LATENTS, device=DEVICE)
-            loss = model.loss(batch_of(train, rows), beta, noise)
+            loss = model.loss({name: x[rows] for name, x in train.items()}, beta, noise)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            total += loss.item()
-        mean, accuracy, seconds = total / len(batches), label_accuracy(model, test), time.perf_counter() - start
-        print(f"epoch {epoch + 1}/{n_epochs}  β {beta:.2f}  loss {mean:.2f} nats  ", end="")
-        print(f"test labels predicted from images {accuracy:.1%}  {seconds:.0f} s", flush=True)
+            losses.append(loss.detach())
+        mean, accuracy = torch.stack(losses).mean().item(), label_accuracy(model, test)
+        seconds = time.perf_counter() - start
+        said = f"loss {mean:.2f} nats  test labels predicted from images {accuracy:.1%}  {seconds:.0f} s"
+        print(f"epoch {epoch + 1}/{n_epochs}  β {beta:.2f}  {said}", flush=True)
 
-    save_image(digits(model), "minimal.png", nrow=10)
-    print("wrote minimal.png: each row has digits conditioned on one label, from 0 to 9")
+    save_image(digits(model, 10), "minimal.png", nrow=10)
+    print("wrote minimal.png: digits conditioned on their label, a row for each label from 0 to 9")
 
 
 if __name__ == "__main__":

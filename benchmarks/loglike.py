@@ -1,45 +1,62 @@
-"""Measure how log-likelihoods are estimated faster: by sharing draws and decodings, by smaller chunks, and in bfloat16.
+"""Measure what makes log-likelihoods fast: shared samples and decodings, small chunks, a fused logarithm.
 
-`ours` is what loglike.py does for an experiment. Beside it, in turns in one process on one thread, run
+`ours` is what loglike.py does for an experiment. The alternatives take turns with it in one process on one thread:
 
-    each by itself      every quantity under every proposal, and every prediction, is evaluated alone
-    predictions apart   log-likelihoods in one evaluation, and predictions in another
+    each by itself      every quantity under every proposal, and every prediction, is evaluated separately
+    predictions apart   log-likelihoods in one evaluation, predictions in another
     larger chunks       four times the latents are decoded in one call
-    each logarithm      log(1 + exp(l)) is taken of each pixel, as torch's cross-entropy does
+    each logarithm      log(1 + exp(l)) is taken of each pixel, as in torch's cross-entropy
 
-A ratio is that of the processor's time in one round. `--bf16` takes what two commands loglike.py --per-example FILE.npz
-wrote, of the same examples and noise, with --precision fp32 and bf16, and compares them example by example.
+A ratio is that of the CPU time in one round.
 """
 
-import argparse
-import json
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from mvae import cli, evaluate, likelihoods
+
 import numpy as np
 import torch
-from step import processor
+from common import about, in_turns, quartiles, spread, write
+from step import Setting, prepare
 from torch import Tensor
 from torch.nn import functional as F
 
-from mvae import MVAE, Data, evaluate, likelihoods
-from mvae.estimators import mean_and_error
-from mvae.files import write_atomically
-from mvae.scripts import machine, running, types
-
-from experiments import EXPERIMENTS, Experiment, build_model
+from experiments import EXPERIMENTS, Name, build_model
 
 
-def variants(experiment: Experiment, model: MVAE, data: Data, n_samples: int) -> dict[str, Callable[[], object]]:
-    """What takes turns."""
+@dataclass(kw_only=True)
+class Config:
+    experiment: Name  # experiment to measure
+
+    examples: int = 2  # examples to evaluate in a turn
+    n_samples: int = 1000  # importance samples per example
+    rounds: int = 7  # turns of each
+    json: Path | None = None  # file for the numbers
+
+
+class CrossEntropy:
+    """torch's score, in place of ours."""
+
+    @staticmethod
+    def apply(logits: Tensor, x: Tensor) -> Tensor:
+        return -F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none").sum(dim=-1)
+
+
+def variants(config: Config) -> dict[str, Callable[[], object]]:
+    """Return ours and the alternatives."""
+    experiment, data = EXPERIMENTS[config.experiment], prepare(config.experiment, Setting())[: config.examples]
+    model = build_model(config.experiment, experiment.n_latents)
     example, _ = data.batch(torch.zeros(1, dtype=torch.long))
     chunk = 2**20 // max(x.numel() for x in example.values())
 
-    def run(quantities: Any, predictions: Any, max_rows: int | None = None) -> None:
-        evaluate(model, data, quantities=quantities, predictions=predictions, n_samples=n_samples, max_rows=max_rows)
+    def run(
+        quantities: Any = experiment.quantities, predictions: Any = experiment.predictions, rows: Any = None
+    ) -> None:
+        evaluate(model, data, quantities=quantities, predictions=predictions, n_samples=config.n_samples, max_rows=rows)
 
     def each_by_itself() -> None:
         for quantity, proposals in experiment.quantities.items():
@@ -48,77 +65,27 @@ def variants(experiment: Experiment, model: MVAE, data: Data, n_samples: int) ->
         for name, given in experiment.predictions.items():
             run({}, {name: given})
 
-    def predictions_apart() -> None:
-        run(experiment.quantities, {})
-        run({}, experiment.predictions)
-
     def each_logarithm() -> None:
         with mock.patch.object(likelihoods, "_BernoulliScore", CrossEntropy):
-            run(experiment.quantities, experiment.predictions)
+            run()
 
     return {
-        "ours": lambda: run(experiment.quantities, experiment.predictions),
+        "ours": run,
         "each by itself": each_by_itself,
-        "predictions apart": predictions_apart,
-        "larger chunks": lambda: run(experiment.quantities, experiment.predictions, 4 * chunk),
+        "predictions apart": lambda: (run(predictions={}), run({})),
+        "larger chunks": lambda: run(rows=4 * chunk),
         "each logarithm": each_logarithm,
     }
 
 
-class CrossEntropy:
-    """In place of ours, torch's."""
-
-    @staticmethod
-    def apply(logits: Tensor, x: Tensor) -> Tensor:
-        return -F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none").sum(dim=-1)
-
-
-def times(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of the processor of each, in each round; the order turns about."""
-    found: dict[str, list[float]] = {name: [] for name in variants}
-    order = list(variants)
-    for _ in range(rounds):
-        for name in order:
-            started = time.process_time()
-            variants[name]()
-            found[name].append(time.process_time() - started)
-        order.reverse()
-    return found
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=EXPERIMENTS, help="which")
-    parser.add_argument("--examples", type=types.positive_int, default=2, help="to evaluate in a turn (default: 2)")
-    parser.add_argument("--n-samples", type=types.two_or_more, default=1000, help="draws for each (default: 1000)")
-    parser.add_argument("--rounds", type=types.positive_int, default=7, help="turns of each (default: 7)")
-    parser.add_argument(
-        "--bf16", nargs=2, type=Path, metavar=("FP32", "BF16"), help="what loglike.py --per-example wrote in each"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file, too")
-    args = parser.parse_args()
-    machine.device(argparse.Namespace(threads=1, cuda=False))
-    torch.manual_seed(0)
-    experiment = EXPERIMENTS[args.experiment]
-    model = build_model(args.experiment, experiment.n_latents).eval()
-    took = times(variants(experiment, model, experiment.data()[: args.examples], args.n_samples), args.rounds)
-    content: dict[str, Any] = {**running.origin(), "experiment": args.experiment, "torch": torch.__version__}
-    content |= {"processor": processor(), "ratios": {}}
-    for name, seconds in took.items():
-        ratios = np.quantile(np.divide(seconds, took["ours"]), [0.25, 0.5, 0.75]).tolist()
-        content["ratios"][name] = ratios
-        print(f"{name} / ours: {ratios[1]:.2f} ({ratios[0]:.2f} to {ratios[2]:.2f})", flush=True)
-    if args.bf16:
-        fp32, bf16 = map(np.load, args.bf16)
-        content["bf16 less fp32"] = []
-        for i, (quantity, proposal) in enumerate(zip(fp32["quantity"], fp32["proposal"], strict=True)):
-            mean, error = mean_and_error(torch.from_numpy(bf16["log_p"][:, i] - fp32["log_p"][:, i]))
-            row = {"quantity": str(quantity), "proposal": str(proposal), "mean": mean, "standard_error": error}
-            content["bf16 less fp32"].append({**row, "n_examples": len(fp32["log_p"])})
-            print(f"{quantity} under {proposal}: {mean:.4f} ± {error:.4f} nats")
-    if args.json:
-        write_atomically(args.json, (json.dumps(content, indent=2) + "\n").encode())
+    config = cli.parse(__doc__, Config)
+    seconds = in_turns(variants(config), config.rounds)
+    ratios = {name: quartiles(np.divide(found, seconds["ours"])) for name, found in seconds.items()}
+    for name, found in ratios.items():
+        print(f"{name} / ours: {spread(found)}")
+    write(config.json, {**about(), "experiment": config.experiment, "ratios": ratios})
 
 
 if __name__ == "__main__":
-    running.run(main)
+    cli.run(main)

@@ -26,9 +26,9 @@ from mvae.model import Precision, autocast
 
 import numpy as np
 import torch
+from common import about, alone, in_turns, quartiles, spread, write
 
 import plain
-from common import about, alone, in_turns, quartiles, spread, write
 from experiments import EXPERIMENTS, NAMES, Name, build_model
 
 MIB = 2**20
@@ -63,6 +63,7 @@ def main() -> None:
     kinds = {"plain": ("plain", False), "ours": ("ours", False)}
     kinds |= {} if config.eager else {"ours, compiled": ("ours", True)}
     compiled = (False,) if config.eager else (False, True)
+    print("experiment, device, threads, precision, compiled: our step, and the others' time divided by it")
     for name, device in itertools.product(config.experiments, devices):
         threads = config.threads if device == "cpu" else config.threads[:1]
         for setting in itertools.starmap(Setting, itertools.product([device], threads, config.precision, compiled)):
@@ -70,10 +71,12 @@ def main() -> None:
             row |= alone(time_steps, name, setting, config.seconds)
             content["steps"].append(row)
             ratios = ", ".join(f"{kind} {spread(row[kind])}" for kind in ("plain / ours", "given only / ours"))
-            print(f"{name}, {setting}: {row['ours_ms'][1]:.1f} ms, {ratios}", flush=True)
+            print(f"{name}, {', '.join(map(str, setting))}: {row['ours_ms'][1]:.1f} ms, {ratios}", flush=True)
         for precision in config.precision:
             row = {"experiment": name, "device": device, "precision": precision}
-            row |= {key: alone(memory, name, kind, Setting(device, 1, precision, c)) for key, (kind, c) in kinds.items()}
+            row |= {
+                key: alone(memory, name, kind, Setting(device, 1, precision, c)) for key, (kind, c) in kinds.items()
+            }
             content["memory"].append(row)
             peaks = ", ".join(f"{key} {row[key]['peak_mib']:.0f} MiB" for key in kinds)
             print(f"{name}, {device}, {precision}: peak memory {peaks}", flush=True)
@@ -87,7 +90,9 @@ def time_steps(name: str, setting: Setting, seconds: float) -> dict[str, Any]:
     """Return the times of both steps, their ratios, and the share of our step that making the batch takes."""
     data = prepare(name, setting)
     check(name, data, setting)
-    rows = itertools.chain.from_iterable(permuted_rows(data, EXPERIMENTS[name].batch_size, i) for i in itertools.count())
+    rows = itertools.chain.from_iterable(
+        permuted_rows(data, EXPERIMENTS[name].batch_size, i) for i in itertools.count()
+    )
     steps: dict[str, Callable[[], object]] = {
         "plain": plain_step(name, data, setting),
         "given only": plain_step(name, data, setting, given_only=True),
@@ -124,9 +129,7 @@ def time_loglike(name: str, device: str) -> list[float]:
     model = build_model(name, experiment.n_latents).to(device)
 
     def run() -> None:
-        evaluate(
-            model, data, quantities=experiment.quantities, predictions=experiment.predictions, n_samples=1000
-        )
+        evaluate(model, data, quantities=experiment.quantities, predictions=experiment.predictions, n_samples=1000)
 
     return [warm_seconds(run, device, 1) for _ in range(5)]
 

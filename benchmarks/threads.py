@@ -1,133 +1,118 @@
-"""Measure how fast a training step is by the CPU's threads and by glibc's memory, alone and beside busy processes.
+"""Measure how the speed of a training step depends on CPU threads and glibc's memory, alone and beside busy processes.
 
-Threads that wait for each other spin for some milliseconds, as OpenMP has them do; or sleep at once; or spin for a
-moment and then sleep, as mvae has them do. Processes of each kind take turns, on the machine as it is and then beside
-loops that keep one core each. A number is the examples a second, divided by those of one thread beside nothing else.
-Memory is kept where glibc doesn't give freed blocks back to the system, which hands out new ones empty.
+Threads that wait for each other spin for milliseconds (OpenMP's default), or sleep at once, or spin for a moment and
+then sleep (mvae's setting). Processes of each kind take turns, first on the machine as it is, then beside loops that
+keep one core each. The result is examples per second, relative to one thread with nothing beside it. "Memory kept"
+means that glibc keeps freed blocks instead of returning them to the system.
 """
 
-import argparse
-import json
+import itertools
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from unittest import mock
+
+from mvae import OPENMP, cli
 
 import numpy as np
 import torch
-from step import Setting, as_after_loading, our_step, processor
+from common import KEEP_MEMORY, about, quartiles, write
+from step import MIB, Setting, our_step, prepare, warm_seconds
 
-from mvae import OPENMP  # after torch, which has read its variables by now: mvae would set them
-from mvae.files import write_atomically
-from mvae.scripts import running, types
+from experiments import EXPERIMENTS, NAMES, Name
 
-from experiments import EXPERIMENTS
-
-ASLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
+SPINNING = {"GOMP_SPINCOUNT": "300000"}  # libgomp's default
 WAYS: dict[str, tuple[int, dict[str, str]]] = {
     "1 thread": (1, {}),
-    "1 thread, memory kept": (1, {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}),
+    "1 thread, memory kept": (1, KEEP_MEMORY),
     "2 threads": (2, OPENMP),
-    "2 threads, asleep at once": (2, ASLEEP),
-    "2 threads, spinning": (2, {}),
+    "2 threads, asleep at once": (2, {"OMP_WAIT_POLICY": "PASSIVE"}),
+    "2 threads, spinning": (2, SPINNING),
 }
-"""Threads and environment, by name. The first is what the others are compared with."""
+"""Threads and environment, by name. The others are compared with the first."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    experiments: tuple[Name, ...] = NAMES  # experiments to measure
+    busy: tuple[int, ...] = (0, 1, 2)  # numbers of other processes
+    seconds: float = 2  # seconds of a turn, at least one step
+    rounds: int = 3  # turns of each
+    json: Path | None = None  # file for the numbers
+
+
+SPAWN = multiprocessing.get_context("spawn")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="which")
-    parser.add_argument("--busy", nargs="+", type=types.non_negative_int, default=[0, 1, 2], help="other processes")
-    parser.add_argument("--seconds", type=types.positive_float, default=2.0, help="of a turn, one step at least")
-    parser.add_argument("--rounds", type=types.positive_int, default=3, help="turns of each")
-    parser.add_argument("--json", type=types.output, metavar="FILE", help="write the numbers to this file, too")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        take_turns(args.child, args.seconds)
-        return
+    config = cli.parse(__doc__, Config)
     rows = []
-    for name in args.experiments:
-        found = measure(name, args)
-        usual = np.median(found[min(args.busy), next(iter(WAYS))])
-        for (busy, way), rates in found.items():
-            rate = np.quantile(np.divide(rates, usual), [0.25, 0.5, 0.75]).tolist()
-            rows.append({"experiment": name, "busy": busy, "way": way, "rate": rate})
-            print(f"{name}, beside {busy}: {way}: {rate[1]:.2f} ({rate[0]:.2f} to {rate[2]:.2f})", flush=True)
-    content = {
-        **running.origin(),
-        "device": "cpu",
-        "processor": f"{processor()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "rows": rows,
-    }
-    if args.json:
-        write_atomically(args.json, (json.dumps(content, indent=2) + "\n").encode())
+    for name in config.experiments:
+        rates = measure(name, config)
+        usual = np.median(next(iter(rates.values())))
+        for (busy, way), found in rates.items():
+            rows.append({"experiment": name, "busy": busy, "way": way, "rate": quartiles(np.divide(found, usual))})
+            print(f"{name}, {busy} busy, {way}: {rows[-1]['rate'][1]:.2f}", flush=True)
+    write(config.json, {**about(), "device": "cpu", "rows": rows})
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[tuple[int, str], list[float]]:
-    """Examples a second of each turn, by the number of busy processes and by way."""
-    found: dict[tuple[int, str], list[float]] = {(busy, way): [] for busy in args.busy for way in WAYS}
+def measure(name: str, config: Config) -> dict[tuple[int, str], list[float]]:
+    """Return the examples per second of each turn, by the number of busy processes and by way."""
+    rates: dict[tuple[int, str], list[float]] = {}
     with ExitStack() as stack:
-        children = {way: stack.enter_context(child(name, *how, args.seconds)) for way, how in WAYS.items()}
-        for busy in args.busy:
+        trainers = {}
+        for way, (threads, environment) in WAYS.items():
+            cleared = {key: value for key, value in os.environ.items() if key not in OPENMP}
+            with mock.patch.dict(os.environ, {**cleared, "OMP_NUM_THREADS": str(threads), **environment}, clear=True):
+                ours, theirs = SPAWN.Pipe()
+                stack.enter_context(running(SPAWN.Process(target=train, args=(name, config.seconds, theirs))))
+            trainers[way] = ours
+        for busy in config.busy:
             with ExitStack() as others:
                 for _ in range(busy):
-                    others.enter_context(process_of([sys.executable, "-c", "while True: pass"]))
-                order = list(WAYS)
-                for _ in range(args.rounds):
-                    for way in order:
-                        found[busy, way].append(turn(children[way]))
-                    order.reverse()
-    return found
+                    others.enter_context(running(SPAWN.Process(target=spin)))
+                for way in [*WAYS, *reversed(WAYS)] * config.rounds:
+                    trainers[way].send(None)
+                    rates.setdefault((busy, way), []).append(trainers[way].recv())
+    return rates
 
 
 @contextmanager
-def process_of(command: list[str], **how: object) -> Iterator[subprocess.Popen]:
-    """A process that ends with the block."""
-    process = subprocess.Popen(command, **how)  # type: ignore[call-overload]
+def running(process: BaseProcess) -> Iterator[None]:
+    """Run a process until the block ends."""
+    process.start()
     try:
-        yield process
+        yield
     finally:
         process.kill()
-        process.wait()
+        process.join()
 
 
-@contextmanager
-def child(name: str, threads: int, how: dict[str, str], seconds: float) -> Iterator[subprocess.Popen]:
-    """A process that trains when it is told to."""
-    environment = {key: value for key, value in os.environ.items() if key not in OPENMP}
-    environment |= {"OMP_NUM_THREADS": str(threads), **how}
-    command = [sys.executable, __file__, "--seconds", str(seconds), "--child", name]
-    with process_of(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        turn(process)  # the first steps take longer
-        yield process
+def spin() -> None:
+    for _ in itertools.count():
+        pass
 
 
-def turn(process: subprocess.Popen) -> float:
-    """Has a child train for a while; gives its examples a second."""
-    assert process.stdin
-    assert process.stdout
-    process.stdin.write("go\n")
-    process.stdin.flush()
-    return float(process.stdout.readline())
-
-
-def take_turns(name: str, seconds: float) -> None:
-    """Trains for some seconds whenever a line is read, and prints the examples a second."""
-    torch.manual_seed(0)
-    experiment = EXPERIMENTS[name]
-    step = our_step(name, experiment.data(), Setting(torch.device("cpu"), torch.get_num_threads()))
-    as_after_loading()
-    for _ in sys.stdin:
+def train(name: str, seconds: float, connection: Connection) -> None:
+    """Train for some seconds for each message received, and answer with the examples per second."""
+    setting = Setting(threads=torch.get_num_threads())
+    step = our_step(name, prepare(name, setting), setting)
+    torch.empty(32 * MIB - 2**16, dtype=torch.uint8)  # freed at once: glibc then keeps large blocks, as after loading
+    warm_seconds(step, setting.device, 1)
+    while True:
+        connection.recv()
         started, steps = time.perf_counter(), 0
         while (took := time.perf_counter() - started) < seconds or not steps:
             step()
             steps += 1
-        print(steps * experiment.batch_size / took, flush=True)
+        connection.send(steps * EXPERIMENTS[name].batch_size / took)
 
 
 if __name__ == "__main__":
-    running.run(main)
+    cli.run(main)

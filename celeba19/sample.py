@@ -16,8 +16,8 @@ from model import build_model
 @dataclass(kw_only=True)
 class Config(Sampling, Source):
     # Conditions
-    condition_on_image: tuple[str, ...] = ()  # picture file, or attributes to find a held-out picture; each is a row
-    condition_on_attrs: tuple[str, ...] = ()  # attributes of a row, such as Male,-Smiling (a minus: absent)
+    condition_on_image: list[str] | None = None  # picture file, or attributes to find a held-out picture; each is a row
+    condition_on_attrs: list[str] | None = None  # attributes of a row, such as Male,-Smiling (a minus: absent)
 
 
 def main() -> None:

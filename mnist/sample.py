@@ -16,8 +16,8 @@ from model import build_model
 @dataclass(kw_only=True)
 class Config(Sampling, Source):
     # Conditions
-    condition_on_image: tuple[str, ...] = ()  # picture file, or a label to find a held-out picture; each is a row
-    condition_on_text: tuple[str, ...] = ()  # labels separated by commas; each is a row
+    condition_on_image: list[str] | None = None  # picture file, or a label to find a held-out picture; each is a row
+    condition_on_text: list[str] | None = None  # labels separated by commas; each is a row
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from model import build_model
 @dataclass(kw_only=True)
 class Config(Sampling, Source):
     # Conditions
-    condition_on_image: tuple[str, ...] = ()  # picture file, or a text to find a held-out picture; each is a row
-    condition_on_text: tuple[str, ...] = ()  # texts of up to four digits, separated by commas; each is a row
+    condition_on_image: list[str] | None = None  # picture file, or a text to find a held-out picture; each is a row
+    condition_on_text: list[str] | None = None  # texts of up to four digits, separated by commas; each is a row
 
 
 def main() -> None:

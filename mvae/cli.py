@@ -41,7 +41,7 @@ def parse(description: str | None, config: type[C] | Mapping[str, C], argv: Sequ
     other flags replace fields. Exits with status 2 for a wrong flag; a Config may raise UsageError for a value.
     """
     argv = _joined(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(description=description, formatter_class=_Formatter, allow_abbrev=False)
+    parser = _Parser(_name(), description=description, formatter_class=_Formatter, allow_abbrev=False)
     kind: Any = config
     defaults: Any = None
     if isinstance(config, Mapping):
@@ -72,7 +72,7 @@ def parse(description: str | None, config: type[C] | Mapping[str, C], argv: Sequ
         groups[group].add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(argv))
     given.pop("preset", None)
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = {name: tuple(value) if get_origin(hints[name]) is tuple else value for name, value in given.items()}
     return dataclasses.replace(defaults, **given) if defaults else kind(**given)
 
 
@@ -188,10 +188,12 @@ def _reader(hint: Any) -> dict[str, Any]:
         hint = get_args(hint)[0]
     if hint is bool:
         return {"action": "store_true"}
+    if get_origin(hint) is list:  # repeated, with one value each
+        return {**_reader(get_args(hint)[0]), "action": "append"}
     if get_origin(hint) is tuple:
         one, *others = get_args(hint)
         if others == [...]:
-            return {**_reader(one), "nargs": "+", "action": "extend"}
+            return {**_reader(one), "nargs": "+"}
         return {**_reader(one), "nargs": 1 + len(others)}
     if get_origin(hint) is Literal:
         return {"choices": get_args(hint)}
@@ -250,8 +252,12 @@ def _keep_freed_memory() -> None:
 
 def _failed(message: str, status: int) -> int:
     """Print a line on stderr, if anybody reads it; return the status."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`
-    name = f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
     with contextlib.suppress(OSError):
-        print(f"{name}: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
+        print(f"{_name()}: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
     return status
+
+
+def _name() -> str:
+    """Return the script's name, as a user calls it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name

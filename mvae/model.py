@@ -110,9 +110,9 @@ class MVAE(nn.Module):
         return mu, logvar
 
     def posterior(self, batch: Batch, present: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Return q(z | the modalities in `batch`): mu, logvar, each (batch, latents); the prior, (1, latents), if empty.
+        """Return q(z | the modalities in `batch`): mu, logvar, each (batch, latents); of none the prior, (1, latents).
 
-        `present`, bool (batch,) by modality, says which examples have it, by default all; an absent row may hold any
+        `present`, bool (batch,) by modality, says which examples have it (default: all); an absent row may hold any
         value. Raises UsageError for unknown names, and rows or masks that don't fit each other.
         """
         self.check_names(*batch)

@@ -50,7 +50,8 @@ def test_a_label_of_0_is_a_condition(model: MVAE) -> None:
 
 
 def test_absent_examples_have_no_expert(model: MVAE, batch: dict[str, Tensor]) -> None:
-    here = {"m0": torch.tensor([1, 1, 0, 0, 0, 1, 0]).bool(), "m1": torch.tensor([1, 0, 1, 0, 0, 0, 0]).bool()}
+    rows = {"m0": [1, 1, 0, 0, 0, 1, 0], "m1": [1, 0, 1, 0, 0, 0, 0]}
+    here = {name: torch.tensor(some).bool() for name, some in rows.items()}
     absent = {
         "m0": batch["m0"].masked_fill(~here["m0"].view(N, 1, 1), math.nan),
         "m1": batch["m1"].masked_fill(~here["m1"], -1),

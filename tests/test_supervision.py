@@ -1,32 +1,41 @@
-"""Weak supervision: which examples keep what, and batches of one composition."""
+"""Weak supervision: which examples keep what, batches of one composition, and labels for the other examples."""
 
-import argparse
 import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
+from mnist.model import build_model as build_digits
+from multimnist.model import build_model as build_canvases
+from mvae import Data, UsageError
+from mvae.data.dataset import binarize, permuted_rows, pictures_and_labels
+from mvae.data.supervision import (
+    composed_rows,
+    drop,
+    keep_pairs,
+    most_confident,
+    neighbour_graph,
+    regressed,
+    relabelled,
+    self_labelled,
+    share_pairs,
+    spread,
+)
+from mvae.run import checkpoint
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from mnist.model import build_model as build_digits
-from multimnist.model import build_model
-from mvae import MVAE, checkpoint
-from mvae.data import Data, binarize, pictures_and_labels
-from mvae.errors import UsageError
-from mvae.scripts import stages, training
-from mvae.scripts.training import supervised
-from mvae.supervision import composed_rows, drop, keep_pairs, neighbour_graph, regressed, relabelled, spread, surest
-
-from helpers import assert_refused, assert_same_run, fit_small, run_warm, same, small_data, stats
+from helpers import assert_ended, assert_refused, assert_same_run, run_small, run_warm, same, small_data, stats
 
 N = 300
 NAMES = ("image", "text")
 
 
-def labelled() -> Data:
-    return Data(tensors={"image": torch.rand(N, 2), "text": torch.arange(N) % 10})
+def labelled(n: int = N) -> Data:
+    return Data(tensors={"image": torch.rand(n, 2), "text": torch.arange(n) % 10})
 
 
 def masks(data: Data) -> tuple[Tensor, Tensor]:
@@ -34,62 +43,51 @@ def masks(data: Data) -> tuple[Tensor, Tensor]:
     return data.present["image"], data.present["text"]
 
 
-def test_pairs_are_spread_over_the_classes_and_others_keep_the_image() -> None:
-    data = keep_pairs(labelled(), 53, NAMES, seed=0, classes=labelled().tensors["text"])
-    image, text = masks(data)
+# Which examples keep what
+
+
+def test_pairs_are_spread_over_the_classes_and_the_others_keep_the_image() -> None:
+    data = labelled()
+    image, text = masks(keep_pairs(data, 53, NAMES, seed=0, classes=data.tensors["text"]))
     assert image.all()
-    counts = labelled().tensors["text"][text].bincount(minlength=10)
+    counts = data.tensors["text"][text].bincount(minlength=10)
     assert counts.sum() == 53
     assert counts.max() - counts.min() == 1
+    again, other = (masks(keep_pairs(data, 53, NAMES, seed=seed))[1] for seed in (0, 1))
+    assert not torch.equal(again, other)
 
 
-def test_both_sides_of_different_examples() -> None:
-    image, text = masks(keep_pairs(labelled(), 20, NAMES, unpaired="both", seed=0))
-    assert (image & text).sum() == 20
-    assert (image & ~text).sum() == (text & ~image).sum() == 140
-
-
-def test_which_side_an_example_keeps_has_nothing_to_do_with_its_class() -> None:
-    """Of examples nine tenths of which are of one class."""
+def test_either_side_is_kept_whatever_the_class() -> None:
+    """Nine tenths of the examples have one class."""
     classes = (torch.arange(3000) % 10 == 0).long()
     data = Data(tensors={"image": torch.rand(3000, 2), "text": classes})
     image, text = masks(keep_pairs(data, 20, NAMES, unpaired="both", seed=0, classes=classes))
+    assert [int(some.sum()) for some in (image & text, image & ~text, text & ~image)] == [20, 1490, 1490]
     shares = [classes[some].double().mean().item() for some in (image & ~text, text & ~image)]
     assert shares == pytest.approx([0.1, 0.1], abs=0.03)
 
 
-def test_the_seed_decides_which() -> None:
-    first, again, other = (masks(keep_pairs(labelled(), 20, NAMES, seed=seed))[1] for seed in (0, 0, 1))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-@pytest.mark.parametrize("n", [0, N + 1])
-def test_pairs_that_are_not_there(n: int) -> None:
-    with pytest.raises(UsageError, match="`n_paired`"):
-        keep_pairs(labelled(), n, NAMES, seed=0)
-
-
-@pytest.mark.parametrize("asked", [{"n_paired": 50}, {"paired_fraction": 1 / 6}])
-def test_pairs_are_shared_out_between_training_and_validation(asked: dict[str, float]) -> None:
-    """Each in proportion, spread evenly over the classes; half of the other examples keep each side."""
-    flagged = {"n_paired": None, "paired_fraction": None, "unpaired": "both", "seed": 0, **asked}
-    parts = supervised(argparse.Namespace(**flagged), labelled()[:180], labelled()[180:], NAMES)
-    for data, pairs, others in zip(parts, (30, 20), (75, 50), strict=True):
-        image, text = masks(data)
+@pytest.mark.parametrize("paired", [50, 1 / 6])
+def test_pairs_are_shared_between_training_and_validation_data(paired: float) -> None:
+    """In proportion, spread evenly over the classes."""
+    data = labelled()
+    parts = share_pairs(data[:180], data[180:], paired, NAMES, unpaired="both", seed=0)
+    for part, pairs, others in zip(parts, (30, 20), (75, 50), strict=True):
+        image, text = masks(part)
         assert [int(some.sum()) for some in (image & text, image & ~text, text & ~image)] == [pairs, others, others]
-        assert data.tensors["text"][image & text].bincount(minlength=10).unique().tolist() == [pairs // 10]
+        assert part.tensors["text"][image & text].bincount(minlength=10).unique().tolist() == [pairs // 10]
+    assert [part.present for part in share_pairs(data[:180], data[180:], None, NAMES, seed=0)] == [None, None]
+    few = share_pairs(data[:280], data[280:], 2, NAMES, seed=0)
+    assert [int(masks(part)[1].sum()) for part in few] == [1, 1]
 
 
-def test_drop_leaves_out_what_was_there_and_nothing_comes_back() -> None:
-    data = drop(keep_pairs(labelled(), 100, NAMES, seed=0), 0.5, ["text"], seed=1)
-    image, text = masks(data)
+def test_drop_takes_from_each_modality_independently_and_restores_nothing() -> None:
+    kept = keep_pairs(labelled(), 100, NAMES, seed=0)
+    image, text = masks(drop(kept, 0.5, ["text"], seed=1))
     assert image.all()
     assert 25 < text.sum() < 75
-    assert not (text & ~masks(keep_pairs(labelled(), 100, NAMES, seed=0))[1]).any()
+    assert not (text & ~masks(kept)[1]).any()
 
-
-def test_drop_takes_each_modality_apart_and_by_its_seed() -> None:
     def here(seed: int) -> Tensor:
         return torch.stack(masks(drop(labelled(), 0.25, NAMES, seed=seed)))
 
@@ -97,6 +95,29 @@ def test_drop_takes_each_modality_apart_and_by_its_seed() -> None:
     assert here(0).all(dim=0).double().mean().item() == pytest.approx(0.75**2, abs=0.1)
     assert torch.equal(here(0), here(0))
     assert not torch.equal(here(0), here(1))
+
+
+def test_missing_values_have_no_effect_on_a_run_which_is_resumed_exactly(tmp_path: Path) -> None:
+    data = keep_pairs(small_data(24, seed=0), 8, ["image", "attrs", "label"], unpaired="both", seed=0)
+    assert data.present is not None
+    spoilt = {
+        name: torch.where(data.present[name].view(-1, *[1] * (x.dim() - 1)), x, 2 if name == "label" else math.nan)
+        for name, x in data.tensors.items()
+    }
+    how: dict[str, Any] = {"n_paired": 8, "pairs_per_batch": 3}
+    run_small(tmp_path / "a", train=data, **how)
+    run_small(tmp_path / "b", train=data, **how, epochs=1)
+    run_small(tmp_path / "b", train=data, **how, resume=True)
+    assert_same_run(tmp_path / "a", tmp_path / "b", "small")
+    run_small(tmp_path / "spoilt", train=dataclasses.replace(data, tensors=spoilt), **how)
+    run_small(tmp_path / "by chance", train=data, n_paired=8, pairs_per_batch=0)
+    found = [checkpoint.load(tmp_path / name / checkpoint.LATEST, "small") for name in ("a", "spoilt", "by chance")]
+    assert same(found[0]["model"], found[1]["model"])
+    assert same(found[0]["optimizer"], found[1]["optimizer"])
+    assert not same(found[0]["model"], found[2]["model"])
+
+
+# Batches
 
 
 def test_each_batch_has_its_pairs_and_an_epoch_its_length() -> None:
@@ -111,113 +132,19 @@ def test_each_batch_has_its_pairs_and_an_epoch_its_length() -> None:
     assert not torch.equal(rows, torch.cat(composed_rows(data, 20, 5, seed=1)))
 
 
-def test_many_pairs_keep_their_share() -> None:
+def test_many_pairs_keep_their_fraction_of_a_batch() -> None:
     data = keep_pairs(labelled(), 240, NAMES, seed=0)
     assert {int(masks(data)[1][rows].sum()) for rows in composed_rows(data, 20, 5, seed=0)} == {16}
-    whole = keep_pairs(labelled(), N, NAMES, seed=0)
-    assert torch.cat(composed_rows(whole, 20, 5, seed=0)).unique().numel() == N
+    for some, pairs in ((labelled(), 0), (keep_pairs(labelled(), N, NAMES, seed=0), 5)):
+        found, expected = composed_rows(some, 20, pairs, seed=0), permuted_rows(some, 20, seed=0)
+        assert torch.equal(torch.stack(found), torch.stack(expected))
 
 
-def test_no_place_for_the_others() -> None:
-    with pytest.raises(UsageError, match="`pairs_per_batch` 20"):
-        composed_rows(keep_pairs(labelled(), 12, NAMES, seed=0), 20, 20, seed=0)
-
-
-def test_what_is_missing_touches_nothing(tmp_path: Path) -> None:
-    data = keep_pairs(small_data(24, seed=0), 8, ["image", "attrs", "label"], unpaired="both", seed=0)
-    assert data.present is not None
-    spoilt = {
-        name: torch.where(data.present[name].view(-1, *[1] * (x.dim() - 1)), x, 2 if name == "label" else math.nan)
-        for name, x in data.tensors.items()
-    }
-    runs = []
-    for name, some in (("as it was", data), ("spoilt", dataclasses.replace(data, tensors=spoilt))):
-        fit_small(tmp_path / name, train=some, pairs_per_batch=2)
-        runs.append(checkpoint.load(tmp_path / name / checkpoint.LATEST, "small"))
-    assert all(runs[0][part] == runs[1][part] for part in ("epoch", "best"))
-    assert same(runs[0]["model"], runs[1]["model"])
-    assert same(runs[0]["optimizer"], runs[1]["optimizer"])
-
-
-def test_a_run_of_composed_batches_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
-    data = keep_pairs(small_data(24, seed=0), 8, ["image", "attrs", "label"], seed=0)
-    fit_small(tmp_path / "straight", train=data, pairs_per_batch=3, epochs=3)
-    fit_small(tmp_path / "parts", train=data, pairs_per_batch=3, epochs=1)
-    fit_small(tmp_path / "parts", train=data, pairs_per_batch=3, epochs=3, resume=True)
-    assert_same_run(tmp_path / "straight", tmp_path / "parts", "small")
-    fit_small(tmp_path / "by chance", train=data, epochs=3)
-    weights = [
-        checkpoint.load(tmp_path / name / checkpoint.LATEST, "small")["model"] for name in ("straight", "by chance")
-    ]
-    assert not same(*weights)
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--n-paired", 10**6], "--n-paired is from 2 to 1200"),
-        (["--n-paired", 20, "--pairs-per-batch", 100], "--pairs-per-batch 100"),
-        (["--n-paired", 20, "--self-labels", 0.5], "--images-first"),
-        (["--images-first", 1, "--self-labels", 0.5, "--limit", 100, "--n-latents", 2], "--n-paired"),
-    ],
-)
-def test_pairs_that_cannot_be_are_refused(flags: list[object], said: str, digits_dir: Path, tmp_path: Path) -> None:
-    done = run_warm("mnist/train.py", "--data-dir", digits_dir, "--n-val", 200, *flags, cwd=tmp_path)
-    assert_refused(done, UsageError("").status, said)
-
-
-def test_images_first_then_labels_of_their_neighbours(digits_dir: Path, tmp_path: Path) -> None:
-    def train(*flags: object) -> str:
-        small = [
-            "--n-val",
-            200,
-            "--batch-size",
-            50,
-            "--n-latents",
-            8,
-            "--lr",
-            2e-3,
-            "--annealing-epochs",
-            1,
-            "--beta-hold",
-            6,
-        ]
-        few = [
-            "--lambda-text",
-            50,
-            "--n-paired",
-            120,
-            "--images-first",
-            6,
-            "--images-dir",
-            "images",
-            "--self-labels",
-            0.9,
-        ]
-        done = run_warm("mnist/train.py", "--data-dir", digits_dir, *small, *few, *flags, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    said = train("--epochs", 2, "--out-dir", "straight", "--reconstruct", "text")
-    assert said.startswith("first stage, in images: the images alone\n")
-    assert "\nsecond stage, in straight: 910 of the 1000 labels, 100 of them given\n" in said
-    first, second = stats(tmp_path / "images"), stats(tmp_path / "straight")
-    assert len(first) == 6
-    assert not [name for name in first[-1] if "text" in name or "joint" in name]
-    assert [record["beta"] for record in (*first, *second)] == [0] * 6 + [1] * 2
-    assert first[-1]["train/image/elbo"] > first[0]["train/image/elbo"]
-    assert second[0]["train/loss"] < first[0]["train/loss"] * 2  # it went on with what the first stage had learnt
-    assert second[-1]["validation/label_accuracy"] > 0.4
-
-    assert "nothing is left to do: images holds a run of 6 epochs" in train(
-        "--epochs", 1, "--out-dir", "parts", "--reconstruct", "text"
-    )
-    train("--epochs", 2, "--out-dir", "parts", "--reconstruct", "text", "--resume")
-    assert_same_run(tmp_path / "straight", tmp_path / "parts")
+# Labels for the other examples
 
 
 def two_moons() -> tuple[Tensor, Tensor]:
-    """200 points on two half circles that reach into each other, and which half each is on."""
+    """Return 200 points on two interleaved half circles, and the half of each."""
     angle = torch.linspace(0, math.pi, 100)
     upper = torch.stack([angle.cos(), angle.sin()], dim=1)
     lower = torch.stack([1 - angle.cos(), 0.5 - angle.sin()], dim=1)
@@ -225,62 +152,59 @@ def two_moons() -> tuple[Tensor, Tensor]:
     return torch.cat([upper, lower]) + noise, torch.arange(200) // 100
 
 
-def test_a_graph_is_symmetric_and_has_no_loops() -> None:
-    graph = neighbour_graph(two_moons()[0], k=5).to_dense()
-    assert torch.equal(graph, graph.T)
-    assert not graph.diagonal().any()
-    assert (graph > 0).sum(dim=1).min() >= 5
-    assert torch.linalg.eigvalsh(graph).abs().max() == pytest.approx(1, abs=1e-4)
+def plain_graph(points: np.ndarray, k: int) -> np.ndarray:
+    """Return the normalised graph of neighbours, point by point."""
+    distances = np.sqrt(((points[:, None] - points[None]) ** 2).sum(axis=2))
+    nearest = [[j for j in np.argsort(row) if j != i][:k] for i, row in enumerate(distances)]
+    sigma = np.mean([distances[i, j] for i, some in enumerate(nearest) for j in some])
+    graph = np.zeros_like(distances)
+    for i, some in enumerate(nearest):
+        for j in some:
+            weight = math.exp(-(distances[i, j] ** 2) / (2 * sigma**2))
+            graph[i, j] += weight
+            graph[j, i] += weight
+    degrees = graph.sum(axis=1)
+    return graph / np.sqrt(degrees[:, None] * degrees[None])
+
+
+def test_graph_and_spread_labels_are_those_of_the_papers_formulas() -> None:
+    points, truth = two_moons()
+    graph, known = neighbour_graph(points, k=5), torch.arange(200) % 3 == 0
+    expected = plain_graph(points.double().numpy(), 5)
+    np.testing.assert_allclose(graph.toarray(), expected, rtol=1e-9, atol=1e-15)
+    labels = truth + (torch.arange(200) % 7 == 0)  # three classes of different sizes
+    start = np.eye(3)[labels] * known.numpy()[:, None]
+    found = 0.1 * np.linalg.solve(np.eye(200) - 0.9 * expected, start)  # to what the rounds converge
+    found *= start.sum(axis=0) / found.sum(axis=0)
+    found /= found.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(spread(graph, labels, known, alpha=0.9), found, rtol=1e-6)
 
 
 def test_labels_spread_along_the_points_rather_than_straight_across() -> None:
     points, truth = two_moons()
     known = torch.zeros(200, dtype=torch.bool)
     known[[5, 195]] = True
-    found = spread(neighbour_graph(points, k=5), truth.masked_fill(~known, 0), known)
-    assert found.shape == (200, 2)
-    assert torch.allclose(found.sum(dim=-1), torch.ones(200))
-    assert (found.argmax(dim=-1) == truth).all()
+    graph = neighbour_graph(points, k=5)
+    assert (spread(graph, truth, known).argmax(dim=-1) == truth).all()
     nearest = torch.cdist(points, points[known]).argmin(dim=1)
     assert (nearest == truth).float().mean() < 0.95  # what distance alone would give
-
-
-def test_labels_of_several_places_spread_place_by_place() -> None:
-    points, half = two_moons()
-    truth = torch.stack([half, 1 - half], dim=1)
-    known = torch.zeros(200, dtype=torch.bool)
-    known[[5, 195]] = True
-    found = spread(neighbour_graph(points, k=5), truth, known)
+    places = torch.stack([truth, 1 - truth], dim=1)  # each on its own
+    found = spread(graph, places, known)
     assert found.shape == (200, 2, 2)
-    assert (found.argmax(dim=-1) == truth).all()
+    assert (found.argmax(dim=-1) == places).all()
 
 
-def test_classes_keep_their_share_of_the_known_labels() -> None:
-    """Points in no order: nothing but the shares is to be known of the others."""
-    generator = torch.Generator().manual_seed(0)
-    labels = (torch.arange(2000) % 10 == 0).long()
-    known = torch.arange(2000) < 400
-    found = spread(neighbour_graph(torch.randn(2000, 8, generator=generator)), labels, known)
-    assert found[:, 1].mean().item() == pytest.approx(0.1, abs=0.03)
-
-
-def test_an_unknown_label_may_hold_anything() -> None:
+def test_a_distant_point_and_unknown_labels_do_not_matter() -> None:
     points, truth = two_moons()
-    known = torch.arange(200) % 20 == 0
-    graph = neighbour_graph(points, k=5)
-    for anything in (255, -1):
-        found = spread(graph, truth.masked_fill(~known, anything), known)
-        assert torch.equal(found, spread(graph, truth, known))
-
-
-def test_labels_spread_although_a_point_is_far_from_all_others() -> None:
-    points, truth = two_moons()
-    far = torch.cat([points, torch.tensor([[1e4, 1e4]])])
     known = torch.arange(201) % 20 == 0
+    far, labels = torch.cat([points, torch.tensor([[1e4, 1e4]])]), torch.cat([truth, torch.tensor([0])])
     graph = neighbour_graph(far, k=5)
-    assert graph.to_dense().isfinite().all()
-    found = spread(graph, torch.cat([truth, torch.tensor([0])]), known)
+    assert np.isfinite(graph.toarray()).all()
+    found = spread(graph, labels, known)
     assert (found[:200].argmax(dim=-1) == truth).all()
+    for anything in (255, -1):
+        assert torch.equal(found, spread(graph, labels.masked_fill(~known, anything), known))
+        assert torch.equal(regressed(far, labels.masked_fill(~known, anything), known), regressed(far, labels, known))
 
 
 def test_regression_is_at_the_minimum_of_its_loss() -> None:
@@ -290,88 +214,39 @@ def test_regression_is_at_the_minimum_of_its_loss() -> None:
     known = torch.arange(60) < 40
     found = regressed(points, labels, known, penalty=2.0)
     assert found.shape == (60, 3)
-    assert torch.allclose(found.sum(dim=-1), torch.ones(60))
+    torch.testing.assert_close(found.sum(dim=-1), torch.ones(60).double())
     errors = found[known] - torch.nn.functional.one_hot(labels[known], 3)
     assert errors.sum(dim=0).abs().max() < 1e-2  # the biases have no penalty
-    weight = -points[known].T @ errors / 2
+    weight = -points[known].T.double() @ errors / 2
     for c in (1, 2):
-        against = (found[:, c] / found[:, 0]).log()
-        wanted = points @ (weight[:, c] - weight[:, 0])
-        torch.testing.assert_close(against - against[0], wanted - wanted[0], rtol=0, atol=2e-2)
+        log_odds = (found[:, c] / found[:, 0]).log()
+        expected = points.double() @ (weight[:, c] - weight[:, 0])
+        torch.testing.assert_close(log_odds - log_odds[0], expected - expected[0], rtol=0, atol=2e-2)
 
 
-def test_regression_tells_each_place_of_a_label() -> None:
+def test_regression_has_its_own_weights_for_each_place_of_a_label() -> None:
     points = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
     truth = (points[:, :4] > 0).long()
+    truth[:, 3] = 1  # nothing to regress
     known = torch.arange(400) < 100
     found = regressed(points, truth, known)
     assert found.shape == (400, 4, 2)
     assert (found.argmax(dim=-1) == truth)[~known].float().mean() > 0.93
-    assert torch.equal(found, regressed(points, truth.masked_fill(~known[:, None], 255), known))
+    assert torch.equal(found[:, :1], regressed(points, truth[:, :1], known))
 
 
-def test_the_surest_are_those_of_the_highest_probability_and_not_the_known_ones() -> None:
+def test_the_most_confident_are_those_without_a_label_of_the_highest_probability() -> None:
     probabilities = torch.rand(N, 4, 10, generator=torch.Generator().manual_seed(0)).softmax(dim=-1)
     known = torch.arange(N) < 100
-    chosen = surest(probabilities, known, 0.25)
+    chosen = most_confident(probabilities, known, 0.25)
     assert chosen.sum() == 50
     assert not (chosen & known).any()
-    sure = probabilities.amax(dim=-1).prod(dim=1)
-    assert sure[chosen].min() >= sure[~chosen & ~known].max()
+    confidence = probabilities.amax(dim=-1).prod(dim=1)
+    assert confidence[chosen].min() >= confidence[~chosen & ~known].max()
 
 
-def pictures(n: int) -> Data:
-    rng = torch.Generator().manual_seed(0)
-    image = torch.randint(256, (n, 1, 28, 28), generator=rng, dtype=torch.uint8)
-    return Data(tensors={"image": image, "text": torch.arange(n) % 10}, transform=pictures_and_labels)
-
-
-def stage(out_dir: Path, train: Data, *words: str) -> tuple[MVAE, Data]:
-    """MNIST's model after the first stage of one epoch, and the second stage's training data."""
-    sizes: dict[str, Any] = {"n_latents": 4, "batch_size": 20, "epochs": 1, "annealing_epochs": 1, "lr": 1e-3}
-    parser = training.parser("", modalities=NAMES, lambdas={"image": 1.0, "text": 1.0}, **sizes)
-    args = parser.parse_args(["--images-first=1", f"--out-dir={out_dir}", "--threads=1", *words])
-    torch.manual_seed(0)
-    model = build_digits(4)
-    options = training.options(args)
-    return model, stages.images_first(args, model, train, train, options, experiment="mnist", labels=["text"])
-
-
-def test_first_stage_knows_no_label(tmp_path: Path) -> None:
-    """What stands where a label isn't known may be anything, and the labels' networks stay as they were drawn."""
-    data = keep_pairs(pictures(60), 20, NAMES, seed=0)
-    unknown = data.tensors["text"].masked_fill(~masks(data)[1], 255)
-    model, _ = stage(tmp_path / "known", data, "--weight-decay=0.5")
-    other, _ = stage(tmp_path / "unknown", relabelled(data, {"text": unknown}, {}), "--weight-decay=0.5")
-    assert same(model.state_dict(), other.state_dict())
-    torch.manual_seed(0)
-    drawn = build_digits(4)
-    for name, stays in (("image", False), ("text", True)):
-        for one, first in zip(*((m.encoders[name], m.likelihood(name)) for m in (model, drawn)), strict=True):
-            assert same(one.state_dict(), first.state_dict()) == stays
-
-
-def test_labels_of_drawn_pixels_do_not_depend_on_what_was_drawn_before(tmp_path: Path) -> None:
-    """Else the processes of a run would go on with different labels."""
-    data = binarize(keep_pairs(pictures(60), 20, NAMES, seed=0), "image")
-    model = build_digits(4)
-    found = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        found.append(stages._self_labelled(model, data, ["text"], 0.5, "neighbours").checksum())
-    assert found[0] == found[1] != data.checksum()
-
-
-def test_a_text_that_goes_on_after_its_end_is_no_label() -> None:
-    model = build_model(8)
-    texts = torch.tensor([[1, 2, 10, 10], [1, 10, 3, 10], [10, 10, 10, 10], [10, 0, 10, 10]]).repeat(300, 1)
-    found = stages._possible(model, "text", texts, torch.randn(1200, 8))
-    assert found.tolist() == [True, False, True, False] * 300
-
-
-def test_other_labels_where_they_are_said_to_be() -> None:
-    data = keep_pairs(labelled(), 100, NAMES, seed=0)
-    present = torch.arange(N) < 200
+def test_other_labels_are_in_the_batches_and_the_pairs_stay_as_they_were() -> None:
+    data, present = keep_pairs(labelled(), 100, NAMES, seed=0), torch.arange(N) < 200
     found = relabelled(data, {"text": torch.full((N,), 7)}, {"text": present})
     rows = torch.tensor([3, 250])
     batch, here = found.batch(rows)
@@ -381,19 +256,129 @@ def test_other_labels_where_they_are_said_to_be() -> None:
     assert here["text"].tolist() == [True, False]
     assert here["image"].all()
     assert found.checksum() != data.checksum()
-    assert masks(data)[1].sum() == 100  # the data that were given are not changed
+    assert masks(data)[1].sum() == 100
     assert {int(masks(data)[1][rows].sum()) for rows in composed_rows(found, 20, 8, seed=0)} == {8}
 
 
-@pytest.mark.parametrize("n", [3, 10])
-def test_a_graph_needs_more_points_than_neighbours(n: int) -> None:
-    with pytest.raises(UsageError, match=f"only {n} points"):
-        neighbour_graph(torch.rand(n, 2))
+def pictures(n: int) -> Data:
+    rng = torch.Generator().manual_seed(0)
+    image = torch.randint(256, (n, 1, 28, 28), generator=rng, dtype=torch.uint8)
+    return Data(tensors={"image": image, "text": torch.arange(n) % 10}, transform=pictures_and_labels)
 
 
-def test_nothing_comes_from_nothing() -> None:
-    points, none = torch.rand(20, 2), torch.zeros(20, dtype=torch.bool)
-    with pytest.raises(UsageError, match="no label is `known`"):
-        spread(neighbour_graph(points), torch.zeros(20), none)
-    with pytest.raises(UsageError, match="no label is `known`"):
-        regressed(points, torch.zeros(20), none)
+@pytest.mark.parametrize("by", ["neighbours", "regression"])
+def test_self_labels_are_found_from_the_means_of_the_images_that_are_there(by: Any) -> None:
+    model, data = build_digits(4), keep_pairs(pictures(80), 30, NAMES, unpaired="both", seed=0)
+    image, text = masks(data)
+    found = self_labelled(model.train(), data, ("text",), share=0.5, by=by)
+    assert all(module.training for module in model.modules())
+    batch, here = found.batch(torch.arange(80))
+    assert here is not None
+    assert here["text"].sum() == text.sum() + (~text).sum() // 2
+    assert not (text & ~here["text"]).any()
+    assert torch.equal(batch["text"][text], data.tensors["text"][text])
+    with torch.no_grad():
+        points, _ = model.eval().posterior({"image": batch["image"][image]})
+    labels, known = data.tensors["text"][image], text[image]
+    probabilities = (
+        spread(neighbour_graph(points), labels, known) if by == "neighbours" else regressed(points, labels, known)
+    )
+    chosen = most_confident(probabilities, known, 0.5)
+    assert torch.equal(here["text"][image], known | chosen)
+    assert torch.equal(batch["text"][image][chosen], probabilities.argmax(dim=-1)[chosen])
+
+
+def test_self_labels_of_drawn_pixels_do_not_depend_on_earlier_draws() -> None:
+    """Otherwise the processes of a run would train on different labels."""
+    data, model, found = binarize(keep_pairs(pictures(60), 20, NAMES, seed=0), "image"), build_digits(4), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(self_labelled(model, data, ("text",), share=0.5, by="neighbours").checksum())
+    assert found[0] == found[1] != data.checksum()
+
+
+def test_a_string_that_continues_after_its_end_is_no_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The labels are inferred place by place."""
+    texts = torch.tensor([[1, 2, 10, 10], [1, 10, 3, 10], [10, 10, 10, 10], [10, 0, 10, 10]]).repeat(5, 1)
+    monkeypatch.setattr(
+        "mvae.data.supervision.regressed",
+        lambda points, labels, known: torch.nn.functional.one_hot(texts, 11).double(),
+    )
+    picture = torch.zeros(20, 1, 50, 50, dtype=torch.uint8)
+    data = Data(tensors={"image": picture, "text": texts}, transform=pictures_and_labels)
+    few = keep_pairs(data, 4, NAMES, seed=0)
+    found = self_labelled(build_canvases(8), few, ("text",), share=1.0, by="regression")
+    possible = torch.tensor([True, False, True, False]).repeat(5)
+    assert torch.equal(masks(found)[1], possible | masks(few)[1])
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: keep_pairs(labelled(), 0, NAMES, seed=0), "n must be from 1 to 300, the number of examples, got 0"),
+        (lambda: keep_pairs(labelled(), N + 1, NAMES, seed=0), "n must be from 1 to 300.*got 301"),
+        (lambda: share_pairs(labelled(), labelled(), 1, NAMES, seed=0), "complete examples must be from 2 to 600"),
+        (lambda: share_pairs(labelled(), labelled(), 601, NAMES, seed=0), "from 2 to 600.*got 601"),
+        (lambda: composed_rows(labelled(), 20, 5, seed=0), "pairs_per_batch needs examples that lack a modality"),
+        (
+            lambda: composed_rows(keep_pairs(labelled(), 12, NAMES, seed=0), 20, 20, seed=0),
+            "pairs_per_batch must be smaller than batch_size, got 20 and 20",
+        ),
+        (lambda: neighbour_graph(torch.rand(10, 2)), "need more than 10 points, got 10"),
+        (
+            lambda: spread(neighbour_graph(torch.rand(20, 2)), torch.zeros(20), torch.zeros(20).bool()),
+            "no example has a label",
+        ),
+        (lambda: regressed(torch.rand(20, 2), torch.zeros(20), torch.zeros(20).bool()), "no example has a label"),
+    ],
+)
+def test_what_cannot_be_is_refused(call: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        call()
+
+
+# Two stages
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--n-paired", 10**6], "complete examples must be from 2 to 1200"),
+        (["--n-paired", 20, "--pairs-per-batch", 100], "pairs_per_batch must be smaller"),
+        (["--pairs-per-batch", 10], "pairs_per_batch needs"),
+        (["--images-first", 1, "--self-labels", 0.5], "set n_paired or paired_fraction"),
+    ],
+)
+def test_wrong_supervision_is_refused_in_one_line(
+    flags: list[object], said: str, digits_dir: Path, tmp_path: Path
+) -> None:
+    done = run_warm("mnist/train.py", "--data-dir", digits_dir, "--n-val", 200, *flags, cwd=tmp_path)
+    assert_refused(done, 2, said)
+    assert not [*tmp_path.rglob(checkpoint.LATEST)]
+
+
+def test_images_first_then_labels_of_their_neighbours(digits_dir: Path, tmp_path: Path) -> None:
+    def train(*flags: object) -> str:
+        words: list[object] = ["--data-dir", digits_dir, "--n-val", 200, "--batch-size", 50, "--n-latents", 8]
+        words += ["--lr", 2e-3, "--annealing-epochs", 1, "--beta-hold", 6, "--weight-decay", 0.5, "--lambda-text", 50]
+        words += ["--reconstruct", "text", "--n-paired", 120, "--images-first", 6, "--images-dir", "images"]
+        done = run_warm("mnist/train.py", *words, "--self-labels", 0.9, *flags, cwd=tmp_path)
+        assert_ended(done)
+        return done.stdout
+
+    assert "\nlabels: 100 given + 810 inferred of 1000\n" in train("--epochs", 2, "--out-dir", "straight")
+    first, second = stats(tmp_path / "images"), stats(tmp_path / "straight")
+    assert len(first) == 6
+    assert not [name for name in first[-1] if "text" in name or "joint" in name]
+    assert [record["beta"] for record in (*first, *second)] == [0] * 6 + [1] * 2
+    assert first[-1]["train/image/elbo"] > first[0]["train/image/elbo"]
+    assert second[0]["train/loss"] < first[0]["train/loss"] * 2  # it continues from the first stage's weights
+    assert second[-1]["validation/label_accuracy"] > 0.4
+    torch.manual_seed(0)
+    drawn, learnt = build_digits(8).state_dict(), checkpoint.load(tmp_path / "images" / checkpoint.LATEST, "mnist")
+    unchanged = [name for name, weight in drawn.items() if torch.equal(learnt["model"][name], weight)]
+    assert unchanged == [name for name in drawn if ".text." in name]  # the first stage has no labels
+
+    assert "nothing left to do: images holds a run of 6 epochs" in train("--epochs", 1, "--out-dir", "parts")
+    train("--epochs", 2, "--out-dir", "parts", "--resume")
+    assert_same_run(tmp_path / "straight", tmp_path / "parts")

@@ -17,25 +17,26 @@ from model import build_model
 @dataclass(kw_only=True)
 class Config(Sampling):
     # Conditions
-    condition_file: tuple[Path, ...] = ()  # pictures of any size, each with a --condition-type
-    condition_type: tuple[str, ...] = ()  # modality of each file, in the same order; two files of one are two rows
+    condition_file: list[Path] | None = None  # pictures of any size, each with a --condition-type
+    condition_type: list[str] | None = None  # modality of each file, in the same order; two files of one are two rows
 
     # Output
     out_dir: Path = Path("samples")  # folder to write to
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.condition_file) != len(self.condition_type) or not set(self.condition_type) <= set(MODALITIES):
+        files, types = self.condition_file or [], self.condition_type or []
+        if len(files) != len(types) or not set(types) <= set(MODALITIES):
             raise UsageError(
                 f"each condition_file needs a condition_type of {', '.join(MODALITIES)}; "
-                f"got {len(self.condition_file)} files and types {', '.join(self.condition_type) or 'none'}"
+                f"got {len(files)} files and types {', '.join(types) or 'none'}"
             )
 
 
 def main() -> None:
     config = cli.parse(__doc__, Config)
     given: dict[str, list[Path]] = {}
-    for file, name in zip(config.condition_file, config.condition_type, strict=True):
+    for file, name in zip(config.condition_file or [], config.condition_type or [], strict=True):
         given.setdefault(name, []).append(file)
     sample(config, NAME, build_model, CONTROLS, examples, given=given, stem="")
 

@@ -41,7 +41,7 @@ class Sampling(Tool):
 
     # Output
     out_dir: Path = Path(".")  # folder to write to
-    save: tuple[Literal["grid", "images", "npy"], ...] = ("grid",)  # a grid, a folder of single pictures, float arrays
+    save: list[Literal["grid", "images", "npy"]] | None = None  # grid (default), folder of pictures, float arrays
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,7 +190,7 @@ def sample(
         stem: what file names begin with, followed by the control's name.
     """
     if given is None:
-        words = {name: getattr(config, f"condition_on_{name}") for name in controls}
+        words = {name: getattr(config, f"condition_on_{name}") or () for name in controls}
         given = {name: [value for one in some for value in parse(controls, name, one)] for name, some in words.items()}
         given = {name: values for name, values in given.items() if values}
     ends = [endpoint(controls, words) for words in config.interpolate] if config.interpolate else None
@@ -209,7 +209,7 @@ def sample(
         "samples of each": n,
         "given": [row.said for row in rows],
     }
-    job = Job(rows, n, controls, about)
+    job, save = Job(rows, n, controls, about), config.save or ["grid"]
     files: dict[str, AbstractContextManager[Write]] = {}
 
     def add(file: str, writer: Callable[..., AbstractContextManager[Write]], *what: Any) -> None:
@@ -218,13 +218,13 @@ def sample(
     for name, kind in controls.items():
         if not isinstance(kind, Picture):
             add(f"{stem}{name}.txt", _lines, name, kind)
-        if kind.size and "grid" in config.save:
+        if kind.size and "grid" in save:
             add(f"{stem}{name}.png", _grid, name, kind)
-        if kind.size and "images" in config.save:
+        if kind.size and "images" in save:
             add(f"{stem}{name}", _images, name, kind)
-        if "npy" in config.save:
+        if "npy" in save:
             add(f"{stem}{name}.npy", _array, name)
-    if "npy" in config.save:
+    if "npy" in save:
         add(f"{stem}given.json", _about)
     if sum(kind.size > 0 for kind in controls.values()) > 1:
         add("contact_sheet.png", _contact_sheet)
