@@ -1,86 +1,88 @@
-"""Measure a model's coherence: how well its pictures fit their labels, as read by a classifier that is trained here.
+"""Measure a model's coherence: how often a classifier, trained here, reads the given label from the model's pictures.
 
-Coherence is how often the classifier reads the label off the mean of p(image | z), for z drawn from q(z | label): a
-class, a whole string of digits, or each of a face's attributes. At temperature 0.5 z has half the variance. Agreement
-is how often it reads off such a picture, for z drawn from the prior, the label that is most probable given z. Labels
-that are not classes are those of held-out examples. Most attributes are rare, so that a face that shows none is right
-about most: a balanced coherence counts faces with an attribute as much as all faces without. The classifier learns from
-the pictures that the model was trained on, and is tested on those held out for validation; the test split isn't read.
+The pictures are means of p(image | z), for z drawn from q(z | label). The label is a class, a whole string of digits,
+or each of a face's attributes; strings and attributes are those of held-out examples. At temperature 0.5 z has half the
+variance. Agreement is the same for z drawn from the prior, with the label that is most probable given z. Most
+attributes are rare, so a face without any is right about most: balanced coherence weighs faces with an attribute as
+much as faces without it. The classifier is trained on the model's training pictures and tested on the validation split;
+the test split isn't read.
 """
 
-import argparse
-import json
+import importlib
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from multimnist import datasets as canvases
+from mvae import MVAE, Data, cli, load_model
+from mvae.data import celeba
+from mvae.data.celeba import ATTRIBUTES
+from mvae.data.dataset import consecutive_rows, permuted_rows
+from mvae.run import checkpoint, metrics
+from mvae.run.device import Machine
+from mvae.run.evaluate import mean_and_error
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from celeba import datasets as faces
-from celeba.model import build_model as build_faces
-from celeba19.model import build_model as build_faces_19
-from fashionmnist import datasets as garments
-from fashionmnist.model import build_model as build_garments
-from mnist import datasets as digits
-from mnist.model import build_model as build_digits
-from multimnist import datasets as canvases
-from multimnist.model import build_model as build_canvases
-from mvae import MVAE, Data, checkpoint, load_model, metrics
-from mvae.data import consecutive_rows, permuted_rows
-from mvae.datasets.celeba import ATTRIBUTES
-from mvae.estimators import mean_and_error
-from mvae.files import write_atomically
-from mvae.scripts import faces as face_flags
-from mvae.scripts import flags, machine, running, types
+from common import about, write
+
+
+@dataclass(kw_only=True)
+class Where(Machine, celeba.Source, canvases.Source):
+    """Flags of the machine, and of the places of all data sets."""
+
+
+@dataclass(kw_only=True)
+class Config(Where):
+    experiment: Literal["mnist", "fashionmnist", "multimnist", "celeba", "celeba19"]  # experiment of the model
+    model: Path  # checkpoint to measure
+
+    n_labels: int = 100  # strings or vectors of attributes
+    n_pictures: int = 200  # pictures per label
+    n_prior: int = 2000  # draws from the prior
+    classifier: Path | None = None  # file that keeps the classifier; trained if there is none
+    classifier_epochs: int = 4  # epochs to train the classifier for
+    seed: int = 0  # random seed
+    json: Path | None = None  # file for the numbers
 
 
 class Experiment(NamedTuple):
     """What is measured of an experiment.
 
-    build_model: of its model.py.
-    data: its training and validation examples.
-    label: the modality that pictures are drawn given; `shape`: that of the logits of one label.
-    apart: the model's modalities, one for each value of a label, where it has several in place of `label`.
+    folder: its name. label: the modality that a picture is conditioned on. shape: of the logits of a label.
+    separate: the model's modalities if it has one for each value of a label. source: the folder of the data.
     """
 
-    build_model: Callable[[int], MVAE]
-    data: Callable[[argparse.Namespace, int], tuple[Data, Data]]
+    folder: str
     label: str
     shape: tuple[int, ...]
-    apart: tuple[str, ...] = ()
+    separate: tuple[str, ...] = ()
+    source: str = ""
 
     @property
     def binary(self) -> bool:
-        """Whether a label is a vector of yes and no, with a logit for each; else each place has a logit a class."""
+        """Whether a label is a vector of 0 and 1, with a logit each; otherwise its places have a logit per class."""
         return self.label == "attrs"
 
+    def build_model(self, n_latents: int) -> MVAE:
+        return importlib.import_module(f"{self.folder}.model").build_model(n_latents)
 
-def prepared_canvases(args: argparse.Namespace, n_val: int) -> tuple[Data, Data]:
-    """MultiMNIST's training and validation examples, whose canvases are made if there are none."""
-    canvases.prepare(args.data_dir, args.canvas_dir)
-    return canvases.training_data(args.canvas_dir, n_val=n_val)
-
-
-def prepared_faces(args: argparse.Namespace, n_val: int) -> tuple[Data, Data]:
-    """CelebA's training and validation examples, their attributes as vectors; `n_val` doesn't matter to it."""
-    return faces.training_data(args.data_dir, args.cache_dir, allow_missing=args.allow_missing, workers=args.workers)
+    def examples(self, split: str, where: Where, settings: dict[str, Any]) -> Data:
+        """Return a split with grey pixels, whatever the model was trained on."""
+        datasets = importlib.import_module(f"{self.source or self.folder}.datasets")
+        return datasets.examples(split, where, {**settings, "binarize": False})
 
 
 EXPERIMENTS = {
-    "mnist": Experiment(build_digits, lambda args, n: digits.training_data(args.data_dir, n_val=n), "text", (10,)),
-    "fashionmnist": Experiment(
-        build_garments, lambda args, n: garments.training_data(args.data_dir, n_val=n), "text", (10,)
-    ),
-    "multimnist": Experiment(
-        build_canvases,
-        prepared_canvases,
-        "text",
-        (canvases.LENGTH, canvases.FILL + 1),
-    ),
-    "celeba": Experiment(build_faces, prepared_faces, "attrs", (len(ATTRIBUTES),)),
-    "celeba19": Experiment(build_faces_19, prepared_faces, "attrs", (len(ATTRIBUTES),), apart=ATTRIBUTES),
+    "mnist": Experiment("mnist", "text", (10,)),
+    "fashionmnist": Experiment("fashionmnist", "text", (10,)),
+    "multimnist": Experiment("multimnist", "text", (canvases.LENGTH, canvases.FILL + 1)),
+    "celeba": Experiment("celeba", "attrs", (len(ATTRIBUTES),)),
+    "celeba19": Experiment("celeba19", "attrs", (len(ATTRIBUTES),), separate=ATTRIBUTES, source="celeba"),
 }
 
 
@@ -102,138 +104,19 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images).unflatten(1, self.shape)
 
-    @torch.no_grad()
-    def read(self, images: Tensor, binary: bool) -> Tensor:
-        """The labels that are most probable, (batch, *label)."""
-        logits = torch.cat([self(some) for some in images.split(500)])
-        return logits > 0 if binary else logits.argmax(dim=-1)
 
-
-def main() -> None:
-    started = time.perf_counter()
-    parser = flags.parser(__doc__)
-    parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--model", type=types.path, required=True, metavar="FILE", help="the checkpoint to measure")
-    parser.add_argument("--n-labels", type=types.two_or_more, default=100, help="strings or vectors of attributes")
-    parser.add_argument("--n-pictures", type=types.positive_int, default=200, help="sampled for each label")
-    parser.add_argument("--n-prior", type=types.two_or_more, default=2000, help="sampled from the prior")
-    parser.add_argument(
-        "--classifier", type=types.path, metavar="FILE", help="where it is kept; made where it is absent"
-    )
-    parser.add_argument("--classifier-epochs", type=types.positive_int, default=4, help="to train the classifier for")
-    parser.add_argument("--json", type=types.output, metavar="FILE", help="write the numbers to this file, too")
-    canvases.add_canvas_dir(parser)
-    face_flags.add_flags(parser)
-    args = parser.parse_args()
-    device = machine.device(args)
-    experiment = EXPERIMENTS[args.experiment]
-    model, trained = load_model(args.model, args.experiment, experiment.build_model, device)
-    parts = experiment.data(args, trained["settings"].get("n_val", 0))
-    train, validation = (part.to(device) for part in parts)
-
-    kind = f"{args.experiment} classifier"
-    if args.classifier and args.classifier.exists():
-        saved = checkpoint.load(args.classifier, kind)
-        classifier, how = untrained(train, experiment), saved["how"]
-        classifier.load_state_dict(saved["model"])
-    else:
-        classifier = trained_classifier(train, experiment, args.classifier_epochs, args.seed)
-        how = {"epochs": args.classifier_epochs, "seed": args.seed}
-        if args.classifier:
-            checkpoint.save(args.classifier, kind, {"model": classifier.state_dict(), "how": how})
-    classifier.eval()
-    torch.manual_seed(args.seed)
-    labels = torch.arange(10, device=device)
-    if experiment.shape != (10,):
-        labels = validation.batch(torch.arange(min(args.n_labels, len(validation))))[0][experiment.label]
-
-    def read(images: Tensor) -> Tensor:
-        return classifier.read(images, experiment.binary)
-
-    def shares(right: Tensor) -> Tensor:
-        """Whether a class or all of a string is right, or the share of the attributes that are: from (n, *label)."""
-        if right.dim() == 1:
-            return right.double()
-        return right.double().mean(dim=-1) if experiment.binary else right.all(dim=-1).double()
-
-    label = experiment.label
-    names = experiment.apart or (label,)
-
-    def coherence(temperature: float) -> Tensor:
-        """Where the labels are read, (pictures, *label)."""
-        n = args.n_pictures
-        return metrics.coherence(model, read, labels, n=n, given=names, temperature=temperature).flatten(0, 1)
-
-    coherent = coherence(1.0)
-    agrees = metrics.prior_agreement(model, read, n=args.n_prior, labels=names)
-    typical = coherence(0.5)
-    truth, as_read = [], []
-    for rows in consecutive_rows(validation, 500):
-        batch, _ = validation.batch(rows)
-        truth.append(batch[label])
-        as_read.append(read(batch["image"]))
-    held_out = torch.cat(as_read) == torch.cat(truth)
-
-    def of_labels(values: Tensor) -> tuple[float, float]:
-        """Of a value for each picture. Strings and attributes are a sample of all: the error is over them."""
-        return mean_and_error(values if experiment.shape == (10,) else values.view(len(labels), -1).mean(dim=1))
-
-    found = {
-        "coherence, label to image": of_labels(shares(coherent)),
-        "coherence, label to image, at temperature 0.5": of_labels(shares(typical)),
-        "agreement of picture and label drawn from the prior": mean_and_error(shares(agrees)),
-    }
-    accuracy = mean_and_error(shares(held_out))
-    about = {**how, **_as_json(accuracy), "n_examples": len(validation)}
-    if experiment.binary:
-        given = labels.repeat_interleave(args.n_pictures, dim=0)
-        of_each = metrics.balanced_accuracies(coherent, given, ATTRIBUTES)
-        if of_each:  # some attribute is given in one vector, and not in another
-            found["balanced coherence of an attribute"] = of_labels(torch.stack([*of_each.values()]).mean(dim=0))
-        found |= {f"balanced coherence of {name}": of_labels(values) for name, values in of_each.items()}
-        at_best = metrics.balanced_accuracies(held_out, torch.cat(truth), ATTRIBUTES)
-        if at_best:
-            about["balanced"] = torch.stack([*at_best.values()]).mean().item()
-    for name, (mean, error) in [*found.items(), ("the classifier's accuracy on held-out pictures", accuracy)]:
-        print(f"{name}: {mean:.4f} ± {error:.4f}")
-    if args.json:
-        content = {
-            **running.origin(),
-            "experiment": args.experiment,
-            "checkpoint": str(args.model),
-            "seed": args.seed,
-            "device": device.type,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "seconds": time.perf_counter() - started,
-            "n_labels": len(labels),
-            "n_pictures_per_label": args.n_pictures,
-            "n_prior": args.n_prior,
-            "classifier": about,
-            "training": {name: value for name, value in trained.items() if name != "settings"},
-            "measures": {name: _as_json(values) for name, values in found.items()},
-        }
-        write_atomically(args.json, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def _as_json(mean_and_standard_error: tuple[float, float]) -> dict[str, Any]:
-    return dict(zip(["mean", "standard_error"], mean_and_standard_error, strict=True))
-
-
-def untrained(train: Data, experiment: Experiment) -> Classifier:
-    """A classifier of the pictures' size, where the data are."""
-    batch, _ = train.batch(torch.zeros(1, dtype=torch.long))
-    return Classifier(batch["image"][0], experiment.shape).to(train.device)
-
-
-def trained_classifier(train: Data, experiment: Experiment, epochs: int, seed: int) -> Classifier:
-    """A classifier trained on `train`."""
-    torch.manual_seed(seed)
-    classifier = untrained(train, experiment)
-    steps = [rows for epoch in range(epochs) for rows in permuted_rows(train, 100, epoch)]
+def trained_classifier(config: Config, train: Data) -> Classifier:
+    """Return the classifier of --classifier, or train it on `train` and keep it there."""
+    experiment, kind = EXPERIMENTS[config.experiment], f"{config.experiment} classifier"
+    torch.manual_seed(config.seed)
+    classifier = Classifier(train.batch(torch.arange(1))[0]["image"][0], experiment.shape).to(train.device)
+    if config.classifier and config.classifier.exists():
+        classifier.load_state_dict(checkpoint.load(config.classifier, kind)["model"])
+        return classifier.eval()
+    steps = [rows for epoch in range(config.classifier_epochs) for rows in permuted_rows(train, 100, epoch)]
     optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=len(steps))
-    for rows in running.progress(steps):
+    for rows in tqdm(steps, leave=False, disable=None):
         batch, _ = train.batch(rows)
         logits, label = classifier(batch["image"]), batch[experiment.label]
         if experiment.binary:
@@ -244,8 +127,91 @@ def trained_classifier(train: Data, experiment: Experiment, epochs: int, seed: i
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    return classifier
+    if config.classifier:
+        checkpoint.save(config.classifier, kind, {"model": classifier.state_dict()})
+    return classifier.eval()
+
+
+def main() -> None:
+    started = time.perf_counter()
+    config = cli.parse(__doc__, Config)
+    content = about()
+    device, experiment = config.device(), EXPERIMENTS[config.experiment]
+    model, trained = load_model(config.model, config.experiment, experiment.build_model, device)
+    splits = (experiment.examples(split, config, trained["settings"]) for split in ("train", "validation"))
+    train, validation = (split.to(device) for split in splits)
+    classifier = trained_classifier(config, train)
+    torch.manual_seed(config.seed)
+    of_classes = experiment.shape == (10,)
+    labels = torch.arange(10, device=device)
+    if not of_classes:
+        labels = validation.batch(torch.arange(min(config.n_labels, len(validation))))[0][experiment.label]
+    names = experiment.separate or (experiment.label,)
+
+    @torch.no_grad()
+    def read(images: Tensor) -> Tensor:
+        """Return the most probable labels, (batch, *label)."""
+        logits = torch.cat([classifier(some) for some in images.split(500)])
+        return logits > 0 if experiment.binary else logits.argmax(dim=-1)
+
+    def shares(right: Tensor) -> Tensor:
+        """From (n, *label): whether a class or a whole string is right, or the fraction of right attributes."""
+        if right.dim() == 1:
+            return right.double()
+        return right.double().mean(dim=-1) if experiment.binary else right.all(dim=-1).double()
+
+    def coherence(temperature: float) -> Tensor:
+        """Return where the label is read, (pictures, *label)."""
+        n = config.n_pictures
+        return metrics.coherence(model, read, labels, n=n, given=names, temperature=temperature).flatten(0, 1)
+
+    def of_labels(values: Tensor) -> tuple[float, float]:
+        """Average a value per picture. Strings and attributes are a sample of all: the error is over them."""
+        return mean_and_error(values if of_classes else values.view(len(labels), -1).mean(dim=1))
+
+    coherent = coherence(1.0)
+    agrees = metrics.prior_agreement(model, read, n=config.n_prior, labels=names)
+    found = {
+        "coherence, label to image": of_labels(shares(coherent)),
+        "coherence, label to image, at temperature 0.5": of_labels(shares(coherence(0.5))),
+        "agreement of picture and label drawn from the prior": mean_and_error(shares(agrees)),
+    }
+    batches = (validation.batch(rows)[0] for rows in consecutive_rows(validation, 500))
+    pairs = [(batch[experiment.label], read(batch["image"])) for batch in batches]
+    truth, as_read = map(torch.cat, zip(*pairs, strict=True))
+    held_out = as_read == truth
+    accuracy = mean_and_error(shares(held_out))
+    about_classifier = {**as_json(accuracy), "n_examples": len(validation)}
+    if experiment.binary:
+        given = labels.repeat_interleave(config.n_pictures, dim=0)
+        of_each = metrics.balanced_accuracies(coherent, given, ATTRIBUTES)
+        if of_each:  # some attribute is there in one vector and absent in another
+            found["balanced coherence of an attribute"] = of_labels(torch.stack([*of_each.values()]).mean(dim=0))
+        found |= {f"balanced coherence of {name}": of_labels(values) for name, values in of_each.items()}
+        if at_best := metrics.balanced_accuracies(held_out, truth, ATTRIBUTES):
+            about_classifier["balanced"] = torch.stack([*at_best.values()]).mean().item()
+    for name, (mean, error) in [*found.items(), ("accuracy of the classifier on held-out pictures", accuracy)]:
+        print(f"{name}: {mean:.4f} ± {error:.4f}")
+    content |= {
+        "experiment": config.experiment,
+        "checkpoint": str(config.model),
+        "seed": config.seed,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "seconds": time.perf_counter() - started,
+        "n_labels": len(labels),
+        "n_pictures_per_label": config.n_pictures,
+        "n_prior": config.n_prior,
+        "classifier": about_classifier,
+        "training": {name: value for name, value in trained.items() if name != "settings"},
+        "measures": {name: as_json(values) for name, values in found.items()},
+    }
+    write(config.json, content)
+
+
+def as_json(mean_and_standard_error: tuple[float, float]) -> dict[str, Any]:
+    return dict(zip(["mean", "standard_error"], mean_and_standard_error, strict=True))
 
 
 if __name__ == "__main__":
-    running.run(main)
+    cli.run(main)

@@ -29,11 +29,12 @@ def alone(function: Callable[..., T], *args: Any) -> T:
     """Return what the function returns in a process of its own, which prints nothing and keeps freed memory."""
     os.environ.update(KEEP_MEMORY)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_silence) as pool:
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=silence) as pool:
         return pool.submit(function, *args).result()
 
 
-def _silence() -> None:
+def silence() -> None:
+    """Print nothing any more in this process."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
 
 

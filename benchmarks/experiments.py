@@ -3,22 +3,22 @@
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from celeba19.datasets import separated
-from mvae import MVAE, Bernoulli, Data, Objective, Quantity, Term, of_a_pair
+from mvae import MVAE, Data, Objective, Quantity, Term, of_a_pair
 from mvae.data.celeba import ATTRIBUTES, pictures_and_attributes
 from mvae.data.dataset import pictures_and_labels
 from mvae.estimators import Modalities
-from mvae.layers import FaceEncoder, face_decoder
 from vision import datasets as vision
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import plain
 
 Name = Literal["mnist", "fashionmnist", "multimnist", "celeba", "celeba19", "vision"]
+NAMES: tuple[Name, ...] = get_args(Name)
 
 
 class Experiment(NamedTuple):
@@ -27,8 +27,7 @@ class Experiment(NamedTuple):
     data: returns random training data on the CPU, as stored.
     weights: λ by modality.
     quantities, predictions: what loglike.py estimates, with its proposals, and predicts, and from what.
-    plain_encode, plain_model: the plain reference's way to run an encoder, and its model, where they differ from ours
-        but compute the same; see `plain.loss`.
+    plain_encode: by modality, the plain reference's way to run an encoder that ours runs on classes; see `plain.loss`.
     approx_m: random subsets per step.
     reconstruct_all: each term reconstructs all modalities instead of its inputs.
     """
@@ -41,7 +40,6 @@ class Experiment(NamedTuple):
     n_latents: int = 100
     lr: float = 1e-3
     plain_encode: Mapping[str, plain.Encode] = {}
-    plain_model: Callable[[int], MVAE] | None = None
     approx_m: int = 0
     reconstruct_all: bool = False
 
@@ -62,14 +60,9 @@ def random_pictures(*shape: int) -> Tensor:
     return torch.randint(256, shape, dtype=torch.uint8)
 
 
-def digits() -> Data:
-    text = torch.randint(10, (60000,), dtype=torch.uint8)
-    return Data(tensors={"image": random_pictures(60000, 1, 28, 28), "text": text}, transform=pictures_and_labels)
-
-
-def canvases() -> Data:
-    text = torch.randint(10, (60000, 4), dtype=torch.uint8)
-    return Data(tensors={"image": random_pictures(60000, 1, 50, 50), "text": text}, transform=pictures_and_labels)
+def digits(side: int, *places: int) -> Data:
+    text = torch.randint(10, (60000, *places), dtype=torch.uint8)
+    return Data(tensors={"image": random_pictures(60000, 1, side, side), "text": text}, transform=pictures_and_labels)
 
 
 def faces() -> Data:
@@ -78,41 +71,9 @@ def faces() -> Data:
     return Data(tensors=tensors, transform=pictures_and_attributes)
 
 
-def faces_and_attributes() -> Data:
-    return dataclasses.replace(faces(), transform=separated)
-
-
 def six_pictures() -> Data:
     channels = {"image": 3, "gray": 1, "edge": 1, "mask": 1}
     return Data(tensors={name: random_pictures(2000, n, 64, 64) for name, n in channels.items()}, transform=vision.six)
-
-
-class AttributeEncoder(nn.Module):
-    """q(z | attribute) of one attribute: (batch,) of 0 and 1 -> mu, logvar, each (batch, latents)."""
-
-    def __init__(self, n_latents: int):
-        super().__init__()
-        self.hidden = nn.Sequential(nn.Embedding(2, 512), nn.SiLU(), nn.Linear(512, 512), nn.SiLU())
-        self.mu = nn.Linear(512, n_latents)
-        self.logvar = nn.Linear(512, n_latents)
-
-    def forward(self, there: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.hidden(there.long())
-        return self.mu(hidden), self.logvar(hidden)
-
-
-def attribute_decoder(n_latents: int) -> nn.Sequential:
-    """Map z to one attribute's logit, (rows,)."""
-    layers = (nn.Linear(n_latents, 512), nn.SiLU(), nn.Linear(512, 512), nn.SiLU(), nn.Linear(512, 512), nn.SiLU())
-    return nn.Sequential(*layers, nn.Linear(512, 1), nn.Flatten(0))
-
-
-def separate_networks(n_latents: int) -> MVAE:
-    """Return CelebA-19's model with a separate network for each of the 18 attributes."""
-    encoders = {"image": FaceEncoder(3, n_latents), **{name: AttributeEncoder(n_latents) for name in ATTRIBUTES}}
-    decoders = {"image": face_decoder(3, n_latents), **{name: attribute_decoder(n_latents) for name in ATTRIBUTES}}
-    likelihoods = {name: Bernoulli(decoder) for name, decoder in decoders.items()}
-    return MVAE(encoders=encoders, likelihoods=likelihoods, n_latents=n_latents)
 
 
 IMAGE = ("image",)
@@ -123,18 +84,18 @@ SIX: dict[Quantity, list[Modalities]] = {
 }
 
 MNIST = Experiment(
-    data=digits,
+    data=lambda: digits(28),
     weights={"image": 1.0, "text": 50.0},
     quantities=of_a_pair(IMAGE, ("text",)),
     predictions={"text": IMAGE},
     n_latents=64,
     plain_encode={"text": plain.encode_labels},
 )
-EXPERIMENTS: dict[Name, Experiment] = {
+EXPERIMENTS: dict[str, Experiment] = {
     "mnist": MNIST,
     "fashionmnist": MNIST,
     "multimnist": Experiment(
-        data=canvases,
+        data=lambda: digits(50, 4),
         weights={"image": 1.0, "text": 10.0},
         quantities=of_a_pair(IMAGE, ("text",), y_proposal=("text",)),
     ),
@@ -146,16 +107,15 @@ EXPERIMENTS: dict[Name, Experiment] = {
         lr=1e-4,
     ),
     "celeba19": Experiment(
-        data=faces_and_attributes,
+        data=lambda: dataclasses.replace(faces(), transform=separated),
         weights={"image": 1.0, **dict.fromkeys(ATTRIBUTES, 10.0)},
         quantities=of_a_pair(IMAGE, ATTRIBUTES),
         predictions=dict.fromkeys(ATTRIBUTES, IMAGE),
         lr=1e-4,
-        plain_model=separate_networks,
+        plain_encode=dict.fromkeys(ATTRIBUTES, plain.encode_attribute),
         approx_m=1,
     ),
     "vision": Experiment(
         data=six_pictures, weights={}, quantities=SIX, batch_size=50, n_latents=250, lr=1e-4, reconstruct_all=True
     ),
 }
-NAMES = tuple(EXPERIMENTS)

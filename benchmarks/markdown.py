@@ -1,9 +1,9 @@
-"""What the tables are written with: files of results, Markdown, and means over seeds."""
+"""Files of results, and Markdown."""
 
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,63 @@ NOTHING = "*There are no results for this table yet.*"
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A JSON file. Raises UserError, naming it, if it is none."""
+    """Return a JSON file. Raises UserError, naming it, if it can't be read."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"can't read {path}: {error}") from None
 
 
-def agreed(files: Iterable[dict[str, Any]], name: str, whose: str) -> Any:
-    """What all files say of `name`. Raises UserError, which says whose they are, if they differ."""
+def agreed(files: Iterable[Mapping[str, Any]], name: str, whose: str) -> Any:
+    """Return the value that all files have for `name`. Raises UserError, naming whose they are, if they differ."""
     values = {file[name] for file in files}
     if len(values) > 1:
         raise UserError(f"{whose} differ in {name}: {sorted(values)}")
     return values.pop()
 
 
+def page(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], about: str, files: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """Return a table, a caption, and the commands that wrote the files; NOTHING if there are no rows."""
+    if not rows:
+        return NOTHING
+    parts = [table(columns, rows), f"*{about}*"]
+    if files:
+        parts.append(
+            folded("Commands", "```\n" + "\n".join(dict.fromkeys(file["command"] for file in files)) + "\n```")
+        )
+    return "\n\n".join(parts)
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; a bar within a cell is escaped."""
+    """Return a Markdown table; a bar within a cell is escaped."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
+def folded(summary: str, content: str) -> str:
+    """Return content that a click unfolds."""
+    return f"<details><summary>{summary}</summary>\n\n{content}\n\n</details>"
+
+
 def over_seeds(values: Sequence[float], digits: str = ".2f") -> str:
-    """The mean over seeds, and its standard error if there are several."""
+    """Return the mean over seeds, with its standard error if there are several; – if there are none."""
+    if not values:
+        return "–"
     error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):{digits.lstrip('+')}}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{digits}}{error}"
+
+
+def machines(files: Iterable[Mapping[str, Any]]) -> str:
+    return " ".join(dict.fromkeys(f"{file['processor']}, torch {file['torch']}." for file in files))
+
+
+def commits(files: Iterable[Mapping[str, Any]]) -> str:
+    found = sorted({str(file.get("commit"))[:7] for file in files})
+    return f"commit{'s' * (len(found) > 1)} {', '.join(found)}"
+
+
+def either(values: Iterable[Any]) -> str:
+    """Join the sorted different values by "or"."""
+    return " or ".join(f"{value:,}" if isinstance(value, int) else value for value in sorted(set(values)))

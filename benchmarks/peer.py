@@ -1,73 +1,78 @@
-"""Compare the speed of mnist's step and log-likelihood with those of MultiVae, a library that has an MVAE, too.
+"""Compare the speed of mnist's step and log-likelihood with those of MultiVae, a library that also has an MVAE.
 
     pip install multivae
     python benchmarks/peer.py
 
-Both run the same networks with the same weights, on one thread, in turns in one process; a ratio is that of the
-processor's time in one round. MultiVae estimates log p(image, text) alone, so ours is asked for no more. Its step is
-its trainer's: the loss, the gradients, Adam. Before they are timed, both losses and both estimates are compared. In
-bfloat16 ours runs in it, and MultiVae in float32, as its estimator has no other. The matrix products of the decoders by
-themselves stand beside: no estimate is faster than they are.
+Both run the same networks with the same weights on one thread, in turns in one process; a ratio is that of the CPU time
+in one round. MultiVae estimates only log p(image, text), so ours estimates no more. Its step is its trainer's: the
+loss, the gradients, Adam. Before they are timed, both losses and both estimates are compared. MultiVae's estimator has
+float32 only. The decoders' matrix products alone are timed too: no estimate is faster than they are.
 """
 
-import argparse
 import copy
-import json
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
+
+from mvae import MVAE, cli, log_likelihood
+from mvae.errors import UserError
+from mvae.model import Precision, autocast
 
 import numpy as np
 import torch
-from step import processor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mvae import MVAE, Objective, log_likelihood, train_step
-from mvae.errors import UserError
-from mvae.files import write_atomically
-from mvae.model import Precision, running_in
-from mvae.scripts import machine, running, types
+from common import about, in_turns, quartiles, spread, write
+from experiments import MNIST, build_model
 
-from experiments import EXPERIMENTS, build_model
+try:
+    from multivae import models
+    from multivae.data.datasets import MultimodalBaseDataset
+    from multivae.models import base
+except ImportError as error:
+    raise SystemExit(f"peer.py: {error.name} is missing: pip install multivae") from None
 
 NAMES = ("image", "text")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
-MNIST = EXPERIMENTS["mnist"]
+CPU = torch.device("cpu")
+
+
+@dataclass(kw_only=True)
+class Config:
+    rounds: int = 9  # turns of each
+    examples: int = 4  # examples of a log-likelihood
+    steps: int = 10  # training steps in a turn
+    json: Path | None = None  # file for the numbers
+
+
+class Encoder(base.BaseEncoder):
+    def __init__(self, embed: nn.Module, ours: Any):
+        super().__init__()
+        self.embed, self.ours, self.latent_dim = embed, ours, MNIST.n_latents
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.ours.hidden(self.embed(x))
+        return base.ModelOutput(embedding=self.ours.mu(hidden), log_covariance=self.ours.logvar(hidden))
+
+
+class Decoder(base.BaseDecoder):
+    def __init__(self, ours: nn.Module):
+        super().__init__()
+        self.ours = ours
+
+    def forward(self, z: Tensor) -> Any:
+        return base.ModelOutput(reconstruction=self.ours(z))
 
 
 def pair() -> tuple[MVAE, Any]:
-    """Our model, and MultiVae's with copies of its networks. Its text is one-hot, encoded for each example."""
-    try:
-        from multivae import models
-        from multivae.models import base
-    except ImportError as error:
-        raise UserError(f"{error.name} is missing: pip install multivae") from None
-
-    class Encoder(base.BaseEncoder):
-        def __init__(self, embed: nn.Module, ours: Any):
-            super().__init__()
-            self.embed, self.ours, self.latent_dim = embed, ours, MNIST.n_latents
-
-        def forward(self, x: Tensor) -> Any:
-            hidden = self.ours.hidden(self.embed(x))
-            return base.ModelOutput(embedding=self.ours.mu(hidden), log_covariance=self.ours.logvar(hidden))
-
-    class Decoder(base.BaseDecoder):
-        def __init__(self, ours: nn.Module):
-            super().__init__()
-            self.ours = ours
-
-        def forward(self, z: Tensor) -> Any:
-            return base.ModelOutput(reconstruction=self.ours(z))
-
+    """Return our model, and MultiVae's with copies of its networks. Its text is one-hot, encoded for each example."""
     torch.manual_seed(0)
     ours = build_model("mnist", MNIST.n_latents)
-    model = copy.deepcopy(ours)
-    encoders: Any = model.encoders
-    likelihoods: Any = model.decoders
-    image, text = (encoders[name] for name in NAMES)
+    model: Any = copy.deepcopy(ours)
+    image, text = (model.encoders[name] for name in NAMES)
     one_hot = nn.Linear(10, 512, bias=False)
     one_hot.weight = nn.Parameter(text.embedding.weight.T.clone())
     config = models.MVAEConfig(
@@ -82,56 +87,25 @@ def pair() -> tuple[MVAE, Any]:
     return ours, models.MVAE(
         config,
         encoders={"image": Encoder(nn.Identity(), image), "text": Encoder(one_hot, text)},
-        decoders={name: Decoder(likelihoods[name].decoder) for name in NAMES},
+        decoders={name: Decoder(model.decoders[name].decoder) for name in NAMES},
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=types.positive_int, default=9, help="turns of each (default: 9)")
-    parser.add_argument("--examples", type=types.positive_int, default=4, help="of a log-likelihood (default: 4)")
-    parser.add_argument("--steps", type=types.positive_int, default=10, help="of training, in a turn (default: 10)")
-    parser.add_argument("--json", type=types.output, metavar="FILE", help="write the numbers to this file, too")
-    args = parser.parse_args()
-    machine.device(argparse.Namespace(threads=1, cuda=False))
-    content: dict[str, Any] = {
-        **running.origin(),
-        "processor": processor(),
-        "torch": torch.__version__,
-        "ratios": {},
-    }
-    for precision in PRECISIONS:
-        ours, theirs = estimates(args.examples, precision)
-        alone = products(args.examples, precision)
-        found = in_turns(1, args.rounds, ours, MultiVae=theirs, products=alone)
-        content["ratios"][f"log p(image, text), {precision}"] = found
-        ours, theirs = steps(precision)
-        content["ratios"][f"a step, {precision}"] = in_turns(args.steps, args.rounds, ours, MultiVae=theirs)
-    content["multivae"] = version("multivae")
-    for name, ratios in content["ratios"].items():
-        for other, (low, middle, high) in ratios.items():
-            print(f"{name}: {other} / ours {middle:.2f} ({low:.2f} to {high:.2f})")
-    if args.json:
-        write_atomically(args.json, (json.dumps(content, indent=2) + "\n").encode())
-
-
 def batch_of(n: int) -> tuple[dict[str, Tensor], Any]:
-    """n examples, as ours takes them and as MultiVae does."""
-    from multivae.data.datasets import MultimodalBaseDataset
-
+    """Return n examples, as ours takes them and as MultiVae does."""
     batch, _ = MNIST.data().batch(torch.arange(n))
-    batch["image"] = (batch["image"] > 0.5).float()  # MultiVae's Bernoulli takes no grey
+    batch["image"] = (batch["image"] > 0.5).float()  # MultiVae's Bernoulli takes binary pixels only
     return batch, MultimodalBaseDataset({"image": batch["image"], "text": F.one_hot(batch["text"].long(), 10).float()})
 
 
 def estimates(n: int, precision: Precision) -> tuple[Callable[[], float], Callable[[], float]]:
-    """Both ways to estimate the mean of log p(image, text), with 1,000 draws."""
+    """Return both estimators of the mean of log p(image, text) with 1,000 draws."""
     (model, peer), (batch, theirs) = pair(), batch_of(n)
     model.eval()
 
     def ours() -> float:
         noise = torch.randn(1000, n, MNIST.n_latents)
-        with running_in(precision, noise.device):
+        with autocast(precision, CPU):
             # In chunks as `evaluate` takes them.
             found = log_likelihood(model, batch, proposal=NAMES, targets=[NAMES], noise=noise, max_rows=2**20 // 784)
         return found[NAMES].log_p.mean().item()
@@ -140,17 +114,20 @@ def estimates(n: int, precision: Precision) -> tuple[Callable[[], float], Callab
 
 
 def steps(precision: Precision) -> tuple[Callable[[], float], Callable[[], float]]:
-    """Both steps of training, on the same hundred examples; each gives its loss."""
+    """Return both training steps, on the same hundred examples; each returns its loss."""
     (model, peer), (batch, theirs) = pair(), batch_of(MNIST.batch_size)
-    model.train()
+    objective = MNIST.objective(model).train()
     peer.train()
-    objective = Objective(model, weights=MNIST.weights)
     optimizer = torch.optim.Adam(objective.parameters(), MNIST.lr, fused=True)
     other = torch.optim.Adam(peer.parameters(), MNIST.lr)
 
     def ours() -> float:
-        totals = train_step(objective, optimizer, batch, precision=precision)
-        return (totals.loss / totals.n).item()
+        with autocast(precision, CPU):
+            loss, _ = objective(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
 
     def their_own() -> float:
         other.zero_grad()
@@ -163,7 +140,7 @@ def steps(precision: Precision) -> tuple[Callable[[], float], Callable[[], float
 
 
 def products(n: int, precision: Precision) -> Callable[[], None]:
-    """The matrix products of n log-likelihoods alone, which is the least that the decoders take."""
+    """Return the decoders' matrix products of n log-likelihoods, a lower limit of their time."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     shapes = [(MNIST.n_latents, 512), (512, 512), (512, 512)]
     weights = [torch.randn(shape, dtype=dtype) for last in (784, 10) for shape in (*shapes, (512, last))]
@@ -177,29 +154,35 @@ def products(n: int, precision: Precision) -> Callable[[], None]:
     return run
 
 
-def in_turns(n: int, rounds: int, ours: Callable, **others: Callable) -> dict[str, list[float]]:
-    """Quartiles of the time of others divided by that of ours, of n calls each.
+def ratios(rounds: int, n: int, actions: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+    """Return the quartiles of the others' time divided by ours, of n calls each.
 
     Raises UserError if MultiVae doesn't compute the same.
     """
-    value, other = ours(), others["MultiVae"]()
+    value, other = actions["ours"](), actions["MultiVae"]()
     if abs(value - other) > 0.01 * abs(value):
-        raise UserError(f"ours gives {value}, and MultiVae {other}: they don't compute the same")
-    ratios: dict[str, list[float]] = {name: [] for name in others}
-    for _ in range(rounds):
-        took = _seconds(ours, n)
-        for name, run in others.items():
-            ratios[name].append(_seconds(run, n) / took)
-    return {name: np.quantile(found, [0.25, 0.5, 0.75]).tolist() for name, found in ratios.items()}
+        raise UserError(f"ours returns {value}, and MultiVae {other}: they don't compute the same")
+    repeated = {name: (lambda run=run: [run() for _ in range(n)]) for name, run in actions.items()}
+    seconds = in_turns(repeated, rounds)
+    return {name: quartiles(np.divide(seconds[name], seconds["ours"])) for name in actions if name != "ours"}
 
 
-def _seconds(run: Callable, n: int) -> float:
-    """The processor's time of n calls."""
-    started = time.process_time()
-    for _ in range(n):
-        run()
-    return time.process_time() - started
+def main() -> None:
+    config = cli.parse(__doc__, Config)
+    torch.set_num_threads(1)
+    content: dict[str, Any] = {**about(), "multivae": version("multivae"), "ratios": {}}
+    for precision in PRECISIONS:
+        ours, theirs = estimates(config.examples, precision)
+        alone = products(config.examples, precision)
+        actions = {"ours": ours, "MultiVae": theirs, "products": alone}
+        content["ratios"][f"log p(image, text), {precision}"] = ratios(config.rounds, 1, actions)
+        ours, theirs = steps(precision)
+        actions = {"ours": ours, "MultiVae": theirs}
+        content["ratios"][f"a step, {precision}"] = ratios(config.rounds, config.steps, actions)
+    for name, found in content["ratios"].items():
+        print(f"{name}:", *(f"{other} / ours {spread(values)}" for other, values in found.items()))
+    write(config.json, content)
 
 
 if __name__ == "__main__":
-    running.run(main)
+    cli.run(main)

@@ -15,6 +15,7 @@ from mvae.layers import FoldConvTranspose2d
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Encode = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 """Maps an encoder and its modality to mu and logvar, each (batch, latents)."""
@@ -43,6 +44,14 @@ def encode_labels(encoder: Any, label: Tensor) -> tuple[Tensor, Tensor]:
     """Run a label encoder on each example instead of each class."""
     hidden = encoder.hidden(encoder.embedding(label))
     return encoder.mu(hidden), encoder.logvar(hidden)
+
+
+def encode_attribute(encoder: Any, there: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the network of one of CelebA-19's attributes on each example instead of each value."""
+    networks, which = encoder.networks[0], encoder.which
+    hidden = F.silu(networks.embedding[which.start][there.long()]).unsqueeze(0)
+    hidden = F.silu(networks.hidden(hidden, which))
+    return networks.mu(hidden, which)[0], networks.logvar(hidden, which)[0]
 
 
 def product(experts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -26,9 +26,9 @@ from mvae.model import Precision, autocast
 
 import numpy as np
 import torch
-from common import about, alone, in_turns, quartiles, spread, write
 
 import plain
+from common import about, alone, in_turns, quartiles, write
 from experiments import EXPERIMENTS, NAMES, Name, build_model
 
 MIB = 2**20
@@ -57,32 +57,27 @@ class Config:
 def main() -> None:
     config = cli.parse(__doc__, Config)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    content: dict[str, Any] = {**about(), "device": ", ".join(devices), "threads": config.threads}
+    content: dict[str, Any] = {**about(), "device": ", ".join(devices), "steps": [], "memory": [], "loglike": []}
     content["gpu"] = torch.cuda.get_device_name() if len(devices) > 1 else None
-    content |= {"steps": [], "memory": [], "loglike": []}
-    kinds = {"plain": ("plain", False), "ours": ("ours", False)}
-    kinds |= {} if config.eager else {"ours, compiled": ("ours", True)}
     compiled = (False,) if config.eager else (False, True)
-    print("experiment, device, threads, precision, compiled: our step, and the others' time divided by it")
     for name, device in itertools.product(config.experiments, devices):
+
+        def add(part: str, row: dict[str, Any], name: str = name, device: str = device) -> None:
+            content[part].append({"experiment": name, "device": device, **row})
+            print(part, content[part][-1], flush=True)
+
         threads = config.threads if device == "cpu" else config.threads[:1]
         for setting in itertools.starmap(Setting, itertools.product([device], threads, config.precision, compiled)):
-            row = {"experiment": name, "batch_size": EXPERIMENTS[name].batch_size, **setting._asdict()}
-            row |= alone(time_steps, name, setting, config.seconds)
-            content["steps"].append(row)
-            ratios = ", ".join(f"{kind} {spread(row[kind])}" for kind in ("plain / ours", "given only / ours"))
-            print(f"{name}, {', '.join(map(str, setting))}: {row['ours_ms'][1]:.1f} ms, {ratios}", flush=True)
+            row = alone(time_steps, name, setting, config.seconds)
+            add("steps", {"batch_size": EXPERIMENTS[name].batch_size, **setting._asdict(), **row})
         for precision in config.precision:
-            row = {"experiment": name, "device": device, "precision": precision}
-            row |= {
-                key: alone(memory, name, kind, Setting(device, 1, precision, c)) for key, (kind, c) in kinds.items()
-            }
-            content["memory"].append(row)
-            peaks = ", ".join(f"{key} {row[key]['peak_mib']:.0f} MiB" for key in kinds)
-            print(f"{name}, {device}, {precision}: peak memory {peaks}", flush=True)
-        minutes = quartiles([100 * seconds / 60 for seconds in alone(time_loglike, name, device)])
-        content["loglike"].append({"experiment": name, "device": device, "threads": 1, "minutes": minutes})
-        print(f"{name}, {device}: loglike.py takes {spread(minutes, '.1f')} minutes", flush=True)
+            found = {"plain": alone(memory, name, plain_step, Setting(device, 1, precision))}
+            for compiles in compiled:
+                setting = Setting(device, 1, precision, compiles)
+                found["ours" + ", compiled" * compiles] = alone(memory, name, our_step, setting)
+            add("memory", {"precision": precision, **found})
+        minutes = [100 * seconds / 60 for seconds in alone(time_loglike, name, device)]
+        add("loglike", {"threads": 1, "minutes": quartiles(minutes)})
     write(config.json, content)
 
 
@@ -90,9 +85,7 @@ def time_steps(name: str, setting: Setting, seconds: float) -> dict[str, Any]:
     """Return the times of both steps, their ratios, and the share of our step that making the batch takes."""
     data = prepare(name, setting)
     check(name, data, setting)
-    rows = itertools.chain.from_iterable(
-        permuted_rows(data, EXPERIMENTS[name].batch_size, i) for i in itertools.count()
-    )
+    rows = itertools.cycle(permuted_rows(data, EXPERIMENTS[name].batch_size, 0))
     steps: dict[str, Callable[[], object]] = {
         "plain": plain_step(name, data, setting),
         "given only": plain_step(name, data, setting, given_only=True),
@@ -107,29 +100,34 @@ def time_steps(name: str, setting: Setting, seconds: float) -> dict[str, Any]:
     return {
         **{f"{kind}_ms": quartiles(1e3 * times[kind]) for kind in ("plain", "ours")},
         **{f"{kind} / ours": quartiles(times[kind] / times["ours"]) for kind in ("plain", "given only")},
-        "blocks": rounds,
         "data_share": float(np.median(times["batch"]) / np.median(times["ours"])),
     }
 
 
-def memory(name: str, kind: str, setting: Setting) -> dict[str, float]:
+def memory(name: str, step_of: Callable[..., Callable[[], None]], setting: Setting) -> dict[str, float]:
     """Return the peak memory of 10 steps in MiB; on a CPU, that of Python and torch alone, too."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = {"plain": plain_step, "ours": our_step}[kind](name, prepare(name, setting), setting)
-    repeated(step, 10, setting.device)()
+    repeated(step_of(name, prepare(name, setting), setting), 10, setting.device)()
     if setting.device == "cuda":
         return {"peak_mib": torch.cuda.max_memory_allocated() / MIB}
     unit = MIB if sys.platform == "darwin" else 1024
     return {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, "before_mib": before / unit}
 
 
-def time_loglike(name: str, device: str) -> list[float]:
+def time_loglike(name: str, device: str, precision: Precision = "fp32") -> list[float]:
     """Return the seconds that 10 examples with 1,000 importance samples take, of several runs."""
     experiment, data = EXPERIMENTS[name], prepare(name, Setting(device))[:10]
     model = build_model(name, experiment.n_latents).to(device)
 
     def run() -> None:
-        evaluate(model, data, quantities=experiment.quantities, predictions=experiment.predictions, n_samples=1000)
+        evaluate(
+            model,
+            data,
+            quantities=experiment.quantities,
+            predictions=experiment.predictions,
+            n_samples=1000,
+            precision=precision,
+        )
 
     return [warm_seconds(run, device, 1) for _ in range(5)]
 
@@ -193,8 +191,7 @@ def loop(name: str, data: Data, setting: Setting) -> Iterator[None]:
 def plain_step(name: str, data: Data, setting: Setting, given_only: bool = False) -> Callable[[], None]:
     """Return a step of the plain reference, on one batch that is made before."""
     experiment = EXPERIMENTS[name]
-    build = experiment.plain_model or (lambda n_latents: build_model(name, n_latents))
-    objective = experiment.objective(build(experiment.n_latents)).to(setting.device).train()
+    objective = experiment.objective(build_model(name, experiment.n_latents)).to(setting.device).train()
     model = objective.model
     plain.published(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=experiment.lr)

@@ -67,7 +67,8 @@ def main() -> None:
     λ = {"image": config.lambda_image, "text": config.lambda_text}
 
     if config.images_first:
-        images = Objective(model, [Term(IMAGE, IMAGE, iw="image")], weights=λ, iw_samples=config.iw_samples)
+        terms = [Term(IMAGE, IMAGE, iw="image")]
+        images = Objective(model, terms, weights={"image": config.lambda_image}, iw_samples=config.iw_samples)
         first = config.first_stage(NAME)
         fit(first, images, train.only("image"), validation.only("image"), {})
         if config.self_labels:

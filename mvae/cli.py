@@ -72,7 +72,7 @@ def parse(description: str | None, config: type[C] | Mapping[str, C], argv: Sequ
         groups[group].add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(argv))
     given.pop("preset", None)
-    given = {name: tuple(value) if get_origin(hints[name]) is tuple else value for name, value in given.items()}
+    given = {name: tuple(value) if get_origin(_bare(hints[name])) is tuple else value for name, value in given.items()}
     return dataclasses.replace(defaults, **given) if defaults else kind(**given)
 
 
@@ -119,11 +119,12 @@ def run(main: Callable[[], None]) -> None:
     """
     _open_streams()
     _keep_freed_memory()
+    logger = logging.getLogger("mvae")
+    logger.handlers = [logging.NullHandler()]
     if os.environ.get("RANK", "0") == "0":
         info, warnings = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
         info.addFilter(lambda record: record.levelno < logging.WARNING)
         warnings.setLevel(logging.WARNING)
-        logger = logging.getLogger("mvae")
         logger.handlers = [info, warnings]
         logger.setLevel(logging.INFO)
         logging.raiseExceptions = False  # a line that can't be written would print a traceback
@@ -184,8 +185,7 @@ def _joined(words: Sequence[str]) -> list[str]:
 
 def _reader(hint: Any) -> dict[str, Any]:
     """Return how argparse reads a flag of this type."""
-    if isinstance(hint, types.UnionType):  # such as int | None
-        hint = get_args(hint)[0]
+    hint = _bare(hint)
     if hint is bool:
         return {"action": "store_true"}
     if get_origin(hint) is list:  # repeated, with one value each
@@ -198,6 +198,11 @@ def _reader(hint: Any) -> dict[str, Any]:
     if get_origin(hint) is Literal:
         return {"choices": get_args(hint)}
     return {"type": _path if hint is Path else hint, "metavar": {Path: "PATH", int: "N", float: "X"}.get(hint)}
+
+
+def _bare(hint: Any) -> Any:
+    """Return the type of `int | None` without None."""
+    return get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
 
 
 def _path(text: str) -> Path:

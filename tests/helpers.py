@@ -1,16 +1,17 @@
 """What several test files need: the scripts run as processes, and a small model of three modalities with its data."""
 
+import contextlib
+import importlib.util
 import json
 import multiprocessing
 import os
-import runpy
-import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from mvae import MVAE, Bernoulli, Categorical, Data, Objective, Run, Term, Training
@@ -20,6 +21,8 @@ from mvae.run.schedules import Schedule, constant, linear
 
 import torch
 from torch import Tensor, nn
+
+import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,25 +86,9 @@ def start_warm(
 ) -> BaseProcess:
     """Starts what `python SCRIPT ARGUMENTS >LOGS[0] 2>LOGS[1]` starts, as a process of FORKED."""
     words = [str(ROOT / script), *map(str, arguments)]
-    process = FORKED.Process(target=_run_script, args=(words, logs, cwd, dict(env or environment())))
+    process = FORKED.Process(target=warm.run_script, args=(words, logs, cwd, dict(env or environment())))
     process.start()
     return process
-
-
-def _run_script(words: list[str], logs: tuple[Path, Path], cwd: Path, env: dict[str, str]) -> None:
-    """Makes this forked process what `python WORDS` is, and goes on as the script."""
-    for log, stream in zip(logs, (sys.stdout, sys.stderr), strict=True):
-        stream.flush()
-        with open(log, "wb", buffering=0) as file:
-            os.dup2(file.fileno(), stream.fileno())
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(env)
-    torch.set_num_threads(1)
-    sys.argv = words
-    sys.path = [str(Path(words[0]).parent), *(path for path in sys.path if path not in ("", str(ROOT / "tests")))]
-    runpy.run_path(words[0], run_name="__main__")
 
 
 def run_warm(
@@ -118,6 +105,31 @@ def run_warm(
         return subprocess.CompletedProcess(
             command(script, *arguments), process.exitcode, out.read_text(), err.read_text()
         )
+
+
+LOCAL = ("datasets", "model", "setup", "transform", "watermark")
+"""Modules that an experiment's scripts import from their own folder."""
+
+
+@contextlib.contextmanager
+def script(path: str) -> Iterator[ModuleType]:
+    """Import a script, named by its path from the repository's root, as from its own folder."""
+    name, before = path.replace("/", "_").removesuffix(".py"), sys.modules.copy()
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    assert spec
+    assert spec.loader
+    for local in LOCAL:
+        sys.modules.pop(local, None)
+    sys.path.insert(0, str((ROOT / path).parent))
+    try:
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.pop(0)
+        for local in (name, *LOCAL):
+            sys.modules.pop(local, None)
+        sys.modules.update({local: before[local] for local in LOCAL if local in before})
 
 
 def stats(out_dir: Path) -> list[dict[str, Any]]:

@@ -1,12 +1,19 @@
-"""What a step asks of a GPU, found out without one: on fake CUDA tensors, and in compiled steps.
+"""What a step does on a GPU, tested without one: on fake CUDA tensors, and in compiled steps.
 
 On a fake tensor whatever would make the host wait for the device fails, as do tensors of two devices in one operation.
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+
+from celeba19.datasets import separated
+from mvae import MVAE, Objective, Term
+from mvae.data.celeba import ATTRIBUTES, pictures_and_attributes
+from mvae.data.dataset import pictures_and_labels
+from mvae.model import rows_of
+from mvae.objective import Totals
+from vision.datasets import six
 
 import pytest
 import torch
@@ -16,47 +23,29 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from celeba19.datasets import apart
-from mvae.data import pictures_and_labels
-from mvae.datasets.celeba import ATTRIBUTES, pictures_and_attributes
-from mvae.model import shown
-from mvae.objective import Objective
-from mvae.stats import Totals
-from vision.datasets import six
-
 from helpers import small_data, small_model
 
 CUDA = torch.device("cuda")
 N = 6
 
-
-class Stored(NamedTuple):
-    """An experiment's data: the shape of each stored tensor, how they become a batch, and some modalities to name."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    transform: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-    named: tuple[str, ...]
-
-
-SIX = {"image": (3, 64, 64), "gray": (1, 64, 64), "edge": (1, 64, 64), "mask": (1, 64, 64)}
 FACE = {"image": (3, 64, 64), "attrs": (len(ATTRIBUTES),)}
-STORED = {
-    "mnist": Stored({"image": (1, 28, 28), "text": ()}, pictures_and_labels, ("text",)),
-    "fashionmnist": Stored({"image": (1, 28, 28), "text": ()}, pictures_and_labels, ("text",)),
-    "multimnist": Stored({"image": (1, 50, 50), "text": (4,)}, pictures_and_labels, ("text",)),
-    "celeba": Stored(FACE, pictures_and_attributes, ("attrs",)),
-    "celeba19": Stored(FACE, apart, ATTRIBUTES),
-    "vision": Stored(SIX, six, ("image", "edge")),
+STORED: dict[str, tuple[Mapping[str, tuple[int, ...]], Callable[[dict[str, Tensor]], dict[str, Tensor]]]] = {
+    "mnist": ({"image": (1, 28, 28), "text": ()}, pictures_and_labels),
+    "fashionmnist": ({"image": (1, 28, 28), "text": ()}, pictures_and_labels),
+    "multimnist": ({"image": (1, 50, 50), "text": (4,)}, pictures_and_labels),
+    "celeba": (FACE, pictures_and_attributes),
+    "celeba19": (FACE, separated),
+    "vision": ({name: (3 if name == "image" else 1, 64, 64) for name in ("image", "gray", "edge", "mask")}, six),
 }
-
+"""The shapes of each experiment's stored tensors, and how they become a batch."""
 
 FAKE = FakeTensorMode()
-"""In it tensors are fake, and may say that they are on a GPU."""
+"""In it tensors are fake, and may claim to be on a GPU."""
 
 
 @contextmanager
 def on_a_gpu(precision: str = "fp32") -> Iterator[None]:
-    """Within it, tensors are fake, and networks of a GPU run in this precision."""
+    """Make tensors fake, and run networks of a GPU in this precision."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", precision == "bf16")  # torch.autocast itself asks for a device
     torch.set_autocast_dtype("cuda", torch.bfloat16)
@@ -69,74 +58,115 @@ def on_a_gpu(precision: str = "fp32") -> Iterator[None]:
         torch.set_autocast_dtype("cuda", before[1])
 
 
-@pytest.mark.parametrize(
-    ("reconstruct", "lacking", "precision"),
-    [("given", True, "bf16"), ("named", False, "fp32"), ("all", True, "fp32")],
-)
-@pytest.mark.parametrize("name", STORED)
-def test_a_step_asks_a_gpu_for_nothing(name: str, reconstruct: str, lacking: bool, precision: str) -> None:
-    """If examples lack modalities there are random subsets, too."""
-    stored, model = STORED[name], importlib.import_module(f"{name}.model").build_model(5)
-    objective = Objective(model, reconstruct=stored.named if reconstruct == "named" else reconstruct).train()
+def terms_of(model: MVAE, also: Sequence[str]) -> list[Term]:
+    """Return the paper's terms, which reconstruct `also` in addition to their inputs."""
+    names = model.modalities
+    return [Term(names, names, iw="image"), *(Term((name,), (name, *also)) for name in names)]
+
+
+def fake_step(
+    name: str, model: MVAE, also: Sequence[str], *, n_subsets: int = 0, lacking: bool = False, precision: str = "fp32",
+    iw_samples: int = 1,
+) -> tuple[Tensor, Totals]:  # fmt: skip
+    """Compute the loss of a batch of N examples as on a GPU."""
+    shapes, transform = STORED[name]
+    objective = Objective(model, terms_of(model, also), iw_samples=iw_samples, subset=Term((), tuple(also), iw="image"))
     weights = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
-    n_subsets = 2 if lacking and len(model.modalities) > 2 else 0
     with on_a_gpu(precision):
         there = {
             key: torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=CUDA) for key, x in weights.items()
         }
-        rows = {key: torch.empty(N, *shape, dtype=torch.uint8, device=CUDA) for key, shape in stored.shapes.items()}
+        rows = {key: torch.empty(N, *shape, dtype=torch.uint8, device=CUDA) for key, shape in shapes.items()}
         present = {key: torch.empty(N, dtype=torch.bool, device=CUDA) for key in model.modalities[1:]}
         subsets = torch.empty(n_subsets, len(model.modalities), dtype=torch.bool, device=CUDA)
-        arguments = torch.empty((), device=CUDA), subsets if n_subsets else (), present if lacking else None
-        loss, totals = torch.func.functional_call(objective, there, (stored.transform(rows), *arguments))
-        sums = totals.vector()
-    n_terms = len(objective.terms) + n_subsets
+        arguments = torch.empty((), device=CUDA), subsets, present if lacking else None
+        loss, totals = torch.func.functional_call(objective.train(), there, (transform(rows), *arguments))
+        assert (totals.vector().device.type, totals.vector().dtype) == ("cuda", torch.float64)
+    return loss, totals
+
+
+@pytest.mark.parametrize(
+    ("also", "lacking", "precision", "iw_samples"),
+    [("given", True, "bf16", 1), ("last", False, "fp32", 2), ("all", True, "fp32", 1)],
+)
+@pytest.mark.parametrize("name", STORED)
+def test_a_step_does_not_make_the_host_wait_for_a_gpu(
+    name: str, also: str, lacking: bool, precision: str, iw_samples: int
+) -> None:
+    model = importlib.import_module(f"{name}.model").build_model(5)
+    n_subsets = 2 if lacking and len(model.modalities) > 2 else 0
+    others = {"given": (), "last": model.modalities[-1:], "all": model.modalities}[also]
+    loss, totals = fake_step(
+        name, model, others, n_subsets=n_subsets, lacking=lacking, precision=precision, iw_samples=iw_samples
+    )
     assert (loss.device.type, loss.dtype, loss.shape) == ("cuda", torch.float32, ())
-    assert (sums.device.type, sums.dtype) == ("cuda", torch.float64)
-    assert totals.log_prob.shape == (n_terms, len(model.modalities))
+    assert totals.log_prob.shape == (1 + len(model.modalities) + n_subsets, len(model.modalities))
     assert totals.log_prob.dtype == totals.kl.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "also", "n_subsets", "expected"),
+    [
+        ("mnist", (), 0, {"image": 2, "text": 2}),
+        ("mnist", ("text",), 0, {"image": 2, "text": 3}),
+        ("celeba19", (), 1, {"image": 3, "attributes": 3}),
+        ("celeba19", ATTRIBUTES, 1, {"image": 3, "attributes": 21}),
+        ("vision", (), 2, dict.fromkeys(("image", "gray", "edge", "mask", "obscured", "watermark"), 4)),
+    ],
+)
+@pytest.mark.parametrize("lacking", [False, True])
+def test_a_modality_is_decoded_for_the_terms_that_may_reconstruct_it(
+    name: str, also: Sequence[str], n_subsets: int, expected: dict[str, int], lacking: bool
+) -> None:
+    """On fixed shapes, whatever is missing: the numbers of terms, out of up to 21. Each modality is encoded once."""
+    model = importlib.import_module(f"{name}.model").build_model(5)
+    decoded: dict[str, int] = {}
+    encoded: dict[str, int] = {}
+    decoders = {key: model.likelihood(key).decoder for key in expected if key != "attributes"}
+    if "attributes" in expected:
+        decoders["attributes"] = model.attribute_decoders
+
+    def watch(key: str, decoder: torch.nn.Module) -> None:
+        decoder.register_forward_pre_hook(lambda module, inputs: decoded.update({key: inputs[0].shape[:-1].numel()}))
+
+    for key, decoder in decoders.items():
+        watch(key, decoder)
+    model.encoders["image"].register_forward_pre_hook(lambda module, inputs: encoded.update(image=len(inputs[0])))
+    fake_step(name, model, also, n_subsets=n_subsets, lacking=lacking)
+    each = {key: N * len(ATTRIBUTES) if key == "attributes" else N for key in decoded}
+    assert {key: rows / each[key] for key, rows in decoded.items()} == expected
+    assert encoded == {"image": N}
 
 
 @pytest.mark.parametrize(
     "ask", [torch.Tensor.item, torch.nonzero, bool, lambda x: x[x > 0], lambda x: x + torch.ones(2)]
 )
-def test_what_would_make_the_host_wait_fails_on_fake_tensors(ask: Callable[[Tensor], object]) -> None:
+def test_fake_tensors_fail_where_the_host_would_wait(ask: Callable[[Tensor], object]) -> None:
     with pytest.raises((RuntimeError, DataDependentOutputException, DynamicOutputShapeException)), on_a_gpu():
         ask(torch.empty(2, device=CUDA).sum() if ask in (torch.Tensor.item, bool) else torch.empty(2, device=CUDA))
 
 
-# Compiled steps.
+# Compiled steps
 
 
-BATCH = small_data(N, seed=0).batch(torch.arange(N))[0]
-PRESENT = {"image": torch.arange(N) != 1, "label": torch.arange(N) % 2 == 0}
-SUBSETS = [("image", "label"), ("attrs", "label"), ("image", "attrs")]
-
-
-def sums(step: Callable[..., tuple[Tensor, Totals]], subsets: object, present: Mapping[str, Tensor] | None) -> Tensor:
-    """The sums of the parts of a step, with the same noise each time."""
-    torch.manual_seed(0)
-    return step(BATCH, torch.tensor(0.5), subsets, present)[1].vector()
-
-
-def test_a_compiled_step_takes_any_subsets_and_missing_modalities_without_compiling_anew() -> None:
-    """It finds what the step finds that is not compiled, and runs networks on the rows that are there."""
+def test_a_compiled_step_takes_any_subsets_missing_modalities_and_beta_without_compiling_again() -> None:
+    """It finds what a plain step finds."""
     objective, counter = Objective(small_model()), CompileCounter()
-    step = torch.compile(objective, backend=counter, fullgraph=True)
-    for subset in SUBSETS:
-        found = sums(step, objective.mask([subset]), PRESENT)
-        torch.testing.assert_close(found, sums(objective, [subset], PRESENT), rtol=1e-6, atol=0)
+    compiled = torch.compile(objective, backend=counter, fullgraph=True)
+    batch, _ = small_data(N, seed=0).batch(torch.arange(N))
+    steps = [
+        ([[1, 0, 1]], {"image": torch.arange(N) != 1, "label": torch.arange(N) % 2 == 0}, 0.5),
+        ([[0, 1, 1]], {"image": torch.arange(N) < 1, "label": torch.arange(N) < N}, 0.7),
+        ([[1, 1, 0]], {"image": torch.arange(N) < 0, "label": torch.arange(N) > 2}, 0.0),
+    ]
+    for subsets, present, beta in steps:
+        arguments = batch, torch.tensor(beta), torch.tensor(subsets).bool(), present, objective.noise(N, 1)
+        found, expected = (step(*arguments)[1].vector() for step in (compiled, objective))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("present", [None, PRESENT])
-def test_subsets_are_names_or_a_mask(present: Mapping[str, Tensor] | None) -> None:
-    objective = Objective(small_model(), reconstruct=["label"])
-    found, expected = (sums(objective, subsets, present) for subsets in (objective.mask(SUBSETS), SUBSETS))
-    torch.testing.assert_close(found, expected)
-
-
-def test_stand_ins_are_rows_that_are_there_in_turn() -> None:
+def test_absent_rows_are_replaced_by_present_ones_in_turn() -> None:
     here = torch.tensor([False, True, False, False, True, False])
-    assert torch.compile(lambda x: shown(x), backend="eager")(here).tolist() == [1, 1, 4, 1, 4, 4]
-    assert shown(here).tolist() == [1, 4]
+    assert torch.compile(lambda x: rows_of(x), backend="eager")(here).tolist() == [1, 1, 4, 1, 4, 4]
+    assert rows_of(here).tolist() == [1, 4]

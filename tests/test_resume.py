@@ -268,14 +268,14 @@ def run_kept(
     return ema.state_dict()
 
 
-@pytest.mark.parametrize("stop", [1, 4, 7, 13])
-def test_what_a_run_keeps_is_restored_bit_for_bit(stop: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stop", "done"), [(1, 2), (4, 4), (7, 8), (13, 6)])
+def test_what_a_run_keeps_is_restored_bit_for_bit(stop: int, done: int, tmp_path: Path) -> None:
     """A stop between two batches of one step waits for the step: gradients aren't saved."""
     expected = run_kept(tmp_path / "straight", every=2)
     assert stats(tmp_path / "straight")[0]["lr"] == pytest.approx(1e-2 * (1 - 0.9 * 3 / 16))
     with pytest.raises(Stopped):
         run_kept(tmp_path / "run", stop=stop, save_every=1e-9)
-    assert state(tmp_path / "run")["done"] == (stop + 1) // 2 * 2 % 8
+    assert state(tmp_path / "run")["done"] == done
     assert same(run_kept(tmp_path / "run", resume=True), expected)
     assert_same_run(tmp_path / "run", tmp_path / "straight", "small")
 
@@ -448,7 +448,7 @@ def test_stats_that_a_kill_left_are_repaired(left: str | None, straight: Path, t
 
 
 def test_tensorboard_has_each_epoch_once(tmp_path: Path) -> None:
-    """Even if a kill came after an epoch was saved and before it was reported, or its folder was not copied."""
+    """Even if a kill came before an epoch was saved, or the folder was not copied."""
 
     def steps() -> dict[str, list[int]]:
         found = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0}).Reload()
@@ -456,17 +456,13 @@ def test_tensorboard_has_each_epoch_once(tmp_path: Path) -> None:
         return {**scalars, **{name: [event.step for event in found.Images(name)] for name in found.Tags()["images"]}}
 
     run_small(tmp_path, epochs=1)
-    shutil.copytree(tmp_path / "tensorboard", tmp_path / "kept")
+    before = (tmp_path / checkpoint.LATEST).read_bytes()
     run_small(tmp_path, epochs=2, resume=True)
-    shutil.rmtree(tmp_path / "tensorboard")
-    (tmp_path / "kept").rename(tmp_path / "tensorboard")
+    (tmp_path / checkpoint.LATEST).write_bytes(before)
     record = run_small(tmp_path, epochs=3, resume=True).history[0]
     shown = ["reconstruction/image", "given_attrs/image", "given_label/image", "latents/image"]
     assert steps() == {name: [1, 2, 3] for name in [*record, *shown] if name != "epoch"}
     shutil.rmtree(tmp_path / "tensorboard")
-    train = small_data(24, seed=0, transform=at_call(3, die))
-    with pytest.raises(InterruptedError):
-        run_small(tmp_path, epochs=4, resume=True, train=train, save_every=1e-9)
     run_small(tmp_path, epochs=4, resume=True)
     assert steps()["validation/loss"] == [1, 2, 3, 4]
 
@@ -553,7 +549,7 @@ def test_resume_with_something_else_is_refused(
 def test_epochs_of_a_run_whose_rate_ends_with_them_do_not_change(tmp_path: Path) -> None:
     run_small(tmp_path, lr_schedule="late")
     for epochs in (1, 3):
-        said = rf"is of a run over 2 epochs, got epochs {epochs}.*lr_schedule late.*--init {tmp_path}"
+        said = f"is of a run over 2 epochs, not {epochs}.*lr_schedule late.*--init {tmp_path}"
         assert_run_refused(tmp_path, said, lr_schedule="late", epochs=epochs, resume=True)
 
 
@@ -569,9 +565,9 @@ def test_setting_that_an_older_checkpoint_lacks_means_its_default(straight: Path
     ("change", "said"),
     [
         (lambda content: content["settings"].update(speed=1), "settings that this version doesn't know: speed"),
-        (lambda content: content.pop("facts"), "older version.*--init"),
-        (lambda content: [content.pop(name) for name in ("optimizer", "kept")], "no state.*--init"),
-        (lambda content: content["model"].pop("encoders.image.linear.bias"), "image.linear.bias is missing"),
+        (lambda content: [content.pop(name) for name in ("facts", "kept")], "no state to resume from.*--init"),
+        (lambda content: [content.pop(name) for name in ("optimizer", "kept")], "no state to resume from.*--init"),
+        (lambda content: content["model"].pop("encoders.image.linear.bias"), "don't fit.*image.linear.bias"),
         (lambda content: content["optimizer"]["state"][0]["exp_avg"].resize_(1), "optimizer's state in .* doesn't fit"),
         (lambda content: content["optimizer"]["state"][0].pop("exp_avg"), "optimizer's state in .* doesn't fit"),
     ],
@@ -611,17 +607,23 @@ def test_weights_that_do_not_fit_are_named(straight: Path) -> None:
     model.decoders["attrs"].decoder = nn.Sequential(nn.Linear(2, 4))
     with pytest.raises(UserError) as refused:
         checkpoint.initialised(model, straight / checkpoint.BEST, "small")
-    for said in (
-        f"the weights of {straight / checkpoint.BEST} don't fit this model",
-        "decoders.attrs.decoder.0.bias is missing",
-        "decoders.attrs.decoder.bias is unknown",
-        "and 2 more",
-    ):
+    parts = ("decoders.attrs.decoder.0.bias", "decoders.attrs.decoder.bias", "encoders.image.linear.weight")
+    for said in (f"the weights of {straight / checkpoint.BEST} don't fit this model", *parts):
         assert said in str(refused.value)
 
 
 def test_init_is_a_flag(trained: Trained, digits_dir: Path, tmp_path: Path) -> None:
-    flags = ["--data-dir", digits_dir, "--epochs", 1, *SHORT, "--lr", 1e-30, "--init", trained.out_dir / checkpoint.BEST]
+    flags = [
+        "--data-dir",
+        digits_dir,
+        "--epochs",
+        1,
+        *SHORT,
+        "--lr",
+        1e-30,
+        "--init",
+        trained.out_dir / checkpoint.BEST,
+    ]
     assert_ended(run_warm("mnist/train.py", *flags, "--out-dir", "tuned", cwd=tmp_path))
     best = min(record["validation/loss"] for record in stats(trained.out_dir))
     assert stats(tmp_path / "tuned")[0]["validation/loss"] == pytest.approx(best, rel=1e-4)

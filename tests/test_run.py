@@ -424,5 +424,9 @@ def test_a_config_refuses_a_value_that_is_not_allowed(fields: dict[str, Any], sa
 
 
 def test_pairs_default_to_a_third_of_the_batch_where_examples_lack_something() -> None:
-    assert [Training(batch_size=30, **how).pairs for how in ({}, {"n_paired": 5}, {"paired_fraction": 0.5})] == [0, 10, 10]
+    assert [Training(batch_size=30, **how).pairs for how in ({}, {"n_paired": 5}, {"paired_fraction": 0.5})] == [
+        0,
+        10,
+        10,
+    ]
     assert Training(n_paired=5, pairs_per_batch=0).pairs == 0

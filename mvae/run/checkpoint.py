@@ -14,7 +14,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def digest(content: Any, most: float = math.inf) -> str:
         if isinstance(value, Tensor):
             found.update(f"{value.dtype} {tuple(value.shape)}\n".encode())
             found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        elif type(value) in (dict, OrderedDict):
+        elif type(value) in (dict, OrderedDict, Counter):
             found.update(f"dict {len(value)}\n".encode())
             left += [*value.values(), *value]
         elif type(value) in (list, tuple):

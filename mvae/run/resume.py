@@ -47,8 +47,8 @@ def saved_state(config: Any, name: str) -> dict[str, Any] | None:
     if not config.resume:
         raise UsageError(f"{config.out_dir} holds a run: continue it with --resume, or use another --out-dir")
     saved = checkpoint.load(latest, name)
-    if "facts" not in saved:
-        raise UsageError(f"{latest} was written by an older version: start a new run with --init {latest}")
+    if "kept" not in saved:  # a best model, or a state of an older version
+        raise UsageError(f"{latest} has no state to resume from: start a new run with --init {latest}")
     _compare(saved, config, latest)
     return saved
 

@@ -107,7 +107,7 @@ class Run:
         self.terms: tuple[str, ...] = ()  # of those sums
         self.last: Tensor | None = None  # the last step's sums, or those of the first bad step
         self.pending = False  # gradients that no step has used
-        self.saved: dict[str, Any] | None = None  # the checkpoint's facts and kept states
+        self.saved: dict[str, Any] | None = None  # the checkpoint's facts, kept states and optimizer
         self.kept: dict[str, Any] = {}
         self.saved_at = time.monotonic()
         self._data: dict[str, tuple[Data, Data]] = {}  # for training and validation: as given, and on the device
@@ -141,6 +141,8 @@ class Run:
                     raise UsageError(f"the checkpoint in {self.out_dir} doesn't hold {name}, which keep() names")
                 value.load_state_dict(self.saved["kept"][name])
             self.kept[name] = value
+        if self.saved:  # a new scheduler has set the rate
+            self.optimizer.load_state_dict(self.saved["optimizer"])
 
     def epochs(self, n: int) -> Iterator[int]:
         """Yield the numbers of the epochs that are left of n. Each must end in `validate`."""
@@ -340,7 +342,7 @@ class Run:
         for field in STATE:
             setattr(self, field, saved[field])
         self.sums = self.sums.to(self.device) if self.rank == 0 else torch.zeros_like(self.sums, device=self.device)
-        self.saved = {"facts": saved["facts"], "kept": saved["kept"]}
+        self.saved = {"facts": saved["facts"], "kept": saved["kept"], "optimizer": self.optimizer.state_dict()}
 
     def _check_fact(self, name: str, what: str) -> None:
         if self.saved and self.saved["facts"][name] != self.facts[name]:

@@ -1,0 +1,612 @@
+"""The rows of every table: functions from the folder of results/, and the page, to Markdown."""
+
+import csv
+import json
+import os
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mvae.errors import UserError
+
+from common import spread
+from markdown import NOTHING, agreed, commits, either, folded, machines, over_seeds, page, read, table
+from recipes import GRIDS
+
+Make = Callable[[Path, Path], str]
+
+PAPER = json.loads(Path(__file__).with_name("paper.json").read_text())
+
+# Experiments: the summary, and a table for each, from what loglike.py and coherence.py wrote.
+
+
+class Experiment(NamedTuple):
+    """What the tables show of an experiment.
+
+    what: the modalities, for a newcomer.
+    label: the modality other than the image, as the tables name it; all others together if there are several.
+    listed: how loglike.py names them all, and all without the image, if that is another name.
+    accuracies: the measures of how well the label is predicted from the image.
+    """
+
+    what: str
+    label: str
+    listed: tuple[str, ...] = ()
+    accuracies: tuple[str, ...] = ()
+
+
+CLASS = ("accuracy of the label predicted from the image",)
+STRING = ("accuracy of the text read off the image, whole strings",)
+ATTRIBUTE = ("accuracy of an attribute predicted from the image", "balanced accuracy of an attribute")
+ALL_19 = ("Bald, Bangs, ..., Wearing_Hat", "Bald, ..., Wearing_Hat")
+EXPERIMENTS = {
+    "mnist": Experiment("a digit, its label", "text", accuracies=CLASS),
+    "binarymnist": Experiment("the same with binary pixels", "text", accuracies=CLASS),
+    "fashionmnist": Experiment("a piece of clothing, its class", "text", accuracies=CLASS),
+    "multimnist": Experiment("up to four digits, their string", "text", accuracies=STRING),
+    "celeba": Experiment("a face, 18 attributes as one vector", "attrs", accuracies=ATTRIBUTE),
+    "celeba19": Experiment("a face, 18 separate attributes", "attrs", ALL_19, ATTRIBUTE),
+    "vision": Experiment(
+        "a face: in colour, grey, edges, mask, half, watermarked", "the five others", ("gray, ..., watermark",)
+    ),
+}
+IMAGE = "q(z | image)"
+
+
+class Run(NamedTuple):
+    """One model: what loglike.py wrote, and coherence.py if it was run."""
+
+    content: dict[str, Any]
+    coherence: dict[str, Any] | None
+
+    @property
+    def measures(self) -> dict[str, Any]:
+        return self.content["measures"] | (self.coherence["measures"] if self.coherence else {})
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.content["training"]["settings"]
+
+    @property
+    def epochs(self) -> str:
+        return f"{self.content['training']['epoch']} / {self.settings['epochs']}"
+
+
+class Average(NamedTuple):
+    """A mean over seeds; the standard error over the test examples, which all seeds share; the seeds' deviation."""
+
+    mean: float
+    error: float
+    spread: float | None
+
+    @classmethod
+    def of(cls, found: Sequence[Mapping[str, float]]) -> "Average":
+        means = [one["mean"] for one in found]
+        deviation = statistics.stdev(means) if len(means) > 1 else None
+        return cls(statistics.fmean(means), statistics.fmean(one["standard_error"] for one in found), deviation)
+
+    def nats(self) -> str:
+        digits = ".2f" if self.error < 1 else ".1f"
+        seeds = "" if self.spread is None else f" (seeds {self.spread:{digits}})"
+        return f"{self.mean:{digits}} ± {self.error:{digits}}{seeds}"
+
+    def percent(self) -> str:
+        seeds = "" if self.spread is None else f" (seeds {100 * self.spread:.1f})"
+        return f"{100 * self.mean:.1f} ± {100 * self.error:.1f}{seeds} %"
+
+
+def runs(root: Path, experiment: str) -> dict[str, list[Run]]:
+    """Return the runs of an experiment by recipe, each in the order of its seeds."""
+    found: dict[str, list[Run]] = {}
+    named = [(re.fullmatch(rf"{experiment}-(.+)-(\d+)", path.stem), path) for path in root.glob("results/*.json")]
+    for recipe, _, path in sorted((name[1], int(name[2]), path) for name, path in named if name):
+        coherence = path.with_name(f"coherence-{path.name}")
+        content, also = read(path), read(coherence) if coherence.exists() else None
+        if also and also["training"]["validation_loss"] != content["training"]["validation_loss"]:
+            raise UserError(f"{coherence.name} and {path.name} are of different models: make both of the same")
+        found.setdefault(recipe, []).append(Run(content, also))
+    for recipe, some in found.items():
+        for name in ("n_examples", "n_samples"):
+            agreed([run.content for run in some], name, f"the seeds of {experiment}-{recipe}")
+    return found
+
+
+def estimates(experiment: str, some: Sequence[Run]) -> dict[tuple[str, str], Average]:
+    """Return the averages over runs of one recipe, by quantity and proposal as the tables name them."""
+
+    def named(text: str) -> str:
+        for listed in EXPERIMENTS[experiment].listed:
+            text = text.replace(listed, EXPERIMENTS[experiment].label)
+        return text
+
+    rows: dict[tuple[str, str], list[Mapping[str, float]]] = {}
+    for run in some:
+        for row in run.content["log_likelihood"]:
+            rows.setdefault((named(row["quantity"]), named(row["proposal"])), []).append(row)
+    return {key: Average.of(found) for key, found in rows.items()}
+
+
+def measures(some: Sequence[Run]) -> dict[str, Average]:
+    """Return the averages of the measures that all runs of one recipe have."""
+    names = [name for name in some[0].measures if all(name in run.measures for run in some)]
+    return {name: Average.of([run.measures[name] for run in some]) for name in names}
+
+
+def of_the_paper(experiment: str) -> dict[str, float]:
+    """Return the paper's numbers by quantity, with q(z | image) as proposal."""
+    found = dict(PAPER["log_likelihood"].get(experiment, {}))
+    if found:
+        label = EXPERIMENTS[experiment].label
+        found[f"log p({label} | image)"] = found[f"log p(image, {label})"] - found["log p(image)"]
+    return found
+
+
+def minutes_of(contents: Iterable[Mapping[str, Any]]) -> float:
+    """Return the mean time of training to the best epoch."""
+    return statistics.fmean(content["training"]["training_seconds"] for content in contents) / 60
+
+
+def _epochs_and_minutes(some: Sequence[Run]) -> tuple[str, str]:
+    minutes = minutes_of(run.content for run in some)
+    return ", ".join(dict.fromkeys(run.epochs for run in some)), f"{minutes:.0f}" if minutes >= 10 else f"{minutes:.1f}"
+
+
+def _brackets(recipes: Iterable[Sequence[Run]]) -> str:
+    return " In brackets: standard deviation over seeds." if any(len(some) > 1 for some in recipes) else ""
+
+
+def in_summary(recipes: Mapping[str, list[Run]]) -> str:
+    """Return the recipe that represents an experiment: a `fast` one if there is any, and of those the longest."""
+    fast = [recipe for recipe in recipes if recipe.startswith("fast")]
+    return max(fast or recipes, key=lambda recipe: recipes[recipe][0].settings["epochs"])
+
+
+def summary(root: Path, document: Path) -> str:
+    """A row for each experiment, with the paper's numbers below ours."""
+    rows, shown = [], []
+    for experiment, about in EXPERIMENTS.items():
+        recipes, paper = runs(root, experiment), of_the_paper(experiment)
+        readme = os.path.relpath(root / experiment.removeprefix("binary") / "README.md", document.parent)
+        row = [f"[{experiment}]({readme})", about.what]
+        if recipes:
+            recipe = in_summary(recipes)
+            some = recipes[recipe]
+            shown.append(some)
+            found, measured = estimates(experiment, some), measures(some)
+            row.append(f"`{recipe}`")
+            for quantity in ("log p(image)", f"log p(image, {about.label})", f"log p({about.label} | image)"):
+                below = f"<br>*{paper[quantity]:.2f}*" if quantity in paper else ""
+                row.append(found[quantity, IMAGE].nats() + below if (quantity, IMAGE) in found else "–")
+            accuracies = [measured[name].percent() for name in about.accuracies if name in measured]
+            epochs, minutes = _epochs_and_minutes(some)
+            row.append("<br>balanced ".join(accuracies) or "–")
+            row += [f"{epochs}<br>*{PAPER['epochs'][experiment]}*", minutes, f"{some[0].content['n_examples']:,}"]
+        rows.append(row + ["–"] * (10 - len(row)))
+    every = [run for some in shown for run in some]
+    columns = ["", "modalities", "recipe", "log p(image)", "log p(image, label)", "log p(label | image)"]
+    columns += ["label accuracy", "epochs (best / run)", "training minutes", "test examples"]
+    threads = [0 if run.settings["cuda"] else run.settings["threads"] for run in every]
+    devices = either(f"{n} CPU thread{'s' * (n > 1)}" if n else "a GPU" for n in threads)
+    about_all = (
+        "Nats per test example, mean ± standard error over the examples, by importance sampling with "
+        f"{either(run.content['n_samples'] for run in every)} samples from q(z | image). The label is a class, a "
+        "string, attributes, or the other five images. In italics: the paper (arXiv 1802.05335, Table 2), whose "
+        f"log p(label | image) is a difference. Minutes to the best epoch, on {devices}.{_brackets(shown)}"
+    )
+    return page(columns, rows if shown else [], about_all)
+
+
+def of_experiment(experiment: str) -> Make:
+    """The table of one experiment: everything that was estimated and measured, a column for each recipe."""
+
+    def whole(root: Path, document: Path) -> str:
+        recipes, paper = runs(root, experiment), of_the_paper(experiment)
+        if not recipes:
+            return NOTHING
+        found = [estimates(experiment, some) for some in recipes.values()]
+        measured = [measures(some) for some in recipes.values()]
+        rows, by_attribute = [], {}
+        for quantity, proposal in dict.fromkeys(key for one in found for key in one):
+            cells = [one[quantity, proposal].nats() if (quantity, proposal) in one else "–" for one in found]
+            papers = f"*{paper[quantity]:.2f}*" if quantity in paper and proposal == IMAGE else ""
+            rows.append([quantity, proposal, *cells, papers])
+        for name in dict.fromkeys(name for one in measured for name in one):
+            cells = [one[name].percent() if name in one else "–" for one in measured]
+            if of_one := re.fullmatch(r"([a-z ]+) of ([A-Z]\w*)", name):
+                by_attribute.setdefault(of_one[2], {})[of_one[1]] = cells
+            else:
+                rows.append([name, "", *cells, ""])
+        epochs, minutes = zip(*map(_epochs_and_minutes, recipes.values()), strict=True)
+        rows.append(["epoch (best / run)", "", *epochs, f"*{PAPER['epochs'][experiment]}*"])
+        rows.append(["training minutes", "", *minutes, ""])
+        columns = ["", "proposal distribution", *(f"`{recipe}`" for recipe in recipes), "the paper"]
+        if not paper:
+            columns, rows = columns[:-1], [row[:-1] for row in rows]
+        about = "Log p in nats per test example; mean ± standard error over the examples."
+        if any(some[0].coherence for some in recipes.values()):
+            about += (
+                " Coherence: how often a classifier reads the label from images drawn given it. Agreement: how often "
+                "it reads from an image drawn from the prior the label that the same z gives."
+            )
+        parts = [page(columns, rows, about + _brackets(recipes.values()))]
+        if by_attribute:
+            parts.append(folded("Each attribute", _attributes(by_attribute, list(recipes))))
+        return "\n\n".join([*parts, *(folded(*_origin(recipe, some)) for recipe, some in recipes.items())])
+
+    return whole
+
+
+def _attributes(cells: Mapping[str, Mapping[str, list[str]]], recipes: Sequence[str]) -> str:
+    """A row for each attribute: its accuracy and other measures in every recipe."""
+    kinds = dict.fromkeys(kind for found in cells.values() for kind in found)
+    columns = ["attribute", *(f"{kind}, `{recipe}`" for recipe in recipes for kind in kinds)]
+    rows = [
+        [name, *(found[kind][i] if kind in found else "–" for i in range(len(recipes)) for kind in kinds)]
+        for name, found in cells.items()
+    ]
+    return table(columns, rows)
+
+
+def _origin(recipe: str, some: Sequence[Run]) -> tuple[str, str]:
+    """Return a heading, and how many examples and samples there were, the commits and the commands."""
+    first, also = some[0].content, some[0].coherence
+    seeds = [str(run.settings["seed"]) for run in some]
+    about = [f"{first['n_examples']:,} test examples with {first['n_samples']:,} importance samples each"]
+    if also:
+        classifier = also["classifier"]
+        balanced = f" ({100 * classifier['balanced']:.1f} % balanced)" if "balanced" in classifier else ""
+        about.append(f"coherence over {also['n_pictures_per_label']} images per label")
+        about.append(f"agreement over {also['n_prior']:,} draws")
+        about.append(f"accuracy of the classifier on held-out images {100 * classifier['mean']:.1f} %{balanced}")
+    about.append(f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}")
+    about.append(commits([source for run in some for source in (run.settings, run.content)]))
+    lines = [source.get("command") for run in some for source in (run.settings, run.content, run.coherence or {})]
+    listed = "\n".join(dict.fromkeys(filter(None, lines)))
+    text = f"*{'; '.join(about)}. Run each command at its commit.*\n\n```\n{listed}\n```"
+    return f"How <code>{recipe}</code> was made", text
+
+
+# Paired differences: recipes compared with a base by example, and batch norm's statistics by seed.
+
+QUANTITIES = ("log p(image), q(z | image)", "log p(image, text), q(z | image)")
+"""What is compared: columns of what loglike.py --per-example wrote."""
+
+COHERENCE = "coherence, label to image"
+"""What is also compared, where coherence.py measured it: in per cent."""
+
+BySeed = dict[int, dict[str, list[float]]]
+"""Values of the test examples, by seed and column."""
+
+
+def paired(grid: str) -> Make:
+    """The table of a grid on MNIST."""
+
+    def whole(root: Path, document: Path) -> str:
+        folder = root / "results" / grid
+        values: dict[str, BySeed] = {}
+        files: dict[str, list[dict[str, Any]]] = {}
+        for path in sorted(folder.glob("mnist-*.csv")):
+            recipe, _, seed = path.stem.removeprefix("mnist-").rpartition("-")
+            found = values.setdefault(recipe, {})[int(seed)] = _per_example(path)
+            files.setdefault(recipe, []).append(read(path.with_suffix(".json")))
+            if (measured := folder / f"coherence-{path.stem}.json").exists():
+                found[COHERENCE] = [100 * read(measured)["measures"][COHERENCE]["mean"]]
+        base = next(iter(GRIDS[grid].recipes))
+        if base not in values:
+            return NOTHING
+        every = [file for some in files.values() for file in some]
+        n_examples, n_samples = (agreed(every, name, f"the runs of {grid}") for name in ("n_examples", "n_samples"))
+        compared = {name: name.partition(", q")[0] for name in QUANTITIES}
+        if _with(values[base], COHERENCE):
+            compared[COHERENCE] = f"{COHERENCE}, %"
+        rows = []
+        for recipe, by_seed in sorted(values.items(), key=lambda run: -_mean(run[1], QUANTITIES[0])):
+            cells = [f"`{recipe}`", str(len(by_seed)), f"{minutes_of(files[recipe]):.1f}"]
+            for name in compared:
+                cells.append(f"{_mean(by_seed, name):.2f}" if _with(by_seed, name) else "–")
+                cells.append("" if recipe == base else _difference(by_seed, values[base], name))
+            rows.append(cells)
+        headings = [heading for name in compared.values() for heading in (name, f"Δ vs `{base}`")]
+        about = (
+            f"{n_examples:,} test examples with {n_samples:,} importance samples each from q(z | image), the same in "
+            "every run. Δ is paired by seed and example: mean ± standard error over the examples, in brackets that "
+            "over the seeds. With so few examples, compare only these runs with each other."
+        )
+        return page(["recipe", "seeds", "training minutes", *headings], rows, about)
+
+    return whole
+
+
+def _per_example(path: Path) -> dict[str, list[float]]:
+    """Return a CSV file of loglike.py. Raises UserError, naming it, if it can't be read."""
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {name: [float(row[name]) for row in rows] for name in QUANTITIES}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"can't read {path}: {error!r}") from None
+
+
+def _with(by_seed: BySeed, name: str) -> BySeed:
+    return {seed: found for seed, found in by_seed.items() if name in found}
+
+
+def _mean(by_seed: BySeed, name: str) -> float:
+    return statistics.fmean(statistics.fmean(found[name]) for found in _with(by_seed, name).values())
+
+
+def _difference(ours: BySeed, base: BySeed, name: str) -> str:
+    """Return the mean difference over the seeds that both have."""
+    seeds = sorted(_with(ours, name).keys() & _with(base, name).keys())
+    if not seeds:
+        return "–"
+    by_seed = [[a - b for a, b in zip(ours[seed][name], base[seed][name], strict=True)] for seed in seeds]
+    mean = over_seeds([statistics.fmean(values) for values in zip(*by_seed, strict=True)], "+.2f")
+    means = [statistics.fmean(values) for values in by_seed]
+    return mean + (f" ({statistics.stdev(means) / len(means) ** 0.5:.2f})" if len(means) > 1 else "")
+
+
+def batch_norm(root: Path, document: Path) -> str:
+    """A row for each experiment and objective: batch norm's statistics over all terms against those of each term."""
+    files = [read(path) for path in sorted(root.glob("results/batch_norm/*.json"))]
+    groups: dict[tuple[str, str], dict[int, dict[str, dict[str, float]]]] = {}
+    for file in files:
+        by_seed = groups.setdefault((file["experiment"], file["reconstruct"]), {})
+        by_seed.setdefault(file["seed"], {})[file["statistics"]] = file["validation_loss"]
+    rows, n_seeds = [], set()
+    for (experiment, reconstruct), by_seed in groups.items():
+        pairs = [found for found in by_seed.values() if {"joint", "term"} <= found.keys()]
+        n_seeds.add(len(pairs))
+        joint, term = ([pair[kind]["evaluation"] for pair in pairs] for kind in ("joint", "term"))
+        gaps = [[pair[kind]["evaluation"] - pair[kind]["training"] for pair in pairs] for kind in ("joint", "term")]
+        differences = [ours - other for ours, other in zip(joint, term, strict=True)]
+        rows.append([experiment, f"`{reconstruct}`", *map(over_seeds, [joint, term, differences, *gaps])])
+    columns = ["", "`--reconstruct`", "loss, joint", "loss, per term", "joint - per term", "gap, joint"]
+    sizes = {
+        f"{file['experiment']} {file['n_train']:,} and {file['n_validation']:,} for {file['epochs']} epochs"
+        for file in files
+    }
+    about = (
+        "Validation loss in nats per example (the negative objective at β = 1, λ included), in evaluation mode: mean ± "
+        f"standard error over {either(n_seeds)} seeds; the difference is paired. Gap: this loss minus that with the "
+        f"statistics of each batch. Training and validation examples: {'; '.join(sorted(sizes))}; {commits(files)}."
+    )
+    return page([*columns, "gap, per term"], rows, about)
+
+
+# Weak supervision: a row for each method, a column for each number of labels.
+
+METHODS = {
+    "weak": "`--preset weak`",
+    "no_hold": "`--preset weak`, β rising from the start",
+    "half": "`--preset weak`, self-labels for the most confident half",
+    "no_labels": "`--preset weak`, without self-labels",
+    "paper": "the paper's terms, one stage",
+    "spread": "label propagation on the VAE's means, transductive",
+    "m1": "M1: VAE, logistic regression on its means",
+    "dropout": "supervised, with dropout",
+    "favoured": "supervised, with dropout, stopped early on all validation labels",
+    "supervised": "supervised",
+    "logistic": "logistic regression on pixels",
+}
+"""The methods as the tables name them, in the tables' order."""
+
+AGAINST = ("favoured", "dropout", "m1")
+"""The methods that `weak` is compared with, seed by seed."""
+
+Accuracies = dict[str, dict[str, dict[int, dict[int, float]]]]
+"""Accuracies by measure, method, number of labels and seed."""
+
+
+def accuracies(files: Iterable[Mapping[str, Any]]) -> Accuracies:
+    found: Accuracies = {}
+    for file in files:
+        for name, measure in file["measures"].items():
+            by_n = found.setdefault(name, {}).setdefault(file["method"], {})
+            by_n.setdefault(file["n"], {})[file["seed"]] = measure["mean"]
+    return found
+
+
+def weak_files(root: Path, experiment: str) -> list[dict[str, Any]]:
+    return [read(path) for path in sorted(root.glob(f"results/weak/{experiment}-*.json"))]
+
+
+def weak(experiment: str) -> Make:
+    """The table of one experiment; one for each measure, if there are several."""
+
+    def whole(root: Path, document: Path) -> str:
+        files, parts, n_seeds = weak_files(root, experiment), [], set()
+        for measure, by_method in accuracies(files).items():
+            numbers = sorted({n for by_n in by_method.values() for n in by_n})
+            rows = []
+            for method in (method for method in METHODS if method in by_method):
+                found = [by_method[method].get(n, {}) for n in numbers]
+                n_seeds |= {len(by_seed) for by_seed in found if by_seed}
+                rows.append([METHODS[method], *(over_seeds([100 * x for x in one.values()], ".1f") for one in found)])
+            for method in (method for method in AGAINST if method in by_method):
+                row = [f"*Δ: preset weak − {METHODS[method]}*"]
+                for n in numbers:
+                    ours, theirs = (by_method[one].get(n, {}) for one in ("weak", method))
+                    both = ours.keys() & theirs.keys()
+                    row.append(over_seeds([100 * (ours[seed] - theirs[seed]) for seed in both], "+.1f"))
+                rows.append(row)
+            parts.append(table([f"{measure}, %", *(f"{n:,} labels" for n in numbers)], rows))
+        if not files:
+            return NOTHING
+        total = either(file["total"] for file in files if "total" in file)
+        parts.append(
+            f"*{f'{total} training and validation examples; ' if total else ''}{files[0]['n_examples']:,} test "
+            f"examples. Means ± standard errors over {either(n_seeds)} seed{'s' * (n_seeds != {1})} of the labels and "
+            f"the weights; Δ is paired. A fraction of the labels validates. {commits(files).capitalize()}.*"
+        )
+        return "\n\n".join(parts)
+
+    return whole
+
+
+# Speed: what step.py, loglike.py, threads.py, peer.py and gpu.py wrote.
+
+
+def step_files(root: Path) -> list[dict[str, Any]]:
+    return [read(path) for path in sorted(root.glob("results/step-*.json"))]
+
+
+def speed(root: Path, document: Path) -> str:
+    """A row for each timing of a step."""
+    files = step_files(root)
+    timed = [(file, step) for file in files for step in file["steps"]]
+    timed.sort(key=lambda pair: (pair[1]["device"], list(EXPERIMENTS).index(pair[1]["experiment"])))
+    rows = [
+        [
+            step["experiment"],
+            str(step["batch_size"]),
+            _device(file, step),
+            step["precision"],
+            "yes" if step["compiled"] else "no",
+            *(spread(step[name], ".1f") for name in ("plain_ms", "ours_ms")),
+            *(spread(step[name]) for name in ("plain / ours", "given only / ours")),
+            f"{100 * step['data_share']:.1f} %",
+        ]
+        for file, step in timed
+    ]
+    columns = ["", "examples", "device", "precision", "compiled", "plain, ms", "ours, ms", "plain / ours"]
+    about = "Milliseconds per step: median (lower to upper quartile) of blocks that take turns in one process."
+    about = f"{about} {machines(files)}"
+    return page([*columns, "given only / ours", "share of the batch"], rows, about, files)
+
+
+def memory(root: Path, document: Path) -> str:
+    """A row for each experiment: peak memory of a step, and the time that loglike.py takes."""
+    files, rows = step_files(root), []
+    for file in files:
+        minutes = {(row["experiment"], row["device"]): spread(row["minutes"], ".1f") for row in file["loglike"]}
+        for row in file["memory"]:
+            found = [row.get(kind) for kind in ("plain", "ours", "ours, compiled")]
+            peaks = [f"{one['peak_mib']:.0f}" if one else "–" for one in found]
+            befores = [f" ({one['before_mib']:.0f})" if one and "before_mib" in one else "" for one in found]
+            cells = [peak + before for peak, before in zip(peaks, befores, strict=True)]
+            waited = minutes.get((row["experiment"], row["device"]), "–")
+            rows.append([row["experiment"], _device(file, {"threads": 1, **row}), row["precision"], *cells, waited])
+    rows.sort(key=lambda row: list(EXPERIMENTS).index(row[0]))
+    columns = ["", "device", "precision", "plain, MiB", "ours, MiB", "ours compiled, MiB", "loglike.py, minutes"]
+    about = (
+        "Peak memory of a process that takes 10 steps; in brackets, Python and torch alone. loglike.py for 1,000 "
+        f"examples with 1,000 importance samples, extrapolated from 10: median (lower to upper quartile). "
+        f"{machines(files)}"
+    )
+    return page(columns, rows, about, files)
+
+
+def _device(file: Mapping[str, Any], step: Mapping[str, Any]) -> str:
+    if step["device"] != "cpu":
+        return file["gpu"]
+    return f"CPU, {step['threads']} thread{'s' * (step['threads'] > 1)}"
+
+
+VARIANTS = {
+    "each by itself": "without sharing samples",
+    "predictions apart": "without shared decoding",
+    "larger chunks": "larger chunks",
+    "each logarithm": "without fused log",
+}
+"""The ways of benchmarks/loglike.py, as the table names them."""
+
+
+def loglike(root: Path, document: Path) -> str:
+    """A row for each experiment, a column for each way to estimate log-likelihoods, divided by ours."""
+    files = [read(path) for path in sorted(root.glob("results/loglike-*.json"))]
+    rows = [[file["experiment"], *(spread(file["ratios"][way]) for way in VARIANTS)] for file in files]
+    about = "CPU time divided by that of loglike.py: median (lower to upper quartile) of turns."
+    return page(["", *(f"{name} / ours" for name in VARIANTS.values())], rows, about, files)
+
+
+def loglike_full(root: Path, document: Path) -> str:
+    """A row for each run of loglike.py over a whole test split: how long it took, and what it found."""
+    files, rows = [read(path) for path in sorted(root.glob("results/full/*.json"))], []
+    for file in files:
+        found = {(row["quantity"], row["proposal"]): row for row in file["log_likelihood"]}
+        both = [found[name, IMAGE] for name in ("log p(image)", "log p(image, text)")]
+        cells = [f"{row['mean']:.3f} ± {row['standard_error']:.3f}" for row in both]
+        processes = file["processes"] if "processes" in file else file["jobs"]
+        rows.append([file["precision"], str(processes), f"{file['seconds'] / 60:.1f}", *cells])
+    columns = ["precision", "processes", "minutes", "log p(image)", "log p(image, text)"]
+    about = (
+        f"A model of mnist, {either(file['n_examples'] for file in files)} test images, "
+        f"{either(file['n_samples'] for file in files)} importance samples of each quantity under each proposal."
+    )
+    return page(columns, rows, about, files)
+
+
+def of_one_file(name: str, rows: Callable[[dict[str, Any]], tuple[list[str], list[list[str]], str]]) -> Make:
+    """The table that `rows` makes of the results file of this name, if there is one."""
+
+    def whole(root: Path, document: Path) -> str:
+        path = root / "results" / f"{name}.json"
+        return page(*rows(content := read(path)), [content]) if path.exists() else NOTHING
+
+    return whole
+
+
+def threads(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
+    """A row for each experiment and number of other processes, a column for each way to run a step."""
+    rates: dict[tuple[str, int], dict[str, float]] = {}
+    for row in content["rows"]:
+        rates.setdefault((row["experiment"], row["busy"]), {})[row["way"]] = row["rate"][1]
+    rows = [[name, str(busy), *(f"{rate:.2f}" for rate in by_way.values())] for (name, busy), by_way in rates.items()]
+    about = (
+        "Examples per second, relative to one thread without other processes: medians of turns. The other processes "
+        f"are busy loops. {machines([content])}"
+    )
+    return ["", "other processes", *next(iter(rates.values()))], rows, about
+
+
+def peer(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
+    """A row for each thing that both can do."""
+    rows = [
+        [name, *(spread(ratios[other]) if other in ratios else "–" for other in ("MultiVae", "products"))]
+        for name, ratios in content["ratios"].items()
+    ]
+    about = (
+        f"The time of MultiVae {content['multivae']}, always in float32, divided by ours; and that of the decoders' "
+        "matrix products alone, a lower limit: median (lower to upper quartile) of turns on one thread. "
+        f"{machines([content])}"
+    )
+    return ["mnist", "MultiVae / ours", "matrix products / ours"], rows, about
+
+
+def gpu(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
+    """A row for each experiment and precision: an eager and a captured step, and the device's floors."""
+    columns = {
+        "eager_ms": "eager",
+        "captured_ms": "captured",
+        "products_floor_ms": "products",
+        "weights_floor_ms": "weights",
+    }
+    rows = [
+        [row["experiment"], row["precision"], *(f"{row[name]:.2f}" for name in columns)]
+        + [f"{100 * row[name]:.0f} %" for name in ("eager_busy", "captured_busy")]
+        for row in content["steps"].get("rows", [])
+    ]
+    about = (
+        "Milliseconds of a step, eager and captured as a CUDA graph, and of its matrix products and its weights' "
+        "traffic at the device's best rates; and the fraction of a step in which a kernel runs. "
+        f"{content['gpu']}, torch {content['torch']}."
+    )
+    headings = [f"{name}, ms" for name in columns.values()]
+    return ["", "precision", *headings, "busy, eager", "busy, captured"], rows, about
+
+
+TABLES: dict[str, Make] = {
+    "summary": summary,
+    **{name: of_experiment(name) for name in EXPERIMENTS},
+    **{grid: paired(grid) for grid in ("ablation", "precision", "reconstruct")},
+    "batch_norm": batch_norm,
+    **{f"weak_{name}": weak(name) for name in ("mnist", "fashionmnist", "multimnist", "celeba")},
+    "speed": speed,
+    "memory": memory,
+    "loglike": loglike,
+    "loglike_full": loglike_full,
+    **{made.__name__: of_one_file(made.__name__, made) for made in (threads, peer, gpu)},
+}

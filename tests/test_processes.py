@@ -1,0 +1,351 @@
+"""A run of several processes: it trains, reports and resumes as one process does, and a lost one is an error."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mvae import MVAE, Data, Objective, Term, UsageError, UserError
+from mvae.data.dataset import permuted_rows, seed_of
+from mvae.model import Batch
+from mvae.run import checkpoint
+from mvae.run.distributed import Processes
+from mvae.run.validation import measured
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers import (
+    FORKED,
+    SHORT,
+    SmallEncoder,
+    assert_refused,
+    assert_same_run,
+    at_call,
+    command,
+    environment,
+    run_small,
+    same,
+    small_data,
+    small_model,
+    start_warm,
+    stats,
+    without_times,
+)
+
+
+def label_value(model: MVAE, batch: Batch) -> Tensor:
+    return batch["label"].float()
+
+
+def normed_model() -> MVAE:
+    """Return the small model with batch norm, whose running statistics the processes have each for itself."""
+    model = small_model()
+    model.encoders["attrs"] = nn.Sequential(nn.BatchNorm1d(4), SmallEncoder(4))
+    return model
+
+
+def torchruns_variables(world: int) -> list[dict[str, str]]:
+    """Return the environment variables of each process of a group at a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)] if world > 1 else [{}]
+
+
+class Watching(Objective):
+    """The objective of the small model, which remembers the subsets and noise of its steps."""
+
+    seen: list[tuple[Any, Any]] = []  # noqa: RUF012 (of this process)
+
+    def forward(
+        self, batch: Batch, beta: Any = 1.0, subsets: Any = None, present: Any = None, noise: Any = None
+    ) -> Any:
+        if self.training:
+            self.seen.append((subsets, noise))
+        return super().forward(batch, beta, subsets, present, noise)
+
+
+def run_as(variables: dict[str, str], folder: Path, options: dict[str, Any]) -> None:
+    """Be one process of a small run, and save what it has seen. Each has its own disk; the first one's is written to.
+
+    options: of `run_small`, and also
+        signals: by rank, the step during which the process gets SIGTERM; 0 is in the first validation.
+        lost: the rank of a process that ends without a word in its third step.
+        seeds: one of each process.
+        n: number of examples. normed: whether the model has batch norm. stages: how many runs of the same settings.
+    """
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    rank = int(variables.get("RANK", "0"))
+    disk = folder / f"disk {rank}"
+    disk.mkdir(exist_ok=True)
+    os.chdir(disk)
+    how = {
+        "batch_size": 5,
+        "n": 24,
+        "normed": False,
+        "signals": {},
+        "lost": None,
+        "seeds": None,
+        "stages": 1,
+        **options,
+    }
+    signals, lost, seeds, stages, n = (how.pop(name) for name in ("signals", "lost", "seeds", "stages", "n"))
+    seen: list[list[int]] = []
+    drawn: list[int] = []
+    refused, records = "", []
+
+    def transform(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(rows["number"].tolist())
+        drawn.append(torch.initial_seed())
+        if signals.get(rank) == len(seen) - 1 > 0:  # the first call checks the data
+            signal.raise_signal(signal.SIGTERM)
+        if lost == rank and len(seen) == 4:
+            os._exit(0)
+        return {name: tensor for name, tensor in rows.items() if name != "number"}
+
+    def asked(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        signal.raise_signal(signal.SIGTERM)
+        return rows
+
+    run_small.__globals__["Objective"] = Watching
+    model = normed_model() if how.pop("normed") else small_model()
+    tensors = {**small_data(n, seed=0).tensors, "number": torch.arange(n)}
+    train = Data(tensors=tensors, transform=transform, present=how.pop("present", None))
+    validation = small_data(14, seed=1, transform=at_call(1, asked) if signals.get(rank) == 0 else dict)
+    if seeds:
+        how["seed"] = seeds[rank]
+    try:
+        for stage in range(stages, 0, -1):
+            data: dict[str, Any] = {"train": train, "validation": validation, "metrics": {"value": label_value}}
+            run = run_small(Path(f"stage {stage}" if stage > 1 else "run"), model=model, **data, **how)
+            records = run.history
+    except UserError as error:
+        refused = f"{type(error).__name__}: {error}"
+    found = {"seen": seen[1:], "drawn": drawn[1:], "steps": Watching.seen, "records": without_times(records)}
+    torch.save({**found, "model": model.state_dict(), "refused": refused}, folder / f"{rank}.pt")
+
+
+def run_in(n_processes: int, folder: Path, **options: Any) -> list[dict[str, Any]]:
+    """Train the small model in several processes; return what each has seen, drawn and made."""
+    folder.mkdir(exist_ok=True)
+    group = [
+        FORKED.Process(target=run_as, args=(variables, folder, options))
+        for variables in torchruns_variables(n_processes)
+    ]
+    for process in group:
+        process.start()
+    for process in group:
+        process.join(timeout=300)
+        process.kill()  # if it hasn't ended
+    assert [process.exitcode for process in group] == [0] * n_processes
+    assert not list(folder.glob("disk [1-9]/*"))
+    found = [torch.load(path, weights_only=False) for path in sorted(folder.glob("*.pt"))]
+    for path in folder.glob("*.pt"):
+        path.unlink()
+    return found
+
+
+class Two(NamedTuple):
+    """A run of two processes with unequal shares of each batch: its folder, and what each process has seen."""
+
+    folder: Path
+    first: dict[str, Any]
+    second: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
+    folder = tmp_path_factory.mktemp("two")
+    return Two(folder, *run_in(2, folder, n_subsets=1))
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same run in one process."""
+    return run_in(1, tmp_path_factory.mktemp("one"), n_subsets=1)[0]
+
+
+# What each process does
+
+
+def test_two_processes_share_each_batch(two: Two) -> None:
+    numbers = Data(tensors={"number": torch.arange(24)})
+    batches = [rows.tolist() for epoch in (1, 2) for rows in permuted_rows(numbers, 5, seed_of(0, epoch))]
+    assert len(batches) == 8
+    for rows, first, second in zip(batches, two.first["seen"], two.second["seen"], strict=True):
+        assert (rows[::2], rows[1::2]) == (first, second)
+
+
+def test_two_processes_share_subsets_and_noise_and_draw_nothing_else_alike(two: Two, one: dict[str, Any]) -> None:
+    objective = Objective(small_model())
+    steps = list(zip(two.first["steps"], two.second["steps"], one["steps"], strict=True))
+    for step, ((subsets, noise), (other_subsets, other_noise), (expected, _)) in enumerate(steps):
+        assert torch.equal(subsets, other_subsets)
+        assert torch.equal(subsets, expected)
+        torch.manual_seed(seed_of(0, 1 + step // 4, step % 4, 0))
+        whole = objective.noise(5, 1)
+        assert torch.equal(noise, whole[:, ::2])
+        assert torch.equal(other_noise, whole[:, 1::2])
+    assert len({tuple(subsets.flatten().tolist()) for (subsets, _), *_ in steps}) > 1
+    drawn = {*two.first["drawn"][:8], *two.second["drawn"][:8]}
+    assert len(drawn) == 16
+    assert not drawn & {seed_of(0, epoch, step, 0) for epoch in (1, 2) for step in range(4)}
+
+
+def test_two_processes_make_the_run_of_one(two: Two, one: dict[str, Any], tmp_path: Path) -> None:
+    """To rounding: gradients of unequal shares, validation and metrics. Nor does their number have to stay."""
+    run_in(2, tmp_path, epochs=1, n_subsets=1)
+    (resumed,) = run_in(1, tmp_path, resume=True, n_subsets=1)
+    for found in (two.first, two.second, resumed):
+        torch.testing.assert_close(found["model"], one["model"], rtol=1e-4, atol=1e-5)
+        for record, expected in zip(found["records"], one["records"], strict=True):
+            assert record == pytest.approx(expected, rel=1e-4)
+            assert "validation/value" in record
+    assert same(two.first["model"], two.second["model"])
+    assert two.first["records"] == two.second["records"] == without_times(stats(two.folder / "disk 0/run"))
+
+
+@pytest.mark.parametrize("step", [0, 6])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_processes_of_which_one_gets_a_signal_stop_and_resume_as_one(
+    rank: int, step: int, two: Two, tmp_path: Path
+) -> None:
+    """In the first validation, or within the second epoch."""
+    place = "epoch 1, step 4 of 4" if step == 0 else "epoch 2, step 2 of 4"
+    for process in run_in(2, tmp_path, signals={rank: step}, n_subsets=1):
+        assert process["refused"].startswith(f"Stopped: stopped in {place}; the state is saved")
+    run_in(2, tmp_path, resume=True, n_subsets=1)
+    assert_same_run(tmp_path / "disk 0/run", two.folder / "disk 0/run", "small")
+
+
+def test_two_processes_validate_the_model_that_is_saved(tmp_path: Path) -> None:
+    """The examples are fewer than a batch. Each process has its own running statistics of batch norm."""
+    first, second = run_in(2, tmp_path, n=5, batch_size=8, normed=True)
+    assert [len(rows) for rows in first["seen"]] == [3, 3]
+    assert [len(rows) for rows in second["seen"]] == [2, 2]
+    assert same(first["model"], second["model"])
+    objective = Objective(normed_model())
+    objective.model.load_state_dict(checkpoint.load(tmp_path / "disk 0/run" / checkpoint.LATEST, "small")["model"])
+    found = measured(
+        objective, small_data(14, seed=1), {"value": label_value}, batch_size=8, seed=0, precision="fp32",
+        processes=Processes(0, 1), between=lambda: None,
+    )  # fmt: skip
+    for record in (first["records"][-1], second["records"][-1]):
+        assert {name: record[f"validation/{name}"] for name in found} == pytest.approx(found, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"present": {"label": torch.arange(24) % 6 == 0}},
+        {"terms": [Term(("image",), ("image", "label"))]},
+        {"terms": [Term(("image",), ("image",)), Term(("attrs", "label"), ("label",))]},
+    ],
+    ids=["missing labels", "one term", "unused networks"],
+)
+def test_two_processes_train_where_a_network_has_no_gradient(how: dict[str, Any], tmp_path: Path) -> None:
+    (alone,) = run_in(1, tmp_path / "one", **how, epochs=1)
+    first, second = run_in(2, tmp_path / "two", **how, epochs=1)
+    assert same(first["model"], second["model"])
+    torch.testing.assert_close(first["model"], alone["model"], rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_may_make_one_run_after_another(tmp_path: Path) -> None:
+    first, second = run_in(2, tmp_path, stages=2, epochs=1)
+    assert same(first["model"], second["model"])
+    assert len(stats(tmp_path / "disk 0/run")) == len(stats(tmp_path / "disk 0/stage 2")) == 1
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"batch_size": 1}, ["a batch needs at least 1 examples per process, got 1, 24"] * 2),
+        ({"batch_size": 3, "normed": True}, [r"at least 2 examples per process \(.*batch norm\), got 3, 24"] * 2),
+        ({"seeds": (0, 1)}, ["another process of this run is gone", "need the same settings; seed differ"]),
+        ({"lost": 1}, ["UserError: another process of this run is gone .*the last saved state is kept$"]),
+        ({"lost": 0}, ["UserError: another process of this run is gone .*the last saved state is kept$"]),
+    ],
+    ids=lambda value: " ".join(map(str, value.items())) if isinstance(value, dict) else "",
+)
+def test_processes_that_do_not_fit_or_are_lost_are_one_error(
+    how: dict[str, Any], said: list[str], tmp_path: Path
+) -> None:
+    for process, words in zip(run_in(2, tmp_path, **how), said, strict=True):
+        assert re.search(words, process["refused"]), process["refused"]
+        assert "\n" not in process["refused"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "4"}, r"WORLD_SIZE=4, RANK=\(not set\), MASTER_ADDR=\(not set\)"),
+        ({"RANK": "1"}, r"WORLD_SIZE=\(not set\), RANK=1"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "RANK=2"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
+        ({"WORLD_SIZE": "2", "RANK": "first", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "RANK=first"),
+    ],
+)
+def test_some_of_torchruns_variables_are_refused(
+    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=f"{said}.*must be as torchrun sets them"):
+        Processes.join(torch.device("cpu"))
+
+
+def test_process_whose_torchrun_is_gone_asks_itself_to_stop() -> None:
+    parent = os.getppid()
+    asked = [Processes(0, 2, launcher).abandoned() for launcher in (None, parent, parent + 1)]
+    assert asked == [0, 0, signal.SIGTERM]
+
+
+# The script under torchrun
+
+
+def test_torchrun_is_stopped_and_resumed_bit_for_bit(digits_dir: Path, tmp_path: Path) -> None:
+    """Two processes that are started one by one make the run that never stops."""
+    flags = ["--data-dir", str(digits_dir), "--epochs", "2", *SHORT]
+    logs = [(tmp_path / f"out {rank}", tmp_path / f"err {rank}") for rank in (0, 1)]
+    straight = [
+        start_warm(
+            "mnist/train.py", *flags, "--out-dir", "straight", logs=log, cwd=tmp_path, env=environment(**variables)
+        )
+        for log, variables in zip(logs, torchruns_variables(2), strict=True)
+    ]
+    for process in straight:
+        process.join(timeout=300)
+        assert process.exitcode == 0, logs[0][1].read_text()
+    said = logs[0][0].read_text()
+    assert "mnist: 1000 training examples" in said
+    assert "2 x cpu (1 threads)" in said
+    assert said.count("validation loss") == 2
+    assert [log[0].read_text() for log in logs[1:]] == [""]
+    records = stats(tmp_path / "straight")
+    assert [record["seconds"] * record["examples_per_second"] for record in records] == [pytest.approx(1000)] * 2
+
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words += [*command("mnist/train.py")[1:], *flags, "--out-dir", "run", "--resume"]
+    how: dict[str, Any] = {"cwd": tmp_path, "env": environment(), "text": True, "stdout": subprocess.PIPE}
+    with subprocess.Popen(words, **how, stderr=subprocess.PIPE) as torchrun:
+        assert torchrun.stdout
+        assert any("step 5/20" in line for line in torchrun.stdout)
+        torchrun.send_signal(signal.SIGTERM)
+        _, err = torchrun.communicate(timeout=300)
+    (line,) = [line for line in err.splitlines() if line.startswith("train.py: ")]
+    assert re.fullmatch(r"train.py: stopped in epoch \d, step \d+ of 20; the state is saved: .*", line)
+    done = subprocess.run(words, **how, stderr=subprocess.PIPE, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
