@@ -18,7 +18,7 @@ from mvae.data import mnist
 from mvae.data.dataset import Data, DataDir, pictures_and_labels, split
 from mvae.errors import UsageError, UserError
 from mvae.files import write_atomically
-from mvae.tools.controls import Kind, Picture
+from mvae.tools.controls import Kind, Picture, Value
 
 import numpy as np
 import torch
@@ -108,26 +108,14 @@ def decode(symbols: Tensor) -> list[str]:
 
 
 class Text(Kind):
-    """Up to four digits. Its values are strings; '' is the empty canvas."""
+    """Up to four digits; '' is the empty canvas."""
 
-    def values(self, words: str) -> list[str]:
+    def values(self, words: str) -> list[Value]:
         """Parse texts separated by commas; leading zeros count."""
-        texts = words.split(",")
-        for text in texts:
-            encode(text)
-        return texts
-
-    def say(self, value: str) -> str:
-        return value or "of no digits"
-
-    def tensor(self, value: str) -> Tensor:
-        return encode(value).unsqueeze(0)
-
-    def likeliest(self, mean: Tensor) -> Tensor:
-        return mean.argmax(dim=2)
+        return [Value(text or "of no digits", encode(text).unsqueeze(0)) for text in words.split(",")]
 
     def lines(self, x: Tensor) -> list[str]:
-        return decode(x)
+        return decode(x.argmax(dim=2) if x.dim() == 3 else x)
 
     def colours(self, name: str, x: Tensor) -> dict[str, tuple[Tensor, Sequence[str]]]:
         """Return each text's number of digits."""

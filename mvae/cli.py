@@ -1,4 +1,4 @@
-"""The command line: a dataclass defines a script's flags, and a user's error becomes one line on stderr.
+"""The command line: flags from a dataclass, and errors of the user as one line on stderr.
 
     @dataclass(kw_only=True)
     class Config:
@@ -7,7 +7,7 @@
         # Sampling
         n_samples: int = 64  # samples to draw
 
-The comment behind a field is its help, a comment on a line of its own begins a group of flags, and a field without a
+The comment behind a field is its help, a comment on its own line begins a group of flags, and a field without a
 default is a positional argument. Presets are instances.
 """
 
@@ -35,10 +35,10 @@ C = TypeVar("C")
 
 
 def parse(description: str | None, config: type[C] | Mapping[str, C], argv: Sequence[str] | None = None) -> C:
-    """Return the Config that the command line asks for; `argv` defaults to that of the script.
+    """Return the Config that `argv` asks for, by default the script's arguments.
 
-    `config` is a dataclass, or its presets by name, of which --preset picks one (the first is the default) and the
-    other flags replace fields. Exits with status 2 for a wrong flag; a Config may raise UsageError for a value.
+    `config` is a dataclass, or its presets by name: --preset picks one (default: the first), and other flags replace
+    its fields. Exits with status 2 for a wrong flag; a Config may raise UsageError for a value.
     """
     argv = _joined(sys.argv[1:] if argv is None else argv)
     parser = _Parser(_name(), description=description, formatter_class=_Formatter, allow_abbrev=False)
@@ -77,7 +77,7 @@ def parse(description: str | None, config: type[C] | Mapping[str, C], argv: Sequ
 
 
 def documented(kind: type) -> list[tuple[str, str, str]]:
-    """Return (group, name, help) of a dataclass's fields; help is empty if there is no source, as in a zip.
+    """Return (group, name, help) of a dataclass's fields; help is empty without the source, as in a zip.
 
     Groups that only the class itself has come first, then those of its bases, in the order of the base furthest away.
     """

@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -18,6 +19,9 @@ log = logging.getLogger(__name__)
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, 524}
 """The errors of disks without locks; 524 is Linux's own ENOTSUPP, which some network disks return."""
+
+STREAMS = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
+"""The folders of /dev/stdout and its like, which may link to a regular file."""
 
 
 def write_atomically(path: Path, content: bytes, *, sync: bool = True) -> None:
@@ -53,13 +57,16 @@ def whole(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
 
 def check_writable(path: Path) -> None:
     """Raise UserError if `whole` can't write this file, as far as that is known before the work."""
-    is_stream = str(path.absolute().parent) in ("/dev", "/dev/fd")  # /dev/stdout may link to a regular file
-    if is_stream or (os.path.exists(path) and not os.path.isfile(path)):
-        raise UserError(f"can't write {path}: not a regular file")
-    folder = next(folder for folder in Path(os.path.realpath(path)).parents if os.path.exists(folder))
-    if not os.access(folder, os.W_OK | os.X_OK):
-        reason = errno.EACCES if folder.is_dir() else errno.ENOTDIR
-        raise UserError(f"can't write {path}: {os.strerror(reason)}")
+    target = Path(os.path.realpath(path))
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if path.absolute().parent in STREAMS or not stat.S_ISREG(target.stat().st_mode):
+                raise UserError(f"can't write {path}: not a regular file")
+        folder = next(folder for folder in target.parents if folder.exists())
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager
@@ -89,12 +96,13 @@ def locked(path: Path, wait: Callable[[], object] | None = None) -> Iterator[Non
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        if wait is None:
-            raise BlockingIOError(errno.EAGAIN, "locked by another process", str(path)) from None
-        wait()
-        lock.acquire()
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            if wait is None:
+                raise BlockingIOError(errno.EAGAIN, "locked by another process", str(path)) from None
+            wait()
+            lock.acquire()
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise

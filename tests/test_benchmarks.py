@@ -4,9 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
-
 from mvae.synthetic import __main__ as synthetic
+
+import pytest
 
 from helpers import ROOT, assert_ended, environment, run
 

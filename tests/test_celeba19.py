@@ -200,33 +200,21 @@ def test_networks_are_those_of_single_attributes(model: MVAE19, single: MVAE, ba
     assert not torch.equal(zero, one)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("missing", [False, True])
-@pytest.mark.parametrize("decoded", SETS)
-def test_scores_and_what_has_a_gradient_are_those_of_single_attributes(
-    model: MVAE19, single: MVAE, batch: dict[str, Tensor], decoded: Sequence[Sequence[str]], missing: bool
+def test_scores_are_those_of_single_attributes(
+    model: MVAE19, single: MVAE, batch: dict[str, Tensor], missing: bool
 ) -> None:
-    """Unscored latents and the decoders of unscored attributes have a gradient of exactly 0."""
-    mask = mask_of(model, batch, decoded) if missing else None
     model.eval()
-    z = noise_of(0)[: len(decoded)].requires_grad_()
-    found, expected = (one.log_prob(z, batch, decoded, mask) for one in (model, single))
-    assert found.shape == (len(decoded), 19, N)
-    torch.testing.assert_close(found, expected)
-    assert torch.equal(found == 0, expected == 0)
-    part = {name: x for name, x in batch.items() if any(name in names for names in decoded)}
-    if part:
-        torch.testing.assert_close(model.log_prob(z, {"Male": batch["Male"], **part}, decoded, mask), found)
-    everything, nothing = (torch.full(found.shape, value) for value in (True, False))
-    torch.testing.assert_close(model.log_prob(z, batch, decoded, everything), model.log_prob(z, batch, decoded))
-    assert not model.log_prob(z, batch, decoded, nothing).any()
-    scored = torch.tensor([[name in names for name in ATTRIBUTES] for names in decoded]).unsqueeze(-1)
-    scored = scored.expand(-1, -1, N) if mask is None else scored & mask[:, 1:]
-    weights = [*model.attribute_decoders.parameters()]
-    loss = found[:, 1:].sum() + 0 * z.sum()
-    of_z, *of_weights = torch.autograd.grad(loss, [z, *weights], materialize_grads=True)
-    assert torch.equal(of_z.any(dim=2), scored.any(dim=1))
-    for gradient in of_weights:
-        assert torch.equal(gradient.flatten(1).any(dim=1), scored.any(dim=2).any(dim=0))
+    for decoded in SETS:
+        mask = mask_of(model, batch, decoded) if missing else None
+        z = noise_of(0)[: len(decoded)]
+        found, expected = (one.log_prob(z, batch, decoded, mask) for one in (model, single))
+        assert found.shape == (len(decoded), 19, N)
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(found == 0, expected == 0)
+        if part := {name: x for name, x in batch.items() if any(name in names for names in decoded)}:
+            torch.testing.assert_close(model.log_prob(z, part, decoded, mask), found)  # others need not be there
 
 
 @pytest.mark.parametrize("shapes", ["any", "fixed"])

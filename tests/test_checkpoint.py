@@ -67,16 +67,15 @@ def test_truncated_file_is_refused(saved: Path, fraction: float) -> None:
 def test_no_flipped_bit_is_loaded(saved: Path) -> None:
     content, rng = saved.read_bytes(), random.Random(0)
     weight = content.index(small_model().state_dict()["encoders.image.linear.weight"].numpy().tobytes())
-    refused = 0
+    refused = []
     for place in [weight + 3, *(rng.randrange(len(content)) for _ in range(150))]:
         saved.write_bytes(content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :])
         try:  # the zip's padding and dates don't matter
             assert same(checkpoint.load(saved, "small")["model"], small_model().state_dict())
-            assert place != weight + 3
         except UserError as error:
-            assert str(saved) in str(error)
-            refused += 1
-    assert refused > 40
+            refused.append(str(error))
+    assert "digest" in refused[0]
+    assert len(refused) > 40
 
 
 @pytest.mark.parametrize(
@@ -170,9 +169,8 @@ def test_a_model_is_rebuilt_with_what_is_known_of_its_training(tmp_path: Path) -
         {"model": {name: torch.zeros(1) for name in small_model().state_dict()}, "n_latents": 2, "settings": {}},
         {"model": small_model().state_dict(), "n_latents": 3, "settings": {}},
         {"model": small_model().state_dict(), "settings": {}},
-        {"model": small_model().state_dict(), "n_latents": -1, "settings": {}},
     ],
-    ids=["other names", "other shapes", "other latents", "no latents", "wrong latents"],
+    ids=["other names", "other shapes", "other latents", "no latents"],
 )
 def test_weights_of_other_networks_are_refused(content: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "unfit.pth.tar"

@@ -1,21 +1,15 @@
 """The command line: flags from a dataclass, and how a script ends."""
 
-import errno
 import inspect
 import json
-import subprocess
-import sys
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mvae import UsageError, cli
-from mvae.errors import is_out_of_memory
+from mvae import UsageError, UserError, cli
 
 import pytest
-import torch
-
-from helpers import ROOT, environment, run, run_warm
 
 
 @dataclass(kw_only=True)
@@ -180,83 +174,38 @@ def test_a_config_is_recorded_as_plain_values() -> None:
     assert (found["path"], found["ends"], found["save"], found["limit"]) == ("file", ["x", "y"], ["grid"], None)
 
 
-# How a script ends
-
-
-def ended(main: str, tmp_path: Path, *, before: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a script train.py with this body of main, after other lines."""
-    script, env = tmp_path / "train.py", environment(PYTHONPATH=str(ROOT), **variables)
-    imports = "import logging, os, sys\nfrom mvae import UserError, UsageError, cli\n"
-    script.write_text(f"{imports}{before}\n\ndef main():\n {main}\n\ncli.run(main)\n")
-    return run_warm(str(script), cwd=tmp_path, env=env)
-
-
-REOPENED = "; sys.stdout = open(1, 'w', closefd=False)"
-GONE = "r, w = os.pipe(); os.dup2(w, 1); os.close(r); os.close(w)" + REOPENED  # the reader of the output
-FULL = "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)" + REOPENED
+# How a script ends (test_terminals.py has errors and streams)
 
 
 @pytest.mark.parametrize(
-    ("main", "before", "status", "out", "err"),
-    [
-        ("print('said')", "", 0, "said\n", ""),
-        ("raise UserError('two\\nlines')", "", 1, "", "train.py: two lines\n"),
-        ("raise UsageError('wrong')", "", 2, "", "train.py: wrong\n"),
-        ("raise OSError(13, 'Permission denied', '/x/y')", "", 1, "", "train.py: /x/y: Permission denied\n"),
-        ("raise OSError(36, 'File name too long')", "", 1, "", "train.py: File name too long\n"),
-        ("raise MemoryError()", "", 1, "", "train.py: out of memory: use fewer examples"),
-        ("raise KeyboardInterrupt()", "", 130, "", ""),
-        ("raise RuntimeError('a fault')", "", 1, "", "Traceback"),
-        ("print('said')", GONE, 141, "", ""),
-        ("print('said'); sys.exit(0)", GONE, 141, "", ""),
-        ("[print(i, flush=True) for i in range(9999)]", GONE, 141, "", ""),
-        ("print('said'); raise OSError('wrong')", GONE, 1, "", "train.py: wrong\n"),
-        ("print('said')", FULL, 1, "", "train.py: can't write to stdout: No space left on device\n"),
-        ("print('β', '±', 'a\\udcff')", "sys.stdout.reconfigure(encoding='ascii')", 0, "\\u03b2 \\xb1 a\\udcff\n", ""),
-        ("log = logging.getLogger('mvae.x'); log.info('i'); log.warning('w')", "", 0, "i\n", "w\n"),
-    ],
+    ("rank", "out", "err"), [(None, "an info\n", "a warning\n"), ("0", "an info\n", "a warning\n"), ("1", "", "")]
 )
-def test_a_script_ends_in_one_line(main: str, before: str, status: int, out: str, err: str, tmp_path: Path) -> None:
-    done = ended(main, tmp_path, before=before)
-    assert (done.returncode, done.stdout) == (status, out)
-    assert done.stderr == err if not err or err.endswith("\n") else err in done.stderr
+def test_infos_and_warnings_are_printed_by_the_first_process(
+    rank: str | None, out: str, err: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("mvae"), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("mvae"), "propagate", False)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+
+    def main() -> None:
+        log = logging.getLogger("mvae.run.run")
+        log.debug("a detail")
+        log.info("an info")
+        log.warning("a warning")
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert (end.value.code, *capsys.readouterr()) == (0, out, err)
 
 
-def test_of_several_processes_only_the_first_logs(tmp_path: Path) -> None:
-    done = ended("log = logging.getLogger('mvae.x'); log.info('i'); log.warning('w')", tmp_path, RANK="1")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+@pytest.mark.parametrize(
+    ("error", "status"), [(UserError("x"), 1), (UsageError("x"), 2), (KeyboardInterrupt(), 130), (SystemExit(5), 5)]
+)
+def test_a_script_exits_with_the_status_of_its_error(error: BaseException, status: int) -> None:
+    def main() -> None:
+        raise error
 
-
-def test_a_closed_stream_takes_nothing_from_a_file(tmp_path: Path) -> None:
-    main = "f = open('file', 'w'); print('said'); print('said', file=sys.stderr); os.write(1, b'x'); f.write('y')"
-    done = ended(main, tmp_path, before="os.close(1); os.close(2); sys.stdout = sys.stderr = None")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert (tmp_path / "file").read_text() == "y"
-
-
-def test_lack_of_memory_is_known_by_torchs_errors() -> None:
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(2**60)
-    cuda = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    assert all(map(is_out_of_memory, [caught.value, cuda, MemoryError(), OSError(errno.ENOMEM, "")]))
-    assert not any(map(is_out_of_memory, [RuntimeError("mat1 and mat2"), OSError(errno.ENOENT, ""), KeyError("x")]))
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc has the setting")
-@pytest.mark.parametrize("mine", [{}, {"MALLOC_TRIM_THRESHOLD_": "0"}])
-def test_freed_memory_is_kept_unless_the_user_has_a_setting(mine: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text("""
-import resource
-from mvae import cli
-import torch
-
-def main():
-    for i in range(30):
-        if i == 10:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**22)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**24)
-
-cli.run(main)""")
-    done = run(str(tmp_path / "train.py"), cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT), **mine))
-    assert float(done.stdout) > 10 if mine else float(done.stdout) < 1  # blocks that the system filled with zeros
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == status

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 from mvae import MVAE, Bernoulli, Categorical, Gaussian, Likelihood
 from mvae.metrics import attribute_accuracy, coherence, label_accuracy, prior_agreement
+
+import torch
+from torch import Tensor, nn
 
 from helpers import Trained, assert_ended, assert_refused, environment, run
 

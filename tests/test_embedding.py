@@ -1,5 +1,6 @@
 """mvae.tools.embed: latents of a split or of files, in one .npz file; and their map."""
 
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,7 +34,7 @@ Embed = Callable[..., dict[str, np.ndarray]]
 
 @pytest.fixture
 def embed(tmp_path: Path) -> Embed:
-    """Embeds 1,200 examples of the small model, or files, with these flags."""
+    """Embed 1,200 examples of the small model, or files, with these flags."""
     content = {"settings": {}, "n_latents": 2, "model": small_model().state_dict()}
     checkpoint.save(tmp_path / "model.pt", "small", content)
 
@@ -48,35 +49,25 @@ def embed(tmp_path: Path) -> Embed:
     return done
 
 
-def posterior(*names: str) -> tuple[np.ndarray, np.ndarray]:
-    batch = small_data(1200, seed=3).tensors
-    with torch.no_grad():
-        mu, logvar = small_model().eval().posterior({name: batch[name] for name in names})
-    return mu.numpy(), logvar.numpy()
-
-
 def test_file_has_the_latents_given_some_modalities_and_the_labels(embed: Embed) -> None:
-    found, data = embed(given=("label", "image")), small_data(1200, seed=3).tensors
-    for part, expected in zip(("mu", "logvar"), posterior("label", "image"), strict=True):
-        np.testing.assert_allclose(found[part], expected, rtol=1e-5, atol=1e-6)
-    assert found["given"].tolist() == ["label", "image"]
-    np.testing.assert_array_equal(found["label"], data["label"])
-    np.testing.assert_array_equal(found["attrs"], data["attrs"])
-    assert found["label_names"].tolist() == ["ant", "bee", "cat"]
-    assert found["attrs_names"].tolist() == ["Big", "Old", "Red", "Wet"]
-
-
-def test_examples_are_read_in_bounded_batches_and_limit_takes_the_first(embed: Embed) -> None:
+    """Examples are read in bounded batches, and --limit takes the first."""
     sizes: list[int] = []
 
     def transform(rows: dict[str, Any]) -> dict[str, Any]:
         sizes.append(len(rows["label"]))
         return rows
 
-    found = embed(small_data(1200, seed=3, transform=transform), limit=1100)
+    data = small_data(1200, seed=3, transform=transform)
+    found, first = embed(data, given=("label", "image"), limit=1100), data.tensors
     assert sizes == [500, 500, 100]
-    assert found["given"].tolist() == ["image"]
-    np.testing.assert_allclose(found["mu"], posterior("image")[0][:1100], rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        expected = small_model().eval().posterior({name: first[name][:1100] for name in ("label", "image")})
+    for part, values in zip(("mu", "logvar"), expected, strict=True):
+        np.testing.assert_allclose(found[part], values, rtol=1e-5, atol=1e-6)
+    assert found["given"].tolist() == ["label", "image"]
+    for name in ("label", "attrs"):
+        np.testing.assert_array_equal(found[name], first[name][:1100])
+        assert found[f"{name}_names"].tolist() == list(CONTROLS[name].names)
 
 
 def test_files_and_folders_are_embedded(embed: Embed, tmp_path: Path) -> None:
@@ -88,20 +79,26 @@ def test_files_and_folders_are_embedded(embed: Embed, tmp_path: Path) -> None:
     assert found["file"].tolist() == list(map(str, paths))
     assert found.keys() == {"mu", "logvar", "given", "file"}
     with torch.no_grad():
-        mu, _ = small_model().eval().posterior({"image": CONTROLS["image"].tensor(paths[1])})
+        mu, _ = small_model().eval().posterior({"image": CONTROLS["image"].read(paths[1])[0].x})
     np.testing.assert_allclose(found["mu"][1:2], mu, rtol=1e-5)
 
 
-def test_wrong_flags_are_refused_and_leave_no_file(embed: Embed, tmp_path: Path) -> None:
-    absent, model = tmp_path / "absent.png", tmp_path / "model.pt"
-    with pytest.raises(UsageError, match="given must be among image, attrs, label"):
-        embed(given=("other",))
-    with pytest.raises(UsageError, match="one control that files can hold"):
-        embed(files=(absent,), given=("label",))
-    with pytest.raises(UserError, match="can't read"):
-        embed(files=(absent,))
-    with pytest.raises(UsageError, match="would overwrite"):
-        embed(plot=model)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"given": ("other",)}, "given must be among image, attrs, label"),
+        ({"files": ("absent.png",), "given": ("label",)}, "one control that files can hold"),
+        ({"files": ("absent.png",)}, "can't read"),
+        ({"plot": "model.pt"}, "would overwrite"),
+        ({"plot": "map.png", "colour_by": "Bog"}, "colour_by must be one of"),
+    ],
+)
+def test_wrong_flags_are_refused_and_leave_no_file(
+    embed: Embed, tmp_path: Path, flags: dict[str, Any], message: str
+) -> None:
+    paths = {"files": lambda some: tuple(tmp_path / one for one in some), "plot": lambda one: tmp_path / one}
+    with pytest.raises(UserError, match=message):
+        embed(**{name: paths.get(name, lambda one: one)(value) for name, value in flags.items()})
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
 
 
@@ -117,33 +114,22 @@ def test_default_colour_is_the_attribute_nearest_to_one_half() -> None:
     attrs = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 1], [1, 0, 0, 0]])
     by, classes, names = embedding.colours_of({"attrs": attrs}, CONTROLS, None, 4)
     assert (by, classes.tolist(), names) == ("Old", [1, 0, 1, 0], ["-Old", "Old"])
-    with pytest.raises(UsageError, match="colour_by must be one of label, got Old"):
-        embedding.colours_of({"label": torch.tensor([0, 1])}, CONTROLS, "Old", 2)
-
-
-def test_principal_components_point_to_where_their_largest_weight_is_positive() -> None:
-    points = np.random.default_rng(0).normal(size=(300, 5)) * [0.1, 3, 1, 0.2, 9] + 7
-    found = maps.pca(points)
-    values = np.linalg.eigvalsh(np.cov(points.T))[::-1]
-    np.testing.assert_allclose(np.cov(found.T), np.diag(values[:2]), atol=1e-9 * values[0])
-    np.testing.assert_allclose(maps.pca(points + 1), found, atol=1e-9)
-    assert np.corrcoef(found[:, 0], points[:, 4])[0, 1] > 0.99
-    assert maps.pca(points[:3, :1]).shape == (3, 2)
-    assert maps.pca(points[:1]).tolist() == [[0, 0]]
 
 
 def test_projections_to_two_dimensions() -> None:
     points = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
-    assert maps.projection("tsne")(points, 0).shape == (40, 2)
+    assert maps.project(points, "tsne", 0).shape == (40, 2)
     with pytest.raises(UsageError, match="at least 4 points"):
-        maps.projection("tsne")(points[:3], 0)
-    try:
-        __import__("umap")
-    except ImportError:
-        with pytest.raises(UsageError, match="pip install umap-learn"):
-            maps.projection("umap")
+        maps.project(points[:3], "tsne", 0)
+    if importlib.util.find_spec("umap"):
+        assert maps.project(points, "umap", 0).shape == (40, 2)
     else:
-        assert maps.projection("umap")(points, 0).shape == (40, 2)
+        with pytest.raises(UsageError, match="pip install umap-learn"):
+            maps.project(points, "umap", 0)
+    points[:, 3] = 9 * points[:, 3] + 7
+    assert abs(np.corrcoef(maps.pca(points)[:, 0], points[:, 3])[0, 1]) > 0.99
+    assert maps.pca(points[:3, :1]).shape == (3, 2)
+    assert maps.pca(points[:1]).tolist() == [[0, 0]]
 
 
 def test_legend_is_bounded() -> None:
@@ -153,19 +139,18 @@ def test_legend_is_bounded() -> None:
     assert legend.get_title().get_text() == "and 30 more"
 
 
-def run_tool(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mvae.tools.embed", *map(str, words)]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
-
-
 def test_tool_runs_in_an_experiments_folder(trained: Trained, digits_dir: Path, tmp_path: Path) -> None:
+    def run(cwd: Path) -> subprocess.CompletedProcess[str]:
+        words = [model_path, "--data-dir", digits_dir, "--split", "validation", "--out", out]
+        command = [sys.executable, "-m", "mvae.tools.embed", *map(str, words)]
+        return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
+
     model_path, out = trained.out_dir / checkpoint.BEST, tmp_path / "z.npz"
-    words = [model_path, "--data-dir", digits_dir, "--split", "validation", "--out", out]
-    assert_ended(run_tool(*words, cwd=ROOT / "mnist"))
+    assert_ended(run(ROOT / "mnist"))
     _, validation = mnist.training_data("MNIST", digits_dir, n_val=200, binarize=False)
     batch, _ = validation.batch(torch.arange(200))
     model, _ = load_model(model_path, "mnist", build_model, torch.device("cpu"))
     with np.load(out) as found, torch.no_grad():
         np.testing.assert_allclose(found["mu"], model.posterior({"image": batch["image"]})[0], rtol=1e-4, atol=1e-5)
         assert found["text_names"].tolist() == list(MNIST["text"].names)
-    assert_refused(run_tool(*words, cwd=tmp_path), 2, "run this in an experiment's folder")
+    assert_refused(run(tmp_path), 2, "run this in an experiment's folder")

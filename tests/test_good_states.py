@@ -110,7 +110,7 @@ def test_bad_numbers_are_named_and_not_saved(how: dict[str, Any], said: str, tmp
 
 
 def test_states_saved_at_each_step_are_good(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="diverged|not finite"):
+    with pytest.raises(UserError, match=r"(diverged|not finite): "):
         run_small(tmp_path, epochs=9, rate=lambda t: 1e4, save_every=1e-9)
     saved = checkpoint.load(tmp_path / checkpoint.LATEST, "small")
     assert all(weight.isfinite().all() for weight in saved["model"].values())

@@ -1,5 +1,7 @@
 """The networks of the experiments, and the layers that they share."""
 
+from typing import Any
+
 from celeba.model import build_model as build_celeba
 from celeba19.model import build_model as build_celeba19
 from fashionmnist.model import build_model as build_fashionmnist
@@ -71,7 +73,8 @@ def test_networks_map_data_to_a_posterior_and_latents_to_means(
 
 @pytest.mark.parametrize("name", ["mnist", "fashionmnist"])
 def test_label_encoder_is_the_network_run_on_each_label(name: str) -> None:
-    encoder, labels = NETWORKS[name][0].encoders["text"], torch.tensor([3, 0, 3, 9])
+    encoder: Any = NETWORKS[name][0].encoders["text"]
+    labels = torch.tensor([3, 0, 3, 9])
     hidden = encoder.hidden(encoder.embedding(labels))
     torch.testing.assert_close(encoder(labels), (encoder.mu(hidden), encoder.logvar(hidden)))
 

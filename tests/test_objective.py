@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, distributions, nn
 
-from reference import LATENTS, distribution, paper_terms, plain_objective, plain_product, small_batch, small_model
+from reference import LATENTS, paper_terms, plain_objective, small_batch, small_model
 
 N = 6
 SUBSETS = {2: [], 6: [("m1", "m4"), ("m0", "m2", "m3", "m5")], 19: [("m0", "m7", "m12", "m18"), ("m3", "m4")]}
@@ -93,13 +93,15 @@ def assert_same(
 
 
 def settings(n_modalities: int) -> Iterator[dict[str, Any]]:
-    """Yield terms and subsets: with several choices of what they reconstruct in addition, and of weighted ones."""
+    """Yield terms and subsets, with several choices of what they reconstruct and of which are weighted."""
     names = names_of(n_modalities)
     yield {}
     for also, iw in (((), "m0"), (names, "m1"), (("m1",), "m0")):
         terms = [Term(term.inputs, (*term.reconstructs, *also)) for term in paper_terms(names)]
         terms = [term._replace(iw=iw) if t % 2 == 0 and iw in term.inputs else term for t, term in enumerate(terms)]
         yield {"terms": terms, "subset": Term((), also, iw=iw)}
+    others = [Term((name,), tuple(one for one in names if one != name), iw=name) for name in names]
+    yield {"terms": [Term(names, names[:1]), *others]}
 
 
 # Against the plain form
@@ -195,13 +197,6 @@ def test_batch_norm_of_one_present_example_uses_its_running_statistics() -> None
 # Which terms count
 
 
-def test_weights_apply_in_every_term_and_beta_to_every_divergence() -> None:
-    loss, totals = Objective(small_model(6), weights=weights_of(6))(small_batch(6, N), 0.3, mask_of(SUBSETS[6], 6))
-    weight = torch.tensor([weights_of(6).get(name, 1.0) for name in names_of(6)], dtype=torch.float64)
-    assert (totals.log_prob != 0).sum(dim=0).min() >= 2
-    assert loss.item() == pytest.approx((0.3 * totals.kl.sum() - (totals.log_prob * weight).sum()).item() / N)
-
-
 def test_terms_are_the_papers_unless_they_are_given() -> None:
     assert Objective(small_model(6)).terms == paper_terms(names_of(6))
     assert Objective(small_model(6)).names == ("joint", *names_of(6))
@@ -209,22 +204,6 @@ def test_terms_are_the_papers_unless_they_are_given() -> None:
     given = Objective(small_model(3), [Term(("m2", "m0"), ("m1",)), Term(("m1",), ("m1", "m0"), iw="m1")])
     assert given.terms == [Term(("m0", "m2"), ("m1",)), Term(("m1",), ("m0", "m1"), iw="m1")]  # in the model's order
     assert given.names == ("m0+m2", "m1")
-
-
-def test_terms_may_reconstruct_others_than_their_inputs() -> None:
-    model, batch = small_model(3), small_batch(3, N)
-    noise = torch.randn(2, N, LATENTS, generator=torch.Generator().manual_seed(0)).double()
-    terms = [Term(("m0", "m2"), ("m1",)), Term(("m1",), ("m0", "m1"))]
-    loss, totals = Objective(model, terms)(batch, 0.3, None, None, noise)
-    expected = torch.zeros(()).double()
-    for t, (inputs, reconstructs, _) in enumerate(terms):
-        q = plain_product([model.encoders[name](batch[name]) for name in inputs])
-        z = q.mean + q.stddev * noise[t]
-        nats = sum(distribution(model.likelihood(name), z).log_prob(batch[name]).sum() for name in reconstructs)
-        prior = distributions.Normal(torch.zeros(LATENTS).double(), 1.0)
-        expected += 0.3 * distributions.kl_divergence(q, prior).sum() - nats
-    assert loss.item() == pytest.approx(expected.item() / N)
-    assert totals.n_log_prob.tolist() == [[0, N, 0], [N, N, 0]]
 
 
 def test_a_term_or_example_without_inputs_adds_exactly_zero(fixed: bool) -> None:
@@ -296,17 +275,6 @@ def test_encoders_get_the_gradient_of_the_bound_in_expectation(name: str, beta: 
     error = (found - expected).std(dim=0) / 5
     assert error.max() < 0.05 * expected.mean(dim=0).abs().max()
     assert ((found.mean(dim=0) - expected.mean(dim=0)).abs() < 4 * error).all()
-
-
-def test_more_samples_tighten_the_bound_and_leave_the_divergence_as_it_is() -> None:
-    losses, divergences = [], []
-    for k in (1, 5, 50):
-        torch.manual_seed(0)
-        found = [weighted(k)(small_batch(3, N)) for _ in range(20)]
-        losses.append(sum(loss.item() for loss, _ in found))
-        divergences.append(found[0][1].kl)
-    assert losses[0] > losses[1] > losses[2]
-    torch.testing.assert_close(divergences[0], divergences[2])
 
 
 # What a step computes
@@ -443,7 +411,8 @@ def test_checksum_tells_objectives_apart() -> None:
 
 def test_means_of_two_batches_are_those_of_their_examples_without_weights_and_beta() -> None:
     """Batches of different sizes; each mean is over the examples that contribute to it."""
-    model, arguments = small_model(6), {"weights": weights_of(6), "subset": Term((), ("m1",))}
+    model = small_model(6)
+    arguments: dict[str, Any] = {"weights": weights_of(6), "subset": Term((), ("m1",))}
     objective = Objective(model, **arguments)
     names = (*objective.names, "subset", "subset")
     sums, losses, parts = torch.zeros(()), [], list[tuple[Tensor, ...]]()

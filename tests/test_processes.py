@@ -24,7 +24,6 @@ from helpers import (
     FORKED,
     SHORT,
     SmallEncoder,
-    assert_refused,
     assert_same_run,
     at_call,
     command,
@@ -60,86 +59,77 @@ def torchruns_variables(world: int) -> list[dict[str, str]]:
 
 
 class Watching(Objective):
-    """The objective of the small model, which remembers the subsets and noise of its steps."""
+    """An objective that remembers the subsets and noise of its steps."""
 
-    seen: list[tuple[Any, Any]] = []  # noqa: RUF012 (of this process)
+    steps: list[tuple[Any, Any]] = []  # noqa: RUF012 (of this process)
 
     def forward(
         self, batch: Batch, beta: Any = 1.0, subsets: Any = None, present: Any = None, noise: Any = None
     ) -> Any:
         if self.training:
-            self.seen.append((subsets, noise))
+            self.steps.append((subsets, noise))
         return super().forward(batch, beta, subsets, present, noise)
 
 
-def run_as(variables: dict[str, str], folder: Path, options: dict[str, Any]) -> None:
-    """Be one process of a small run, and save what it has seen. Each has its own disk; the first one's is written to.
+def run_as(
+    variables: dict[str, str],
+    folder: Path,
+    *,
+    n: int = 24,
+    normed: bool = False,
+    present: dict[str, Tensor] | None = None,
+    stop: tuple[int, int] | None = None,
+    lost: int | None = None,
+    seeds: tuple[int, int] = (0, 0),
+    **how: Any,
+) -> None:
+    """Be one process of a small run on a disk of its own; save what it has seen, drawn and made.
 
-    options: of `run_small`, and also
-        signals: by rank, the step during which the process gets SIGTERM; 0 is in the first validation.
-        lost: the rank of a process that ends without a word in its third step.
-        seeds: one of each process.
-        n: number of examples. normed: whether the model has batch norm. stages: how many runs of the same settings.
+    stop: the rank of a process that gets SIGTERM, and the step; 0 is in the first validation. lost: the rank of one
+    that ends without a word in its third step. seeds: one of each process.
     """
     os.environ.update(variables)
     torch.set_num_threads(1)
     rank = int(variables.get("RANK", "0"))
-    disk = folder / f"disk {rank}"
-    disk.mkdir(exist_ok=True)
-    os.chdir(disk)
-    how = {
-        "batch_size": 5,
-        "n": 24,
-        "normed": False,
-        "signals": {},
-        "lost": None,
-        "seeds": None,
-        "stages": 1,
-        **options,
-    }
-    signals, lost, seeds, stages, n = (how.pop(name) for name in ("signals", "lost", "seeds", "stages", "n"))
+    (folder / f"disk {rank}").mkdir(exist_ok=True)
+    os.chdir(folder / f"disk {rank}")
     seen: list[list[int]] = []
     drawn: list[int] = []
-    refused, records = "", []
+    records: list[Any] = []
+    refused = ""
 
     def transform(rows: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.append(rows["number"].tolist())
         drawn.append(torch.initial_seed())
-        if signals.get(rank) == len(seen) - 1 > 0:  # the first call checks the data
+        if stop == (rank, len(seen) - 1) and len(seen) > 1:  # the first call checks the data
             signal.raise_signal(signal.SIGTERM)
         if lost == rank and len(seen) == 4:
             os._exit(0)
         return {name: tensor for name, tensor in rows.items() if name != "number"}
 
-    def asked(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    def signalled(rows: dict[str, Tensor]) -> dict[str, Tensor]:
         signal.raise_signal(signal.SIGTERM)
         return rows
 
     run_small.__globals__["Objective"] = Watching
-    model = normed_model() if how.pop("normed") else small_model()
+    model = normed_model() if normed else small_model()
     tensors = {**small_data(n, seed=0).tensors, "number": torch.arange(n)}
-    train = Data(tensors=tensors, transform=transform, present=how.pop("present", None))
-    validation = small_data(14, seed=1, transform=at_call(1, asked) if signals.get(rank) == 0 else dict)
-    if seeds:
-        how["seed"] = seeds[rank]
+    train = Data(tensors=tensors, transform=transform, present=present)
+    validation = small_data(14, seed=1, transform=at_call(1, signalled) if stop == (rank, 0) else dict)
+    how = {"batch_size": 5, "seed": seeds[rank], "metrics": {"value": label_value}, **how}
     try:
-        for stage in range(stages, 0, -1):
-            data: dict[str, Any] = {"train": train, "validation": validation, "metrics": {"value": label_value}}
-            run = run_small(Path(f"stage {stage}" if stage > 1 else "run"), model=model, **data, **how)
-            records = run.history
+        records = run_small(Path("run"), train=train, validation=validation, model=model, **how).history
     except UserError as error:
         refused = f"{type(error).__name__}: {error}"
-    found = {"seen": seen[1:], "drawn": drawn[1:], "steps": Watching.seen, "records": without_times(records)}
+    found = {"seen": seen[1:], "drawn": drawn[1:], "steps": Watching.steps, "records": without_times(records)}
     torch.save({**found, "model": model.state_dict(), "refused": refused}, folder / f"{rank}.pt")
 
 
 def run_in(n_processes: int, folder: Path, **options: Any) -> list[dict[str, Any]]:
     """Train the small model in several processes; return what each has seen, drawn and made."""
     folder.mkdir(exist_ok=True)
-    group = [
-        FORKED.Process(target=run_as, args=(variables, folder, options))
-        for variables in torchruns_variables(n_processes)
-    ]
+    variables = torchruns_variables(n_processes)
+    group = [FORKED.Process(target=run_as, args=(some, folder), kwargs=options) for some in variables]
     for process in group:
         process.start()
     for process in group:
@@ -220,7 +210,7 @@ def test_two_processes_of_which_one_gets_a_signal_stop_and_resume_as_one(
 ) -> None:
     """In the first validation, or within the second epoch."""
     place = "epoch 1, step 4 of 4" if step == 0 else "epoch 2, step 2 of 4"
-    for process in run_in(2, tmp_path, signals={rank: step}, n_subsets=1):
+    for process in run_in(2, tmp_path, stop=(rank, step), n_subsets=1):
         assert process["refused"].startswith(f"Stopped: stopped in {place}; the state is saved")
     run_in(2, tmp_path, resume=True, n_subsets=1)
     assert_same_run(tmp_path / "disk 0/run", two.folder / "disk 0/run", "small")
@@ -256,12 +246,6 @@ def test_two_processes_train_where_a_network_has_no_gradient(how: dict[str, Any]
     first, second = run_in(2, tmp_path / "two", **how, epochs=1)
     assert same(first["model"], second["model"])
     torch.testing.assert_close(first["model"], alone["model"], rtol=1e-4, atol=1e-5)
-
-
-def test_two_processes_may_make_one_run_after_another(tmp_path: Path) -> None:
-    first, second = run_in(2, tmp_path, stages=2, epochs=1)
-    assert same(first["model"], second["model"])
-    assert len(stats(tmp_path / "disk 0/run")) == len(stats(tmp_path / "disk 0/stage 2")) == 1
 
 
 # What is refused
@@ -316,36 +300,36 @@ def test_process_whose_torchrun_is_gone_asks_itself_to_stop() -> None:
 
 
 def test_torchrun_is_stopped_and_resumed_bit_for_bit(digits_dir: Path, tmp_path: Path) -> None:
-    """Two processes that are started one by one make the run that never stops."""
-    flags = ["--data-dir", str(digits_dir), "--epochs", "2", *SHORT]
+    """In the second of two stages. Two processes that are started one by one make the run that never stops."""
+    flags = ["--data-dir", str(digits_dir), *SHORT, "--images-first", "1", "--epochs", "1", "--n-paired", "300"]
     logs = [(tmp_path / f"out {rank}", tmp_path / f"err {rank}") for rank in (0, 1)]
+    words = [*flags, "--out-dir", "straight"]
     straight = [
-        start_warm(
-            "mnist/train.py", *flags, "--out-dir", "straight", logs=log, cwd=tmp_path, env=environment(**variables)
-        )
+        start_warm("mnist/train.py", *words, logs=log, cwd=tmp_path, env=environment(**variables))
         for log, variables in zip(logs, torchruns_variables(2), strict=True)
     ]
     for process in straight:
         process.join(timeout=300)
         assert process.exitcode == 0, logs[0][1].read_text()
     said = logs[0][0].read_text()
-    assert "mnist: 1000 training examples" in said
-    assert "2 x cpu (1 threads)" in said
+    assert said.count("mnist: 1000 training examples") == said.count("2 x cpu (1 threads)") == 2
     assert said.count("validation loss") == 2
-    assert [log[0].read_text() for log in logs[1:]] == [""]
-    records = stats(tmp_path / "straight")
-    assert [record["seconds"] * record["examples_per_second"] for record in records] == [pytest.approx(1000)] * 2
+    assert logs[1][0].read_text() == ""
+    (record,) = stats(tmp_path / "straight")
+    assert record["seconds"] * record["examples_per_second"] == pytest.approx(1000)
 
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words += [*command("mnist/train.py")[1:], *flags, "--out-dir", "run", "--resume"]
-    how: dict[str, Any] = {"cwd": tmp_path, "env": environment(), "text": True, "stdout": subprocess.PIPE}
-    with subprocess.Popen(words, **how, stderr=subprocess.PIPE) as torchrun:
+    how: dict[str, Any] = {"cwd": tmp_path, "env": environment(), "text": True, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, **how, stdout=subprocess.PIPE) as torchrun:
         assert torchrun.stdout
-        assert any("step 5/20" in line for line in torchrun.stdout)
+        for place in ("writing to run\n", "step 5/20"):
+            assert any(place in line for line in torchrun.stdout)
         torchrun.send_signal(signal.SIGTERM)
         _, err = torchrun.communicate(timeout=300)
-    (line,) = [line for line in err.splitlines() if line.startswith("train.py: ")]
-    assert re.fullmatch(r"train.py: stopped in epoch \d, step \d+ of 20; the state is saved: .*", line)
-    done = subprocess.run(words, **how, stderr=subprocess.PIPE, timeout=300, check=False)
+    (line,) = {line for line in err.splitlines() if line.startswith("train.py: ")}
+    assert re.fullmatch(r"train.py: stopped in epoch 1, step \d+ of 20; the state is saved: .*", line)
+    done = subprocess.run(words, **how, stdout=subprocess.PIPE, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run/images", tmp_path / "straight/images")
     assert_same_run(tmp_path / "run", tmp_path / "straight")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mvae import UsageError, cli
+from mvae.tools.controls import Value
 from mvae.tools.sampling import Sampling, sample
 
 from datasets import CONTROLS, MODALITIES, NAME, examples
@@ -35,9 +36,9 @@ class Config(Sampling):
 
 def main() -> None:
     config = cli.parse(__doc__, Config)
-    given: dict[str, list[Path]] = {}
+    given: dict[str, list[Value]] = {}
     for file, name in zip(config.condition_file or [], config.condition_type or [], strict=True):
-        given.setdefault(name, []).append(file)
+        given.setdefault(name, []).extend(CONTROLS[name].read(file))
     sample(config, NAME, build_model, CONTROLS, examples, given=given, stem="")
 
 

@@ -16,9 +16,8 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import locked
-from .pictures import Mode, pixels
+from .pictures import pixels
 from .pool import in_parallel
 
 log = logging.getLogger(__name__)
@@ -44,21 +43,31 @@ class Entry(NamedTuple):
 
 
 def listing(source: Path) -> dict[str, Entry]:
-    """Return the files of a folder or zip by name; folders inside a zip aren't part of a name."""
-    if source.is_dir():
-        with os.scandir(source) as files:
-            stats = [(file.name, file.stat()) for file in files if file.is_file()]
-        return {name: Entry(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats}
+    """Return the files of a folder or zip by name; folders inside a zip aren't part of a name.
+
+    Raises UserError if it can't be read.
+    """
     try:
+        if source.is_dir():
+            with os.scandir(source) as files:
+                stats = [(file.name, file.stat()) for file in files if file.is_file()]
+            return {name: Entry(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats}
         with zipfile.ZipFile(source) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]
-    except zipfile.BadZipFile as error:
-        raise UserError(f"can't read {source}: {error}") from None
-    return {Path(member.filename).name: Entry(member.filename, member.file_size, member.CRC) for member in members}
+        entries = [Entry(member.filename, member.file_size, member.CRC) for member in members]
+        return {entry.member.split("/")[-1]: entry for entry in entries}
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"can't read {source}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def decoded(
-    source: Path, entries: Sequence[Entry], path: Path, *, mode: Mode = "RGB", size: int = 64, workers: int = 1
+    source: Path,
+    entries: Sequence[Entry],
+    path: Path,
+    *,
+    mode: Literal["RGB", "L"] = "RGB",
+    size: int = 64,
+    workers: int = 1,
 ) -> Tensor:
     """Return pictures of a folder or zip, (n, channels, size, size) uint8, memory-mapped from the cache file `path`.
 
@@ -69,6 +78,8 @@ def decoded(
     """
     if not entries:
         raise UserError(f"no pictures in {source}")
+    if not hasattr(os, "pread"):
+        raise UserError("decoding pictures into a cache needs Linux or macOS")
     layout = _Layout(entries, mode, size)
     try:
         if layout.broken(path) != []:
@@ -84,8 +95,8 @@ def decoded(
 class _Layout:
     """The layout of the cache file of some pictures: their pixels, 4 bytes of CRC-32 per block, and a description."""
 
-    def __init__(self, entries: Sequence[Entry], mode: Mode, size: int):
-        self.mode, self.size, self.n = mode, size, len(entries)
+    def __init__(self, entries: Sequence[Entry], mode: str, size: int):
+        self.mode, self.size = mode, size
         names = [entry.member for entry in entries]
         self.blocks = [names[first : first + BLOCK] for first in range(0, len(names), BLOCK)]
         self.block_bytes = BLOCK * len(mode) * size * size  # the last block may be shorter
@@ -98,16 +109,25 @@ class _Layout:
 
     def broken(self, path: Path) -> list[int] | None:
         """Return the blocks with a wrong checksum; None if it doesn't exist or holds other pictures."""
-        if not path.exists() or path.stat().st_size != self.end + len(self.description):
+        if not path.exists():
             return None
-        content = np.memmap(path, mode="r")
-        if content[self.end :].tobytes() != self.description:
-            return None
-        pictures, checksums = content[: self.checksums], content[self.checksums : self.end].view("<u4")
-        blocks = [pictures[start : start + self.block_bytes] for start in range(0, self.checksums, self.block_bytes)]
-        with ThreadPoolExecutor() as threads:  # reading and summing release Python's lock
-            found = list(threads.map(zlib.crc32, blocks))  # an unwritten block is zeros, whose CRC-32 isn't zero
-        return np.flatnonzero(found != checksums).tolist()
+        with open(path, "rb") as file:
+            read = functools.partial(os.pread, file.fileno())
+            if read(len(self.description) + 1, self.end) != self.description:
+                return None
+
+            def is_broken(block: int) -> bool:
+                start = block * self.block_bytes
+                content = read(min(self.block_bytes, self.checksums - start), start)
+                return read(4, self.checksums + 4 * block) != _checksum(content)
+
+            with ThreadPoolExecutor() as threads:  # reading and summing release Python's lock
+                found = list(threads.map(is_broken, range(len(self.blocks))))
+        return [block for block, broken in enumerate(found) if broken]
+
+
+def _checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(4, "little")  # an unwritten block is zeros, whose CRC-32 isn't zero
 
 
 def _build(source: Path, path: Path, layout: _Layout, workers: int) -> None:
@@ -119,6 +139,8 @@ def _build(source: Path, path: Path, layout: _Layout, workers: int) -> None:
     if found:
         log.info("%s is damaged: decoding %d of %d blocks again", path, len(found), len(layout.blocks))
         os.replace(path, partial)
+    elif path.exists():
+        log.info("%s is incomplete or of other pictures than %s holds now: decoding all", path, source)
     todo = layout.broken(partial)
     if todo is None:
         partial.unlink(missing_ok=True)  # a process may have mapped it
@@ -127,24 +149,25 @@ def _build(source: Path, path: Path, layout: _Layout, workers: int) -> None:
             file.write(layout.description)
         todo = list(range(len(layout.blocks)))
     jobs = [(block, layout.blocks[block]) for block in todo]
-    done = layout.n - sum(len(names) for _, names in jobs)
-    log.info("decoding %d pictures of %s%s", layout.n, source, f", {done} of which are done" * (done > 0))
+    n = sum(map(len, layout.blocks))
+    done = n - sum(len(names) for _, names in jobs)
+    log.info("decoding %d pictures of %s%s", n, source, f", {done} of which are done" * (done > 0))
     results = in_parallel(functools.partial(_decode, source, layout.mode, layout.size), jobs, workers)
     with (
         open(partial, "r+b") as file,
-        tqdm(total=layout.n, initial=done, leave=False, unit=" pictures", disable=None) as bar,
+        tqdm(total=n, initial=done, leave=False, unit=" pictures", disable=None) as bar,
         contextlib.closing(results),
     ):
         for block, content in results:
             file.seek(block * layout.block_bytes)
             file.write(content)
             file.seek(layout.checksums + 4 * block)
-            file.write(zlib.crc32(content).to_bytes(4, "little"))
+            file.write(_checksum(content))
             bar.update(len(layout.blocks[block]))
     os.replace(partial, path)
 
 
-def _decode(source: Path, mode: Mode, size: int, job: tuple[int, Sequence[str]]) -> tuple[int, bytes]:
+def _decode(source: Path, mode: str, size: int, job: tuple[int, Sequence[str]]) -> tuple[int, bytes]:
     """Return a block's number and its pixels. Runs in a worker."""
     block, names = job
     parts = []

@@ -1,9 +1,12 @@
 """CelebA on disk: pictures, lists and the official split, as `Data` of 64x64 pictures and 18 attributes."""
 
+import array
+import codecs
 import dataclasses
 import logging
 import os
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,20 +43,21 @@ ATTRIBUTES = (
 """The 18 of the 40 attributes that Wu & Goodman (2018) use, in the order of the list's columns."""
 
 SPLITS = ("train", "validation", "test")  # 0, 1 and 2 of the official partition
+FEWEST = 50  # examples that a split must have when images are missing
 
-FOLDERS = ("", "celeba")
-IMAGES = (
-    "img_align_celeba.zip",
-    "img_align_celeba/img_align_celeba",
-    "img_align_celeba",
-    "img_align_celeba_png",
-    "Img/img_align_celeba.zip",
-    "Img/img_align_celeba",
-    "Img/img_align_celeba_png",
+FOLDERS = ("", "celeba", "CelebA")
+IMAGES = tuple(
+    folder + name
+    for name in (
+        "img_align_celeba",
+        "img_align_celeba/img_align_celeba",
+        "img_align_celeba_png",
+        "img_align_celeba.zip",
+    )
+    for folder in ("", "Img/")
 )
 ATTRIBUTE_LIST = ("list_attr_celeba.txt", "Anno/list_attr_celeba.txt", "list_attr_celeba.csv")
 PARTITION_LIST = ("list_eval_partition.txt", "Eval/list_eval_partition.txt", "list_eval_partition.csv")
-"""Where they may be in `FOLDERS`: the official download's layout, torchvision's and Kaggle's."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -71,14 +75,17 @@ class Faces(NamedTuple):
 
     source: the folder or zip of the images.
     entries: the n images in it.
-    attributes: (n, 18) uint8 of 0 and 1, by `ATTRIBUTES`.
+    attributes: (n, 40) int8 of 1 and -1, by `columns`.
     counts: the number of images in each of `SPLITS`.
+    named: the number that the lists name in each.
     """
 
     source: Path
     entries: list[Entry]
     attributes: np.ndarray
-    counts: list[int]
+    columns: list[str]
+    counts: tuple[int, ...]
+    named: tuple[int, ...]
 
 
 def pictures_and_attributes(rows: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -103,45 +110,57 @@ def examples(split: str, config: Source) -> Data:
 
 
 def prepare(config: Source) -> None:
-    """Decode the images, and print how many there are. Raises UserError as `training_data` does."""
-    counts = zip(SPLITS, map(len, _splits(config)), strict=True)
-    listed = ", ".join(f"{name} {n}" for name, n in counts)
-    print(f"CelebA in {config.data_dir}: {listed} images, decoded in {config.cache_dir}")
+    """Print how many images there are, and decode them. Raises UserError as `training_data` does."""
+    faces = find(config.data_dir, config.allow_missing)
+    shares = zip(SPLITS, faces.counts, faces.named, strict=True)
+    counts = ", ".join(f"{name} {n} of {named} images" for name, n, named in shares)
+    print(f"CelebA in {faces.source}: {counts}", flush=True)
+    _pictures(faces, config)
+    print(f"decoded in {config.cache_dir}")
 
 
 def _splits(config: Source) -> list[Data]:
     """Return the data of each of `SPLITS`: slices of one file of all decoded pictures."""
     faces = find(config.data_dir, config.allow_missing)
-    path = config.cache_dir / "celeba-64.pictures"
-    tensors = {
-        "image": decoded(faces.source, faces.entries, path, workers=config.workers),
-        "attrs": torch.from_numpy(faces.attributes),
-    }
-    whole = Data(tensors=tensors, transform=pictures_and_attributes)
+    image = _pictures(faces, config)
+    attributes = faces.attributes[:, [faces.columns.index(name) for name in ATTRIBUTES]]
+    attrs = torch.from_numpy((attributes == 1).astype(np.uint8))
+    whole = Data(tensors={"image": image, "attrs": attrs}, transform=pictures_and_attributes)
     ends = np.cumsum(faces.counts).tolist()
     return [whole[end - n : end] for n, end in zip(faces.counts, ends, strict=True)]
 
 
-def find(data_dir: Path, allow_missing: bool = False) -> Faces:
-    """Find CelebA in `data_dir` and read its lists. An image 000001.jpg of the lists may be 000001.png.
+def _pictures(faces: Faces, config: Source) -> Tensor:
+    return decoded(faces.source, faces.entries, config.cache_dir / "celeba-64.pictures", workers=config.workers)
 
-    Missing images are counted in a warning. Raises UserError if a list is missing or damaged, or images are missing
-    without `allow_missing`.
+
+def find(data_dir: Path, allow_missing: bool = False) -> Faces:
+    """Find CelebA in `data_dir`, in the official download's layout, torchvision's or Kaggle's, and read its lists.
+
+    An image 000001.jpg of the lists may be 000001.png. Missing images are counted in a warning.
+
+    Raises UserError if a list is missing or damaged, or images are missing without `allow_missing`.
     """
     source, attribute_list, partition_list = locate(data_dir)
-    names, attributes = read_attributes(attribute_list)
-    others, partition = read_partition(partition_list)
-    if names != others:
-        raise UserError(f"{attribute_list} and {partition_list} must name the same images in the same order")
+    names, columns, attributes = read_attributes(attribute_list)
+    partition_names, partition = read_partition(partition_list)
+    for row, (name, other) in enumerate(zip_longest(names, partition_names, fillvalue="no more"), 1):
+        if name != other:
+            lists = f"{partition_list} and {attribute_list}"
+            raise UserError(
+                f"{lists} must name the same images in one order; in row {row} they name {other} and {name}"
+            )
     files = listing(source)
     found = [files.get(name) or files.get(f"{Path(name).stem}.png") for name in names]
     here = np.array([entry is not None for entry in found])
-    counts = np.bincount(partition[here], minlength=len(SPLITS)).tolist()
+    named, counts = (tuple(np.bincount(some, minlength=3).tolist()) for some in (partition, partition[here]))
     n_missing = len(names) - sum(counts)
     missing = f"{n_missing} of the {len(names)} images in {attribute_list} are not in {source}"
-    if not all(counts):
+    if not any(counts):
+        raise UserError(f"{missing}: it has {', '.join(sorted(files)[:2])} and others, but not {names[0]}")
+    if min(counts) < (FEWEST if n_missing else 1):
         left = ", ".join(f"{n} for {split}" for split, n in zip(SPLITS, counts, strict=True))
-        raise UserError(f"every split needs images, found {left}: {missing}")
+        raise UserError(f"{missing}; too few are left: {left}" if n_missing else f"{partition_list} has {left}")
     if n_missing and not allow_missing:
         raise UserError(f"{missing}: pass --allow-missing to use the rest")
     if n_missing:
@@ -149,20 +168,30 @@ def find(data_dir: Path, allow_missing: bool = False) -> Faces:
     rows = here.nonzero()[0]
     rows = rows[partition[rows].argsort(kind="stable")]
     entries = [entry for row in rows if (entry := found[row])]
-    return Faces(source, entries, attributes[rows], counts)
+    return Faces(source, entries, attributes[rows], columns, counts, named)
 
 
 def locate(data_dir: Path) -> tuple[Path, Path, Path]:
     """Return the images (a folder or zip), the list of attributes and the list of the partition.
 
-    Raises UserError if one is missing.
+    The folder that has the most of them is preferred; the rest may be in another. Raises UserError if one is missing.
     """
-    wanted = (IMAGES, ATTRIBUTE_LIST, PARTITION_LIST)
-    paths = [[data_dir / folder / name for folder in FOLDERS for name in names] for names in wanted]
-    images, attributes, partition = found = [next(filter(Path.exists, some), None) for some in paths]
+    wanted = ("img_align_celeba/ or img_align_celeba.zip", ATTRIBUTE_LIST[0], PARTITION_LIST[0])
+    by_folder: list[list[Path | None]] = []
+    for folder in FOLDERS:
+        candidates = [
+            [data_dir / folder / name for name in names] for names in (IMAGES, ATTRIBUTE_LIST, PARTITION_LIST)
+        ]
+        by_folder.append([next(filter(_exists, paths), None) for paths in candidates])
+    by_folder.sort(key=lambda paths: paths.count(None))
+    best = [next((path for path in paths if path), None) for paths in zip(*by_folder, strict=True)]
+    images, attributes, partition = best
     if images and attributes and partition:
         return images, attributes, partition
-    missing = " and ".join(names[0] for names, path in zip(wanted, found, strict=True) if not path)
+    empty = [data_dir / folder / name for folder in FOLDERS for name in IMAGES if (data_dir / folder / name).is_dir()]
+    if empty and not images:
+        raise UserError(f"{empty[0]} has no pictures (.jpg or .png): unpack img_align_celeba.zip, or put it next to it")
+    missing = " and ".join(name for name, path in zip(wanted, best, strict=True) if path is None)
     raise UserError(
         f"CelebA in {data_dir} lacks {missing}: download Align&Cropped Images, Anno and Eval from "
         "mmlab.ie.cuhk.edu.hk/projects/CelebA.html and put img_align_celeba/ or its zip, list_attr_celeba.txt and "
@@ -170,45 +199,79 @@ def locate(data_dir: Path) -> tuple[Path, Path, Path]:
     )
 
 
-def read_attributes(path: Path) -> tuple[list[str], np.ndarray]:
-    """Read list_attr_celeba.txt: the images' names, and their `ATTRIBUTES`, (N, 18) uint8 of 0 and 1.
+def _exists(path: Path) -> bool:
+    """Return whether this is a file, or a folder with pictures."""
+    try:
+        if path.is_dir():
+            with os.scandir(path) as files:
+                return any(file.name.lower().endswith((".jpg", ".png")) for file in files)
+        return path.is_file()
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror or error}") from None
+
+
+def read_attributes(path: Path) -> tuple[list[str], list[str], np.ndarray]:
+    """Read list_attr_celeba.txt: the images' names, the columns' names, and (N, columns) int8 of 1 and -1.
 
     Its first line is the number of rows, its second names the columns. Kaggle's list_attr_celeba.csv begins with the
-    columns, after `image_id`. Raises UserError if it is damaged.
+    columns, after `image_id`. Raises UserError, naming file and line.
     """
-    lines = _lines(path)
-    n_header = 1 if path.suffix == ".csv" else 2
-    columns = [name for line in lines[n_header - 1 : n_header] for name in line.split() if name != "image_id"]
-    if absent := [name for name in ATTRIBUTES if name not in columns]:
-        raise UserError(f"{path}: line {n_header} must name the columns, but lacks {', '.join(absent)}")
-    names, values = _table(path, lines[n_header:], len(columns), (-1, 1))
-    return names, (values[:, [columns.index(name) for name in ATTRIBUTES]] == 1).astype(np.uint8)
+    content, is_csv = _read(path)
+    number, _, rest = content.partition(b"\n")
+    header, _, rows = content.partition(b"\n") if is_csv else rest.partition(b"\n")
+    columns = header.decode(errors="replace").split()[int(is_csv) :]
+    first = 2 if is_csv else 3
+    for name in ATTRIBUTES:
+        if columns.count(name) != 1:
+            raise UserError(f"{path}, line {first - 1}: the header must name the column {name} once")
+    names, values = _table(path, rows, first, len(columns), (-1, 1))
+    if not is_csv and number.strip() != str(len(names)).encode():
+        found = number[:40].decode(errors="replace").strip()
+        raise UserError(f"{path}, line 1: expected the row count, {len(names)}, found '{found}'")
+    return names, columns, values
 
 
 def read_partition(path: Path) -> tuple[list[str], np.ndarray]:
     """Read list_eval_partition.txt: the images' names and (N,) int8 of 0, 1 and 2, as in `SPLITS`.
 
-    Kaggle's list_eval_partition.csv has a header. Raises UserError if it is damaged.
+    Kaggle's list_eval_partition.csv has a header. Raises UserError, naming file and line.
     """
-    lines = _lines(path)
-    names, values = _table(path, lines[1:] if path.suffix == ".csv" else lines, 1, range(len(SPLITS)))
+    content, is_csv = _read(path)
+    names, values = _table(path, content.partition(b"\n")[2] if is_csv else content, 1 + is_csv, 1, (0, 1, 2))
     return names, values[:, 0]
 
 
-def _lines(path: Path) -> list[str]:
-    """Return a list's lines, words separated by spaces."""
-    return path.read_text(encoding="utf-8-sig", errors="replace").replace(",", " ").splitlines()
-
-
-def _table(path: Path, lines: Sequence[str], n_columns: int, allowed: Sequence[int]) -> tuple[list[str], np.ndarray]:
-    """Parse lines `NAME VALUE ...` as names (N) and values (N, n_columns) int8."""
-    if not lines:
-        raise UserError(f"{path} names no images")
+def _read(path: Path) -> tuple[bytes, bool]:
+    """Return a list's lines of words separated by spaces, without a byte-order mark, and whether it is a CSV file."""
     try:
-        rows = np.loadtxt(lines, [("name", "U64"), ("values", np.int8, (n_columns,))], comments=None, ndmin=1)
-    except ValueError as error:
-        raise UserError(f"{path}: {str(error).partition(';')[0]}") from None
-    names, values = rows["name"].tolist(), rows["values"]
-    if wrong := np.flatnonzero(~np.isin(values, allowed).all(axis=1)).tolist():
-        raise UserError(f"{path}: values must be {' or '.join(map(str, allowed))}, unlike those of {names[wrong[0]]}")
-    return names, values
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror or error}") from None
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        content = content.decode("utf-16", errors="replace").encode()
+    content = content.removeprefix(codecs.BOM_UTF8)
+    is_csv = b"," in content.partition(b"\n")[0]
+    return content.replace(b",", b" ") if is_csv else content, is_csv
+
+
+def _table(
+    path: Path, content: bytes, first: int, n_columns: int, allowed: Sequence[int]
+) -> tuple[list[str], np.ndarray]:
+    """Parse lines `NAME VALUE ...`, counted from `first`, as names (N) and values (N, n_columns) int8."""
+    codes = {str(value).encode(): value for value in allowed}
+    rows: dict[str, int] = {}
+    values = array.array("b")  # CelebA's list of attributes has eight million
+    for number, line in enumerate(content.rstrip().split(b"\n"), first):
+        words = line.split()
+        if len(words) != n_columns + 1:
+            expected = f"expected a name and {n_columns} values, found {len(words)} words"
+            raise UserError(f"{path}, line {number}: {expected}")
+        name = words[0].decode(errors="replace")
+        if rows.setdefault(name, number) != number:
+            raise UserError(f"{path}, line {number}: {name} is named a second time")
+        try:
+            values.extend(map(codes.__getitem__, words[1:]))
+        except KeyError as error:
+            word, expected = error.args[0].decode(errors="replace"), " or ".join(map(str, allowed))
+            raise UserError(f"{path}, line {number} ({name}): expected {expected}, found '{word}'") from None
+    return list(rows), np.array(values).reshape(-1, n_columns)

@@ -14,7 +14,6 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import UsageError
 from ..experts import draw
 from ..files import write_atomically
 from ..model import MVAE, Batch, evaluating
@@ -22,6 +21,8 @@ from ..model import MVAE, Batch, evaluating
 COLUMNS = 8
 PADDING = 2  # pixels between pictures
 LINE = 12  # pixels per line of text
+FONT: Any = ImageFont.load_default(10)
+VIEWABLE = 80_000_000  # pixels of a file that picture viewers accept
 
 
 def save_grid(path: Path, images: Tensor, columns: int = COLUMNS) -> None:
@@ -90,74 +91,49 @@ def png(pixels: np.ndarray, about: Mapping[str, Any] | None = None) -> bytes:
     info = PngInfo()
     if about is not None:
         info.add_text("mvae", json.dumps(about))
-    image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=info, optimize=True)
+    _image(pixels).save(buffer, format="PNG", pnginfo=info, optimize=True)
     return buffer.getvalue()
 
 
-class Sheet:
-    """A black canvas of rows x columns square cells, with text to the left of rows and above columns, if there is any.
+def sheet(
+    captions: Sequence[str],
+    left: Sequence[Sequence[np.ndarray | None]],
+    lines: Sequence[Sequence[Any]],
+    headings: Sequence[str] = (),
+) -> np.ndarray:
+    """Arrange pictures, uint8 (size, size, 1 or 3), on a black canvas (height, width, 3): a group for each caption.
 
-    Long text is broken into lines. The canvas, uint8, is all the memory that a sheet takes.
-
-    Args:
-        size: the cells' side in pixels.
-        captions: by a row's number, the text to its left and the number of rows that it is for.
-        headings: the text above each column.
-
-    Raises UsageError for a canvas that is larger than picture viewers accept.
+    A group has its caption at the left, broken into lines, and its `lines` of pictures at the right. Between them are
+    the pictures `left`, in its first line; None leaves a gap. `headings` are the text above each column.
     """
-
-    def __init__(
-        self,
-        rows: int,
-        columns: int,
-        size: int,
-        *,
-        captions: Mapping[int, tuple[str, int]] | None = None,
-        headings: Sequence[str] = (),
-    ):
-        self.cell = size + PADDING
-        texts = {row: _broken(text, n * self.cell - PADDING) for row, (text, n) in (captions or {}).items()}
-        self.left = max((_width(text) + 2 * PADDING for text in texts.values() if text), default=0)
-        self.top = LINE * max((text.count("\n") + 1 for text in headings), default=0)
-        height, width = self.top + rows * self.cell + PADDING, self.left + columns * self.cell + PADDING
-        if height * width > (Image.MAX_IMAGE_PIXELS or height * width):
-            raise UsageError(
-                f"a grid of {width}x{height} pixels is too large to view: use a smaller --n-samples, or --save images"
-            )
-        canvas = Image.new("RGB", (width, height))
-        pen = ImageDraw.Draw(canvas)
-        for row, text in texts.items():
-            pen.multiline_text((PADDING, self._y(row)), text, font=_font(), spacing=0)
-        for column, text in enumerate(headings):
-            pen.multiline_text((self._x(column), 0), text, font=_font(), spacing=0)
-        self.pixels = np.array(canvas)
-
-    def _x(self, column: int) -> int:
-        return self.left + PADDING + column * self.cell
-
-    def _y(self, row: int) -> int:
-        return self.top + PADDING + row * self.cell
-
-    def put(self, row: int, column: int, image: Tensor) -> None:
-        """Draw a picture (channels, height, width) in [0, 1], no larger than a cell, into its cell."""
-        pixels = as_bytes(image)
-        top, left = self._y(row), self._x(column)
-        self.pixels[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
-
-    def save(self, path: Path, about: Mapping[str, Any] | None = None) -> None:
-        """Write a PNG file; see `png`. Raises UserError if it can't be written."""
-        write_atomically(path, png(self.pixels, about))
+    every = [picture for group in (*lines, left) for line in group for picture in line if picture is not None]
+    cell = max(map(len, every)) + PADDING
+    texts = [_broken(text, len(group) * cell - PADDING) for text, group in zip(captions, lines, strict=True)]
+    indent = PADDING + max((_width(text) + 2 * PADDING for text in texts if text), default=0)
+    margin = max(map(len, left))
+    top = PADDING + LINE * max((text.count("\n") + 1 for text in headings), default=0)
+    n_columns = margin + max(len(line) for group in lines for line in group)
+    canvas = Image.new("RGB", (indent + n_columns * cell, top + sum(map(len, lines)) * cell))
+    pen = ImageDraw.Draw(canvas)
+    for column, text in enumerate(headings):
+        pen.multiline_text((indent + column * cell, 0), text, font=FONT, spacing=0)
+    for text, beside, group in zip(texts, left, lines, strict=True):
+        pen.multiline_text((PADDING, top), text, font=FONT, spacing=0)
+        for i, line in enumerate(group):
+            for column, picture in [*enumerate(beside if i == 0 else ()), *enumerate(line, margin)]:
+                if picture is not None:
+                    canvas.paste(_image(picture), (indent + column * cell, top))
+            top += cell
+    return np.array(canvas)
 
 
-def _font() -> Any:
-    return ImageFont.load_default(10)
+def _image(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
 
 def _width(text: str) -> int:
-    return int(max((_font().getlength(line) for line in text.split("\n")), default=0))
+    return int(max((FONT.getlength(line) for line in text.split("\n")), default=0))
 
 
 def _broken(text: str, height: int) -> str:

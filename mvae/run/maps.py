@@ -1,6 +1,6 @@
 """Maps of latents: projections to two dimensions, and their plots."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -10,40 +10,33 @@ from sklearn.manifold import TSNE
 
 from ..errors import UsageError
 
-Projection = Callable[[np.ndarray, int], np.ndarray]
-"""From points (n, latents) and a seed to points (n, 2)."""
-
 _PAIRS = matplotlib.color_sequences["tab20"]  # dark, light, dark, ...
 COLOURS = [matplotlib.colors.to_hex(colour) for colour in _PAIRS[::2] + _PAIRS[1::2]]
 
 
-def projection(method: str) -> Projection:
-    """Return the projection "pca", "tsne" or "umap". Raises UsageError if umap-learn isn't installed."""
+def project(points: np.ndarray, method: str, seed: int) -> np.ndarray:
+    """Project points (n, latents) to (n, 2) by "pca", "tsne" or "umap". Raises UsageError if that isn't possible."""
     if method == "umap":
         try:
             from umap import UMAP
         except ImportError:
             raise UsageError("--map umap needs umap-learn: pip install umap-learn") from None
-        return lambda points, seed: UMAP(random_state=seed % 2**32).fit_transform(points)
-    return {"pca": pca, "tsne": tsne}[method]
+        return UMAP(random_state=seed % 2**32).fit_transform(points)
+    if method == "pca":
+        return pca(points)
+    if len(points) < 4 or points.shape[1] < 2:
+        raise UsageError(f"--map tsne needs at least 4 points and 2 latents, got {len(points)} and {points.shape[1]}")
+    return TSNE(random_state=seed % 2**32, perplexity=min(30, (len(points) - 1) / 3)).fit_transform(points)
 
 
-def pca(points: np.ndarray, seed: int = 0) -> np.ndarray:
+def pca(points: np.ndarray) -> np.ndarray:
     """Project points (n, latents) on their first two principal components; a component that doesn't exist is 0.
 
-    Each axis points to where its largest weight is positive, so that maps of similar points look alike. Nothing is
-    random.
+    Each axis points to where its largest weight is positive, so that maps of similar points look alike.
     """
     n = min(2, points.shape[1], len(points) - 1)
     found = PCA(n).fit_transform(points) if n else points[:, :0]
     return np.pad(found, [(0, 0), (0, 2 - n)])
-
-
-def tsne(points: np.ndarray, seed: int) -> np.ndarray:
-    """Project points (n, latents) by t-SNE. Raises UsageError for fewer than 4 points or 2 latents."""
-    if len(points) < 4 or points.shape[1] < 2:
-        raise UsageError(f"--map tsne needs at least 4 points and 2 latents, got {len(points)} and {points.shape[1]}")
-    return TSNE(random_state=seed % 2**32, perplexity=min(30, (len(points) - 1) / 3)).fit_transform(points)
 
 
 def figure(points: np.ndarray, classes: Sequence[int] | np.ndarray, names: Sequence[str], title: str) -> Figure:

@@ -4,16 +4,15 @@ An experiment names its controls, such as {"image": Picture("L", 28, dark=True),
 a modality, or several behind one name. `sample.py` takes conditions on them and `mvae.tools.explore` shows them.
 """
 
-import collections
 import difflib
+import itertools
 import logging
 import math
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +25,21 @@ from ..errors import UsageError, UserError
 log = logging.getLogger(__name__)
 
 
-class Kind(ABC):
-    """The kind of a control. Its values have the type that `values` returns: an int, a str, a dict, a Path.
+class Value(NamedTuple):
+    """A value that a user gives.
+
+    said: the value in a few words.
+    x: the value as a batch of one example, (1, *event); NaN for an attribute that it doesn't name.
+    of: control that has this value in a random held-out example, which is what is given; "" to give x itself.
+    """
+
+    said: str
+    x: Tensor
+    of: str = ""
+
+
+class Kind:
+    """The kind of a control.
 
     names: of its classes or entries, if they have names.
     size: side in pixels of the square that a value is drawn in; 0 if it is only written as text. Values that are drawn
@@ -41,58 +53,33 @@ class Kind(ABC):
         """Return the modalities of the control `name`."""
         return (name,)
 
-    @abstractmethod
-    def values(self, words: str) -> list[Any]:
+    def values(self, words: str) -> list[Value]:
         """Parse an argument, which may give several values. Raises UsageError."""
+        raise NotImplementedError
 
-    def read(self, path: Path) -> list[Any]:
+    def read(self, path: Path) -> list[Value]:
         """Return the values in a file. Raises UserError."""
         raise NotImplementedError
 
-    @abstractmethod
-    def say(self, value: Any) -> str:
-        """Describe a value in a few words."""
-
-    @abstractmethod
-    def tensor(self, value: Any) -> Tensor:
-        """Return a value as a batch of one example, (1, *event)."""
-
-    def batch(self, name: str, value: Any) -> dict[str, Tensor]:
-        """Return a value as a batch of one example, by modality."""
-        return {name: self.tensor(value)}
+    def batch(self, name: str, x: Tensor) -> dict[str, Tensor]:
+        """Return a value's `x` by modality."""
+        return {name: x}
 
     def join(self, batch: Mapping[str, Tensor], name: str) -> Tensor:
         """Return the control's part of a batch as one tensor (n, *event)."""
         return batch[name]
 
-    def likeliest(self, mean: Tensor) -> Tensor:
-        """Return the most probable values (n, *event), from the means that `MVAE.mean` returns."""
-        return mean
-
     def lines(self, x: Tensor) -> list[str]:
-        """Write each of n values as a line of text."""
+        """Write n values as a line of text each; of means, as `MVAE.mean` returns them, the most probable values."""
         raise NotImplementedError
 
     def pictures(self, x: Tensor) -> Tensor:
         """Draw n values as pictures (n, channels, size, size) in [0, 1]."""
         raise NotImplementedError
 
-    def where(self, stored: Tensor, value: Any) -> Tensor:
-        """Return which of N stored examples have this value, bool (N,)."""
-        return (stored == self.tensor(value)).view(len(stored), -1).all(dim=1)
-
     def colours(self, name: str, x: Tensor) -> dict[str, tuple[Tensor, Sequence[str]]]:
         """Return what n values can be coloured by in a plot: classes (n,) and the classes' names, by name."""
         return {name: (x, self.names)} if self.names else {}
-
-    def probabilities(self, mean: Tensor) -> list[tuple[str, float]]:
-        """Return values as text with their probabilities over n draws of z: those of names, or of frequent values."""
-        if self.size:
-            return []
-        if self.names:
-            return list(zip(self.names, mean.mean(dim=0).tolist(), strict=True))
-        counts = collections.Counter(self.lines(self.likeliest(mean)))
-        return [(words, count / len(mean)) for words, count in counts.most_common(10)]
 
 
 Controls = Mapping[str, Kind]
@@ -100,7 +87,7 @@ Controls = Mapping[str, Kind]
 
 @dataclass(frozen=True)
 class Picture(Kind):
-    """A square picture. Its values are files.
+    """A square picture, given as a file.
 
     dark: the data have a dark background, so a file with a light one is inverted.
     pen: the width in pixels of the explorer's pen, which draws light on dark; 0: no drawing board.
@@ -111,17 +98,11 @@ class Picture(Kind):
     dark: bool = False
     pen: float = 0
 
-    def values(self, words: str) -> list[Path]:
+    def values(self, words: str) -> list[Value]:
         raise UsageError(f"no such file: {words!r}")
 
-    def read(self, path: Path) -> list[Path]:
-        return [path]
-
-    def say(self, value: Path) -> str:
-        return value.name
-
-    def tensor(self, value: Path) -> Tensor:
-        return self.on_dark(load_picture(value, self.mode, self.size), str(value))
+    def read(self, path: Path) -> list[Value]:
+        return [Value(path.name, self.on_dark(load_picture(path, self.mode, self.size), str(path)))]
 
     def on_dark(self, picture: Tensor, name: str) -> Tensor:
         """Invert the picture (1, channels, size, size) and log it, if `dark` is set and its border is light."""
@@ -138,38 +119,30 @@ class Picture(Kind):
 
 @dataclass(frozen=True)
 class Label(Kind):
-    """One of several classes. Its values are class numbers."""
+    """One of several classes."""
 
     names: Sequence[str]
 
-    def values(self, words: str) -> list[int]:
+    def values(self, words: str) -> list[Value]:
         """Parse classes separated by commas, each a number or a name in any case."""
-        return [self._number(word.strip()) for word in words.split(",")]
-
-    def _number(self, word: str) -> int:
-        known = {name.casefold(): number for number, name in enumerate(self.names)}
-        known |= {str(number): number for number in range(len(self.names))}
-        if word.casefold() not in known:
-            allowed = ", ".join(name if name == str(i) else f"{i} {name}" for i, name in enumerate(self.names))
-            raise UsageError(f"unknown class {word!r}; expected one of {allowed}")
-        return known[word.casefold()]
-
-    def say(self, value: int) -> str:
-        return self.names[value]
-
-    def tensor(self, value: int) -> Tensor:
-        return torch.tensor([value])
-
-    def likeliest(self, mean: Tensor) -> Tensor:
-        return mean.argmax(dim=1)
+        known = {name.casefold(): i for i, name in enumerate(self.names)}
+        known |= {str(i): i for i in range(len(self.names))}
+        found = []
+        for word in map(str.strip, words.split(",")):
+            if word.casefold() not in known:
+                allowed = ", ".join(name if name == str(i) else f"{i} {name}" for i, name in enumerate(self.names))
+                raise UsageError(f"unknown class {word!r}; expected one of {allowed}")
+            i = known[word.casefold()]
+            found.append(Value(self.names[i], torch.tensor([i])))
+        return found
 
     def lines(self, x: Tensor) -> list[str]:
-        return [self.names[number] for number in x.tolist()]
+        return [self.names[i] for i in (x.argmax(dim=1) if x.dim() == 2 else x).tolist()]
 
 
 @dataclass(frozen=True)
 class Attributes(Kind):
-    """Binary attributes. A value says of some of them whether they are present.
+    """Binary attributes. A value names some of them, as present or absent.
 
     separate: each attribute is a modality, and those that a value doesn't name are inferred. Otherwise the attributes
         are one vector, and those that a value doesn't name are absent.
@@ -181,47 +154,31 @@ class Attributes(Kind):
     def modalities(self, name: str) -> tuple[str, ...]:
         return tuple(self.names) if self.separate else (name,)
 
-    def values(self, words: str) -> list[dict[str, bool]]:
+    def values(self, words: str) -> list[Value]:
         """Parse one value such as `Male,Eyeglasses,-Smiling`: attributes in any case, absent ones with a minus."""
         known = {name.casefold(): name for name in self.names}
         given: dict[str, bool] = {}
-        for word in words.split(","):
-            name = word.strip().removeprefix("-")
+        for word in map(str.strip, words.split(",")):
+            name, present = word.removeprefix("-"), not word.startswith("-")
             if name.casefold() not in known:
                 nearest = known[difflib.get_close_matches(name.casefold(), known, n=1, cutoff=0)[0]]
                 raise UsageError(f"unknown attribute {name!r}; did you mean {nearest}, of {', '.join(self.names)}?")
-            present = not word.strip().startswith("-")
             if given.setdefault(known[name.casefold()], present) != present:
                 raise UsageError(f"{words!r} has {name} both present and absent")
-        return [given]
+        said = [name for name in self.names if given.get(name)]
+        said += [f"-{name}" for name in self.names if given.get(name) is False]
+        return [Value(", ".join(said), torch.tensor([[float(given.get(name, math.nan)) for name in self.names]]))]
 
-    def say(self, value: Mapping[str, bool]) -> str:
-        """List the attributes, absent ones with a minus; of a complete vector, those that are present."""
-        present = [name for name in self.names if value.get(name)]
-        absent = [f"-{name}" for name in self.names if value.get(name) is False]
-        complete = not self.separate and len(value) == len(self.names)
-        return ", ".join(present if complete else present + absent) or "none of them"
-
-    def tensor(self, value: Mapping[str, bool]) -> Tensor:
-        return torch.tensor([[float(value.get(name, False)) for name in self.names]])
-
-    def batch(self, name: str, value: Mapping[str, bool]) -> dict[str, Tensor]:
+    def batch(self, name: str, x: Tensor) -> dict[str, Tensor]:
         if not self.separate:
-            return super().batch(name, value)
-        return {attribute: torch.tensor([float(present)]) for attribute, present in value.items()}
+            return {name: x.nan_to_num()}
+        return {one: here for one, here in zip(self.names, x.unbind(dim=1), strict=True) if not here.isnan()}
 
     def join(self, batch: Mapping[str, Tensor], name: str) -> Tensor:
         return torch.stack([batch[one] for one in self.names], dim=1) if self.separate else batch[name]
 
-    def likeliest(self, mean: Tensor) -> Tensor:
-        return (mean > 0.5).float()
-
     def lines(self, x: Tensor) -> list[str]:
-        return [" ".join(name for name, here in zip(self.names, row, strict=True) if here) for row in x.tolist()]
-
-    def where(self, stored: Tensor, value: Mapping[str, bool]) -> Tensor:
-        columns = [self.names.index(name) for name in value]
-        return (stored[:, columns] == torch.tensor([*value.values()])).all(dim=1)
+        return [" ".join(itertools.compress(self.names, row)) for row in (x > 0.5).tolist()]
 
     def colours(self, name: str, x: Tensor) -> dict[str, tuple[Tensor, Sequence[str]]]:
         """Each attribute, beginning with the one that most nearly half of the examples have."""
@@ -231,7 +188,7 @@ class Attributes(Kind):
 
 @dataclass(frozen=True)
 class Vector(Kind):
-    """A vector or a curve of `length` numbers, drawn as a curve between `low` and `high`. Its values are lists."""
+    """A vector or a curve of `length` numbers, drawn as a curve between `low` and `high`."""
 
     length: int
     low: float = -3
@@ -239,31 +196,29 @@ class Vector(Kind):
 
     size = 64
 
-    def values(self, words: str) -> list[list[float]]:
+    def values(self, words: str) -> list[Value]:
         try:
-            return self._checked([[float(word) for word in words.split(",")]], words)
+            row = [float(word) for word in words.split(",")]
         except ValueError:
             raise UsageError(f"{words!r} must be a file, or numbers separated by commas") from None
+        return self._checked(torch.tensor([row]), words)
 
-    def read(self, path: Path) -> list[list[float]]:
+    def read(self, path: Path) -> list[Value]:
         """Read a .npy file, or a text file of numbers separated by commas: a value, or one in each row."""
         try:
             rows = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, delimiter=",")
-            return self._checked(np.atleast_2d(np.asarray(rows, dtype=float)).tolist(), str(path))
+            found = torch.from_numpy(np.atleast_2d(rows).astype(np.float32))
         except (OSError, ValueError, TypeError, EOFError):
             raise UserError(f"can't read {path}: expected a .npy file, or numbers separated by commas") from None
+        return self._checked(found, str(path))
 
-    def _checked(self, rows: list[list[float]], source: str) -> list[list[float]]:
-        for row in rows:
-            if len(row) != self.length or not all(map(math.isfinite, row)):
-                raise UsageError(f"{source} must be {self.length} finite numbers, got {len(row)} values")
-        return rows
-
-    def say(self, value: Sequence[float]) -> str:
-        return ", ".join([*(f"{number:.3g}" for number in value[:3]), *["..."] * (len(value) > 3)])
-
-    def tensor(self, value: Sequence[float]) -> Tensor:
-        return torch.tensor([value])
+    def _checked(self, rows: Tensor, source: str) -> list[Value]:
+        if rows.shape[1:] != (self.length,) or not rows.isfinite().all():
+            raise UsageError(f"{source} must be {self.length} finite numbers, got {rows.shape[-1]} values")
+        more = ", ..." if self.length > 3 else ""
+        return [
+            Value(", ".join(f"{number:.3g}" for number in row[0, :3].tolist()) + more, row) for row in rows.split(1)
+        ]
 
     def lines(self, x: Tensor) -> list[str]:
         return [",".join(f"{number:.6g}" for number in row) for row in x.tolist()]
@@ -277,19 +232,12 @@ class Vector(Kind):
         return ((low <= rows) & (rows <= high)).float()
 
 
-class HeldOut(NamedTuple):
-    """A condition's value: a random held-out example for which the control `name` has this `value`."""
-
-    name: str
-    value: Any
-
-
 def described_by(controls: Controls) -> str | None:
     """Return the control that describes what a picture shows: the first that isn't drawn, or None."""
     return next((name for name, kind in controls.items() if not kind.size), None)
 
 
-def parse(controls: Controls, name: str, words: str) -> list[Any]:
+def parse(controls: Controls, name: str, words: str) -> list[Value]:
     """Parse the values of the control `name`. A picture may be a file, or a held-out one by what it shows.
 
     Raises UsageError or, for a file that can't be read, UserError.
@@ -300,12 +248,12 @@ def parse(controls: Controls, name: str, words: str) -> list[Any]:
     if not isinstance(kind, Picture) or label is None:
         return kind.values(words)
     try:
-        return [HeldOut(label, value) for value in controls[label].values(words)]
+        return [value._replace(of=label) for value in controls[label].values(words)]
     except UsageError as error:
         raise UsageError(f"no such file: {words!r}, and {error}") from None
 
 
-def endpoint(controls: Controls, words: str) -> tuple[str, Any]:
+def endpoint(controls: Controls, words: str) -> tuple[str, Value]:
     """Parse `NAME=VALUE` as a control's name and its value.
 
     Without a name, a file belongs to the first control, and other words to the control that describes a picture. Raises
@@ -320,13 +268,6 @@ def endpoint(controls: Controls, words: str) -> tuple[str, Any]:
     if len(found) != 1:
         raise UsageError(f"{words!r} must be one condition, got {len(found)}")
     return name, found[0]
-
-
-def describe(controls: Controls, name: str, value: Any) -> str:
-    """Describe a value in a few words, beginning with its control's name."""
-    if isinstance(value, HeldOut):
-        return f"{name} of {value.name} {controls[value.name].say(value.value)}"
-    return f"{name} {controls[name].say(value)}"
 
 
 def _is_file(words: str) -> bool:

@@ -23,7 +23,7 @@ from ..files import whole
 from ..model import Batch
 from ..run import maps
 from ..run.checkpoint import load_model
-from .controls import Controls
+from .controls import Controls, Kind
 from .folder import Experiment, Tool, experiment
 
 BATCH = 500  # examples encoded together
@@ -61,54 +61,55 @@ def embed(config: Embedding, folder: Experiment) -> None:
         raise UsageError(f"given must be among {', '.join(controls)}, got {', '.join(unknown)}")
     if config.files and (len(given) > 1 or not controls[given[0]].size):
         raise UsageError("with files, given must be one control that files can hold, such as a picture")
-    project = maps.projection(config.map)
     device = config.device()
     model, trained = load_model(config.model_path, folder.name, folder.build_model, device)
-    batches: Iterator[Batch]
+    batches: Iterator[tuple[Batch, list[str]]]
     if config.files:
         files = [file for path in config.files for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
-        kind = controls[given[0]]
-        examples = [(file, value) for file in files for value in kind.read(file)]
-        if not examples:
+        if not files:
             raise UserError(f"no files in {', '.join(map(str, config.files))}")
-        n, batches = len(examples), _read([value for _, value in examples], given[0], controls)
+        n, batches = len(files), _read(files, given[0], controls[given[0]])
     else:
         data = folder.examples(config.split, config, trained["settings"])[: config.limit].to(device)
-        n, batches = len(data), (data.batch(rows)[0] for rows in consecutive_rows(data, BATCH))
+        n, batches = len(data), ((data.batch(rows)[0], []) for rows in consecutive_rows(data, BATCH))
     conditioned = [name for one in given for name in controls[one].modalities(one)]
-    mu, logvar = np.empty((2, n, model.n_latents), np.float32)
-    parts: dict[str, list[Tensor]] = {name: [] for name, kind in controls.items() if not kind.size and not config.files}
-    starts = range(0, n, BATCH)
-    for start, batch in tqdm(zip(starts, batches, strict=True), total=len(starts), leave=False, disable=None):
-        posterior = model.posterior({name: batch[name].to(device) for name in conditioned})
-        for array, part in zip((mu, logvar), posterior, strict=True):
-            array[start : start + BATCH] = part.float().cpu()
-        for name, values in parts.items():
-            values.append(controls[name].join(batch, name).to("cpu", torch.uint8))
-    labels = {name: torch.cat(values) for name, values in parts.items()}
-    arrays = {"mu": mu, "logvar": logvar, "given": np.array(given), **{name: x.numpy() for name, x in labels.items()}}
-    arrays |= {f"{name}_names": np.array(controls[name].names) for name in labels if controls[name].names}
+    labelled = {name: kind for name, kind in controls.items() if not kind.size and not config.files}
+    found: dict[str, list[Tensor]] = {name: [] for name in ("mu", "logvar", *labelled)}
+    sources = []
+    for batch, some in tqdm(batches, total=-(-n // BATCH), leave=False, disable=None):
+        sources += some
+        mu, logvar = model.posterior({name: batch[name].to(device) for name in conditioned})
+        found["mu"].append(mu.float().cpu())
+        found["logvar"].append(logvar.float().cpu())
+        for name, kind in labelled.items():
+            found[name].append(kind.join(batch, name).to("cpu", torch.uint8))
+    arrays = {name: torch.cat(parts).numpy() for name, parts in found.items()}
+    arrays["given"] = np.array(given)
+    arrays |= {f"{name}_names": np.array(kind.names) for name, kind in labelled.items() if kind.names}
     if config.files:
-        arrays["file"] = np.array([str(file) for file, _ in examples])
+        arrays["file"] = np.array(sources)
+    n = len(arrays["mu"])
+    if config.plot:
+        rows = np.sort(np.random.default_rng(config.seed).permutation(n)[:MOST])
+        shown = {name: torch.from_numpy(arrays[name][rows]) for name in labelled}
+        by, classes, names = colours_of(shown, controls, config.colour_by, len(rows))
+        title = f"{config.map} of the means of q(z | {', '.join(given)}), {len(rows)} of {n}{by and ', by '}{by}"
+        points = maps.project(arrays["mu"][rows], config.map, config.seed)
+        with whole(config.plot) as file:
+            maps.figure(points, classes.numpy(), names, title).savefig(file, format="png")
+        print(f"wrote {config.plot}")
     with whole(config.out) as file, zipfile.ZipFile(file, "w") as archive:  # np.savez can't name an array "file"
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.save(member, array)
     print(f"wrote {config.out}: mu and logvar of q(z | {', '.join(given)}), {n} x {model.n_latents}")
-    if config.plot:
-        rows = np.sort(np.random.default_rng(config.seed).permutation(n)[:MOST])
-        shown = {name: x[rows] for name, x in labels.items()}
-        by, classes, names = colours_of(shown, controls, config.colour_by, len(rows))
-        title = f"{config.map} of the means of q(z | {', '.join(given)}), {len(rows)} of {n}{by and ', by '}{by}"
-        figure = maps.figure(project(mu[rows], config.seed), classes.numpy(), names, title)
-        with whole(config.plot) as file:
-            figure.savefig(file, format="png")
-        print(f"wrote {config.plot}")
 
 
-def _read(values: Sequence[object], name: str, controls: Controls) -> Iterator[Batch]:
-    for start in range(0, len(values), BATCH):
-        yield {name: torch.cat([controls[name].tensor(value) for value in values[start : start + BATCH]])}
+def _read(files: Sequence[Path], name: str, kind: Kind) -> Iterator[tuple[Batch, list[str]]]:
+    """Yield the values of `BATCH` files at a time as a batch, with the file of each."""
+    for start in range(0, len(files), BATCH):
+        values = [(value.x, str(file)) for file in files[start : start + BATCH] for value in kind.read(file)]
+        yield {name: torch.cat([x for x, _ in values])}, [file for _, file in values]
 
 
 def colours_of(
@@ -121,12 +122,10 @@ def colours_of(
     known: dict[str, tuple[Tensor, Sequence[str]]] = {}
     for name, x in values.items():
         known |= controls[name].colours(name, x)
-    if wanted not in known and wanted is not None:
+    if wanted is not None and wanted not in known:
         raise UsageError(f"colour_by must be one of {', '.join(known) or 'nothing here'}, got {wanted}")
-    if not known:
-        return "", torch.zeros(n, dtype=torch.long), []
-    by = wanted or next(iter(known))
-    return by, *known[by]
+    by = wanted or next(iter(known), "")
+    return by, *known.get(by, (torch.zeros(n, dtype=torch.long), []))
 
 
 def main() -> None:

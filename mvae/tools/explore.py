@@ -9,10 +9,10 @@ import logging
 import re
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +25,16 @@ from ..errors import UsageError, UserError
 from ..model import MVAE
 from ..run.checkpoint import load_model
 from ..run.device import Machine
-from ..run.grids import COLUMNS, Sheet, as_bytes, png
+from ..run.grids import COLUMNS, as_bytes, grid, png
 from ..run.maps import COLOURS
-from .beliefs import N_DRAWS, Beliefs, believe, strongest
+from .beliefs import N_DRAWS, bounds, probabilities, shares, strongest
 from .controls import Attributes, Controls, Kind, Label, Picture
 from .folder import Experiment, experiment
+from .sampling import Row, draw
 
 try:
-    from dash import Dash, Input, Output, State, ctx, dcc, html, no_update
+    from dash import Dash, Input, Output, ctx, dcc, html, no_update
+    from dash.exceptions import PreventUpdate
     from werkzeug.serving import make_server
 except ImportError:  # reported by main
     Dash = None  # type: ignore[assignment, misc]
@@ -40,7 +42,7 @@ except ImportError:  # reported by main
 # Safety: uploads are bounded in size, decoded as pictures and nothing else, and kept in the page. Nothing is written to
 # disk, no file that a visitor names is read, and the page loads nothing from other servers.
 UPLOAD = 8 * 2**20  # bytes of a file; a request may have one and a half times as many
-LOCAL = ["127.0.0.1", "localhost", "[::1]"]
+LOCAL = ["127.0.0.1", "localhost"]
 
 N_SLIDERS = 8
 BOARD = 280  # pixels, the drawing board's side
@@ -61,7 +63,7 @@ section { background: #fff; border: 1px solid #ddd; border-radius: 6px; padding:
 .switch .dash-options-list { display: flex; flex-direction: row; gap: 6px; }
 .slider { display: grid; grid-template-columns: 90px 1fr; align-items: center; }
 .bar { display: grid; grid-template-columns: 150px 1fr 50px; gap: 6px; align-items: center; }
-.bar i { display: block; height: 11px; background: #1f77b4; }
+.bar span { white-space: nowrap; } .bar i { display: inline-block; height: 11px; }
 .said { color: #555; } .wrong { color: #b00; } button { margin-right: 6px; }
 .key { display: inline-block; width: 10px; height: 10px; margin: 0 4px 0 10px; }
 @media (max-width: 1000px) { main { grid-template-columns: 1fr; } }
@@ -88,19 +90,17 @@ def explore(config: Exploring, folder: Experiment) -> None:
     """Serve the page until interrupted. Raises UserError if the model can't be loaded or the address can't be used."""
     model, trained = load_model(config.model_path, folder.name, folder.build_model, config.device())
     app = page(model, folder.controls, f"{folder.name}, epoch {trained.get('epoch', '?')}")
-    host = config.host
-    if host in ("127.0.0.1", "localhost", "::1"):  # a request that names this address differently is another site's
+    if config.host in LOCAL:  # a request that names this address differently is another site's
         app.server.config["TRUSTED_HOSTS"] = LOCAL
     try:
-        taken = socket.create_server((host, config.port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        taken = socket.create_server((config.host, config.port))
     except (OSError, UnicodeError) as error:  # UnicodeError for an invalid host name
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"can't serve on {host}, port {config.port} ({reason}): choose another --port") from None
+        raise UserError(f"can't serve on {config.host}, port {config.port}: {error}") from None
     with taken:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)  # below that it logs every request
         port = taken.getsockname()[1]
-        server = make_server(host, port, app.server, threaded=True, fd=taken.fileno())
-        print(f"open http://{f'[{host}]' if ':' in host else host}:{port}/ in a browser; Ctrl-C ends it", flush=True)
+        server = make_server(config.host, port, app.server, threaded=True, fd=taken.fileno())
+        print(f"open http://{config.host}:{port}/ in a browser; Ctrl-C ends it", flush=True)
         server.serve_forever()
 
 
@@ -109,51 +109,46 @@ def page(model: MVAE, controls: Controls, title: str) -> Dash:
     app = Dash("mvae", title=f"MVAE: {title}", update_title="", include_assets_files=False)
     app.index_string = app.index_string.replace("{%css%}", "{%css%}<style>" + STYLE + "</style>")
     app.server.config["MAX_CONTENT_LENGTH"] = UPLOAD * 3 // 2
-    sliders = strongest(model, controls, N_SLIDERS)
+    latents = strongest(model, controls, N_SLIDERS)
     widgets = {name: widget(name, kind) for name, kind in controls.items()}
-    app.layout = _layout(widgets, sliders, title)
-    lock = threading.Lock()  # the model computes for one request at a time
+    sections = [html.Section([html.H2(name), *parts]) for name, (parts, _) in widgets.items()]
+    columns = [html.Div(sections), html.Div(id="found"), html.Div(_sliders(latents))]
+    app.layout = html.Div([html.Header(html.H1(f"MVAE: {title}")), html.Main(columns)])
     for name, kind in controls.items():
         if isinstance(kind, Picture):
             _take_pictures(app, name, kind)
+    texts = {name: kind for name, kind in controls.items() if not kind.size}
+    device = next(model.parameters()).device
+    lock = threading.Lock()  # the model computes for one request at a time
     inputs = {
-        "given": {name: one.inputs for name, one in widgets.items()},
-        "shifts": [Input(f"z{latent}", "value") for latent in sliders],
+        "values": {name: some for name, (_, some) in widgets.items()},
+        "shifts": {str(latent): Input(f"z{latent}", "value") for latent in latents},
         "seed": Input("seed", "value"),
         "temperature": Input("temperature", "value"),
     }
 
     @app.callback(output=Output("found", "children"), inputs=inputs)
-    def _update(given: dict[str, Any], shifts: list[float], seed: int | None, temperature: float) -> list[Any]:
+    def _update(values: dict[str, Any], shifts: dict[str, float], seed: int | None, temperature: float) -> list[Any]:
+        batch: dict[str, Tensor] = {}
         try:
-            batch: dict[str, Tensor] = {}
-            for name, value in given.items():
-                batch |= widgets[name].batch(value)
-            with lock:
-                found = believe(
-                    model,
-                    controls,
-                    batch,
-                    n=COLUMNS,
-                    seed=abs(int(seed or 0)),
-                    temperature=max(float(temperature), 1e-3),
-                    shifts={latent: float(shift) for latent, shift in zip(sliders, shifts, strict=True)},
-                )
+            for name, kind in controls.items():
+                batch |= given(name, kind, values[name])
         except (UsageError, ValueError) as error:
             return [html.Section(str(error), className="wrong")]
-        return [_samples(found, controls), _expected(found), _experts(found, sliders), _bounds(found)]
+        batch = {name: batch[name].to(device) for name in model.modalities if name in batch}
+        seed, temperature = abs(int(seed or 0)), max(float(temperature), 1e-3)
+        with lock, torch.no_grad():
+            mu, logvar = model.posterior(batch)
+            shift = mu.new_tensor([float(shifts.get(str(latent), 0)) for latent in range(model.n_latents)])
+            row = Row("", batch, mu + shift, logvar)
+            samples = next(draw(model, controls, [row], n=COLUMNS, seed=seed, temperature=temperature))
+            means = next(draw(model, texts, [row._replace(mu=mu)], n=N_DRAWS, seed=seed))
+            parts = [_samples(samples, controls), _expected(means, controls)]
+            return [*parts, _experts(*shares(model, batch), latents), _bounds(model, batch, seed)]
 
-    @app.callback(
-        Output("seed", "value"), Input("resample", "n_clicks"), State("seed", "value"), prevent_initial_call=True
-    )
-    def _resample(_: int, seed: int | None) -> int:
-        return abs(int(seed or 0)) + 1
-
-    @app.callback(
-        *(Output(f"z{latent}", "value") for latent in sliders), Input("level", "n_clicks"), prevent_initial_call=True
-    )
+    @app.callback([Output(f"z{i}", "value") for i in latents], Input("level", "n_clicks"), prevent_initial_call=True)
     def _level(_: int) -> list[float]:
-        return [0.0] * len(sliders)
+        return [0.0] * len(latents)
 
     return app
 
@@ -161,19 +156,8 @@ def page(model: MVAE, controls: Controls, title: str) -> Dash:
 # Controls
 
 
-class Widget(NamedTuple):
-    """A control on the page: its parts, the inputs that its value is made of, and the batch that a value means.
-
-    The batch is empty if nothing is given; UsageError or ValueError is raised for an invalid value.
-    """
-
-    parts: list[Any]
-    inputs: Any
-    batch: Callable[[Any], dict[str, Tensor]]
-
-
-def widget(name: str, kind: Kind) -> Widget:
-    """Return the widget of a control."""
+def widget(name: str, kind: Kind) -> tuple[list[Any], Any]:
+    """Return a control's parts on the page, and the inputs whose value `given` reads."""
     if isinstance(kind, Picture):
         look: Any = {"config": {"displayModeBar": False}, "style": {"width": BOARD, "height": BOARD}}
         board = dcc.Graph(id=f"{name}-board", figure=_board(kind), **look)
@@ -184,13 +168,10 @@ def widget(name: str, kind: Kind) -> Widget:
             html.Div(id=f"{name}-said", className="said"),
             dcc.Store(id=f"{name}-picture"),
         ]
-        url = Input(f"{name}-picture", "data")
-        return Widget(parts, url, lambda url: {name: decoded(url, kind)} if url else {})
+        return parts, Input(f"{name}-picture", "data")
     if isinstance(kind, Label):
         options = [{"label": words, "value": i} for i, words in enumerate(kind.names)]
-        parts = [dcc.Dropdown(options, id=f"{name}-value", placeholder="not given")]
-        number = Input(f"{name}-value", "value")
-        return Widget(parts, number, lambda i: {} if i is None else kind.batch(name, kind.values(str(i))[0]))
+        return [dcc.Dropdown(options, id=f"{name}-value", placeholder="not given")], Input(f"{name}-value", "value")
     if isinstance(kind, Attributes):
         how = [{"label": words, "value": words} for words in ("present", "absent", "inferred")]
         parts = [
@@ -199,74 +180,77 @@ def widget(name: str, kind: Kind) -> Widget:
         ]
         if not kind.separate:
             parts.append(html.Div("one vector: once a switch is set, the others count as absent", className="said"))
-
-        def switched(values: dict[str, str]) -> dict[str, Tensor]:
-            set_ = {words: how == "present" for words, how in values.items() if how in ("present", "absent")}
-            return kind.batch(name, set_) if set_ else {}
-
-        return Widget(parts, {words: Input(f"{name}-{words}", "value") for words in kind.names}, switched)
+        return parts, {words: Input(f"{name}-{words}", "value") for words in kind.names}
     parts = [
         dcc.Checklist([{"label": "given", "value": "given"}], id=f"{name}-given"),
         dcc.Input(id=f"{name}-value", type="text", placeholder=name, debounce=True, value=""),
     ]
-    typed = {"given": Input(f"{name}-given", "value"), "value": Input(f"{name}-value", "value")}
-    return Widget(parts, typed, lambda x: kind.batch(name, kind.values(str(x["value"] or ""))[0]) if x["given"] else {})
+    return parts, {"given": Input(f"{name}-given", "value"), "text": Input(f"{name}-value", "value")}
 
 
-def _layout(widgets: dict[str, Widget], latents: Sequence[int], title: str) -> Any:
-    def slider(name: str, part: Any) -> Any:
+def given(name: str, kind: Kind, value: Any) -> dict[str, Tensor]:
+    """Return the batch that a widget's value means, empty if nothing is given.
+
+    Raises UsageError or ValueError for an invalid value.
+    """
+    if isinstance(kind, Picture):
+        return {name: decoded(value, kind)} if value else {}
+    if isinstance(kind, Label):
+        words = None if value is None else str(value)
+    elif isinstance(kind, Attributes):
+        signs = {"present": "", "absent": "-"}
+        words = ",".join(signs[how] + one for one, how in value.items() if how in signs) or None
+    else:
+        words = (value["text"] or "") if value["given"] else None
+    return {} if words is None else kind.batch(name, kind.values(words)[0].x)
+
+
+def _sliders(latents: Sequence[int]) -> list[Any]:
+    def labelled(name: str, part: Any) -> Any:
         return html.Div([name, part], className="slider")
 
-    seed = dcc.Input(id="seed", type="number", min=0, step=1, value=0)
-    temperature = dcc.Slider(0, 2, 0.05, value=1, marks=None, id="temperature")
     draws = [
         html.H2("Draws"),
-        slider("seed", seed),
-        slider("", html.Div(html.Button("resample", id="resample"))),
-        slider("temperature", temperature),
+        labelled("seed", dcc.Input(id="seed", type="number", min=0, step=1, value=0)),
+        labelled("temperature", dcc.Slider(0, 2, 0.05, value=1, marks=None, id="temperature")),
     ]
     shifts = [
         html.H2("Strongest latents"),
-        *(slider(f"z{i}", dcc.Slider(-3, 3, 0.1, value=0, marks=None, id=f"z{i}")) for i in latents),
+        *(labelled(f"z{i}", dcc.Slider(-3, 3, 0.1, value=0, marks=None, id=f"z{i}")) for i in latents),
         html.Button("all to 0", id="level"),
         html.Div("added to this latent of every sample", className="said"),
     ]
-    given = [html.Section([html.H2(name), *one.parts]) for name, one in widgets.items()]
-    columns = [html.Div(given), html.Div(id="found"), html.Div([html.Section(draws), html.Section(shifts)])]
-    return html.Div([html.Header(html.H1(f"MVAE: {title}")), html.Main(columns)])
+    return [html.Section(draws), html.Section(shifts)]
 
 
 def _take_pictures(app: Dash, name: str, kind: Picture) -> None:
     """Keep in the page, as the model sees it, the picture that was loaded or drawn last."""
-    outputs = [
-        Output(f"{name}-picture", "data"),
-        Output(f"{name}-said", "children"),
-        Output(f"{name}-file", "contents"),
-    ]
-    inputs = [Input(f"{name}-clear", "n_clicks"), Input(f"{name}-file", "contents")]
+    file, board = f"{name}-file", f"{name}-board"
+    outputs = [Output(f"{name}-picture", "data"), Output(f"{name}-said", "children"), Output(file, "contents")]
+    inputs = [Input(f"{name}-clear", "n_clicks"), Input(file, "contents")]
     if kind.pen:
-        outputs.append(Output(f"{name}-board", "figure"))
-        inputs.append(Input(f"{name}-board", "relayoutData"))
+        outputs.append(Output(board, "figure"))
+        inputs.append(Input(board, "relayoutData"))
 
     @app.callback(outputs, inputs, prevent_initial_call=True)
     def _take(_: int | None, contents: str | None, drawn: Any = None) -> Any:
         source, seen = ctx.triggered_id, None
-        said: list[Any] = []
-        if source == f"{name}-board" and "shapes" not in (drawn or {}):
-            return [no_update] * len(outputs)
+        said: Any = ""
+        if source == board and "shapes" not in (drawn or {}):
+            raise PreventUpdate
         try:
-            if source == f"{name}-file" and contents:
+            if source == board:
+                seen, said = rasterised(drawn["shapes"], kind), "what the model sees"
+            elif source == file and contents:
                 loaded = decoded(contents, kind)
                 seen = kind.on_dark(loaded, "the picture")
-                said = ["what the model sees", "" if seen is loaded else ", inverted: its background was light"]
-            elif source == f"{name}-board":
-                seen, said = rasterised(drawn["shapes"], kind), ["what the model sees"]
+                said = "what the model sees" + ", inverted: its background was light" * (seen is not loaded)
         except ValueError as error:
-            said = [html.Span(str(error), className="wrong")]
+            said = html.Span(str(error), className="wrong")
         url = None if seen is None else _url(png(as_bytes(seen[0])))
-        shown = [] if url is None else [html.Img(src=url, className="seen"), " "]
-        board = no_update if source == f"{name}-board" else _board(kind)
-        return [url, [*shown, *said], None, board][: len(outputs)]
+        shown = said if url is None else [html.Img(src=url, className="seen"), " ", said]
+        empty = no_update if source == board else _board(kind)
+        return [url, shown, None, empty][: len(outputs)]
 
 
 def _board(kind: Picture) -> dict[str, Any]:
@@ -322,64 +306,58 @@ def _url(content: bytes) -> str:
 # Results
 
 
-def _samples(found: Beliefs, controls: Controls) -> Any:
+def _samples(samples: dict[str, Tensor], controls: Controls) -> Any:
     """Show the samples of each control, as pictures or as text."""
     parts: list[Any] = []
-    for name, kind in controls.items():
-        values = found.samples[name]
+    for name, values in samples.items():
+        kind, own = controls[name], f"{name}-samples"
         if kind.size:
-            sheet = Sheet(1, len(values), kind.size)
-            for i, one in enumerate(kind.pictures(values)):
-                sheet.put(0, i, one)
-            parts.append(html.Img(src=_url(png(sheet.pixels)), id=f"{name}-samples", alt=f"samples of {name}"))
+            url = _url(png(as_bytes(grid(kind.pictures(values), len(values)))))
+            parts.append(html.Img(src=url, id=own, alt=f"samples of {name}"))
         else:
-            lines = kind.lines(kind.likeliest(values))
-            parts.append(html.Div(" | ".join(line or "–" for line in lines), id=f"{name}-samples", className="said"))
+            lines = kind.lines(values)
+            parts.append(html.Div(" | ".join(line or "–" for line in lines), id=own, className="said"))
     return html.Section([html.H2("Samples"), *parts], className="samples")
 
 
-def _expected(found: Beliefs) -> Any:
+def _expected(means: dict[str, Tensor], controls: Controls) -> Any:
     """Show a bar for each value's probability."""
     parts: list[Any] = []
-    for name, values in found.expected.items():
+    for name, mean in means.items():
         parts.append(html.H2(f"p({name} | given)"))
-        for words, probability in values:
-            bar = html.Span(html.I(style={"width": f"{100 * probability:.1f}%"}))
-            parts.append(html.Div([words or "–", bar, f"{100 * probability:.1f} %"], className="bar"))
+        for words, probability in probabilities(controls[name], mean):
+            parts.append(_bar(words or "–", {"#1f77b4": probability}, f"{100 * probability:.1f} %"))
     return html.Section(parts, id="expected") if parts else ""
 
 
-def _experts(found: Beliefs, latents: Sequence[int]) -> Any:
-    """Show a bar for each of the strongest latents, divided between the experts by precision; and their widths."""
-    colours = {name: "#bbb" if name == "prior" else COLOURS[i % len(COLOURS)] for i, name in enumerate(found.shares)}
-    keys = [html.Span([html.Span(className="key", style={"background": colours[name]}), name]) for name in found.shares]
+def _experts(found: dict[str, Tensor], deviations: dict[str, float], latents: Sequence[int]) -> Any:
+    """Show a bar for each of the strongest latents, divided between the experts by precision."""
+    colours = dict(zip(found, ["#bbb", *COLOURS], strict=False))
+    keys = [html.Span([html.Span(className="key", style={"background": colours[name]}), name]) for name in found]
     bars = []
     for latent in latents:
-        shares = {name: float(share[latent]) for name, share in found.shares.items()}
-        parts = [
-            html.I(style={"width": f"{100 * share:.1f}%", "background": colours[name], "display": "inline-block"})
-            for name, share in shares.items()
-        ]
-        bar = html.Span(parts, style={"whiteSpace": "nowrap"})
-        bars.append(html.Div([f"z{latent}", bar, max(shares, key=shares.__getitem__)], className="bar"))
-    widths = ", ".join(f"{name} {width:.2g}" for name, width in found.widths.items())
-    return html.Section(
-        [
-            html.H2("Each expert's share of the precision of q(z | given)"),
-            html.Div(keys),
-            *bars,
-            html.Div(f"standard deviations, geometric means over all latents: {widths}", className="said"),
-        ],
-        id="experts",
-    )
+        share = {name: float(some[latent]) for name, some in found.items()}
+        bars.append(
+            _bar(f"z{latent}", {colours[name]: some for name, some in share.items()}, max(share, key=share.__getitem__))
+        )
+    widths = ", ".join(f"{name} {deviation:.2g}" for name, deviation in deviations.items())
+    title = html.H2("Each expert's share of the precision of q(z | given)")
+    said = html.Div(f"standard deviations, geometric means over all latents: {widths}", className="said")
+    return html.Section([title, html.Div(keys), *bars, said], id="experts")
 
 
-def _bounds(found: Beliefs) -> Any:
-    names = ", ".join(name for name in found.shares if name != "prior")
-    if not names:
+def _bar(name: str, parts: dict[str, float], said: str) -> Any:
+    """Draw a bar of parts by colour, each a fraction of the full width."""
+    bar = [html.I(style={"width": f"{100 * part:.1f}%", "background": colour}) for colour, part in parts.items()]
+    return html.Div([name, html.Span(bar), said], className="bar")
+
+
+def _bounds(model: MVAE, batch: dict[str, Tensor], seed: int) -> Any:
+    if not batch:
         return html.Section("nothing is given: these are draws from the prior", className="said", id="bounds")
-    text = f"{found.log_p:.2f} by {N_DRAWS} importance samples, {found.elbo:.2f} by the ELBO"
-    return html.Section([html.H2(f"log p({names}), bounds in nats"), text], id="bounds")
+    elbo, log_p = bounds(model, batch, seed)
+    text = f"{log_p:.2f} by {N_DRAWS} importance samples, {elbo:.2f} by the ELBO"
+    return html.Section([html.H2(f"log p({', '.join(batch)}), bounds in nats"), text], id="bounds")
 
 
 def main() -> None:

@@ -15,11 +15,8 @@ from ..model import MVAE
 from ..run.device import Machine
 from .controls import Controls
 
-Build = Callable[[int], MVAE]
-"""An experiment's `build_model`: from the number of latents."""
-
-Examples = Callable[[str, Any, Mapping[str, Any]], Data]
-"""An experiment's `examples`: from a split's name, a Config and the checkpoint's settings."""
+Build = Callable[[int], MVAE]  # from the number of latents
+Examples = Callable[[str, Any, Mapping[str, Any]], Data]  # from a split, a Config and the checkpoint's settings
 
 
 @dataclass(kw_only=True)

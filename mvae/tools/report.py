@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -93,12 +94,10 @@ def report(found: Evaluation, measures: Mapping[str, Tensor], config: Loglike, t
         return
     rows: list[dict[str, Any]] = []
     for (quantity, proposal), one in found.estimates.items():
-        mean, error = mean_and_error(one.log_p)
-        variance = one.log_weight_variance.mean().item()
-        row = {"quantity": quantity.name, "proposal": _under(proposal), "mean": mean, "standard_error": error}
-        rows.append({**row, "log_weight_variance": variance, "n_examples": len(one.log_p)})
+        names = {"quantity": quantity.name, "proposal": _under(proposal)}
+        rows.append({**names, **_summary(one.log_p), "log_weight_variance": one.log_weight_variance.mean().item()})
+    others = {name: _summary(values) for name, values in measures.items()}
     n = len(torch.cat([*found.examples.values()]).unique())
-    others = {name: (*mean_and_error(values), len(values)) for name, values in measures.items()}
     if config.json:
         settings = {name: value for name, value in trained["settings"].items() if not name.endswith("_dir")}
         content = {
@@ -116,29 +115,33 @@ def report(found: Evaluation, measures: Mapping[str, Tensor], config: Loglike, t
             "seconds": time.perf_counter() - STARTED,
             "training": {**trained, "settings": settings},
             "log_likelihood": rows,
-            "measures": {
-                name: {"mean": mean, "standard_error": error, "n_examples": n_of_it}
-                for name, (mean, error, n_of_it) in others.items()
-            },
+            "measures": others,
         }
         write_atomically(config.json, (json.dumps(content, indent=2) + "\n").encode())
     if config.per_example:
         write_per_example(found, config.per_example)
     # If examples lack modalities, each quantity has its own examples, whose number gets a column.
-    own = len({row["n_examples"] for row in rows} | {n}) > 1
+    own = any(row["n_examples"] != n for row in rows)
     over = f"those of {n} examples that have its modalities" if own else f"{n} examples"
-    over += f", {config.n_samples} importance samples"
-    print(f"{config.split.capitalize()} log-likelihood in nats: mean ± standard error over {over},")
-    print("and the variance of the log importance weights (mean over examples).")
-    widths = [max(24, *(len(row[name]) + 2 for row in rows)) for name in ("quantity", "proposal")]
-    heads = f"{'quantity':{widths[0]}}{'proposal':{widths[1]}}{'log-likelihood':>20}{'variance':>12}"
-    print(heads + f"{'examples':>12}" * own)
+    print(f"{config.split.capitalize()} log-likelihood in nats: mean ± standard error over {over}, ", end="")
+    print(
+        f"{config.n_samples} importance samples,\nand the variance of the log importance weights (mean over examples)."
+    )
+    table = [("quantity", "proposal", "log-likelihood", "variance", "examples")]
     for row in rows:
-        value = f"{row['mean']:.3f} ± {row['standard_error']:.3f}"
-        names = f"{row['quantity']:{widths[0]}}{row['proposal']:{widths[1]}}"
-        print(f"{names}{value:>20}{row['log_weight_variance']:>12.2f}" + f"{row['n_examples']:>12}" * own)
-    for name, (mean, error, n_of_it) in others.items():
-        print(f"{name}: {mean:.4f} ± {error:.4f}" + f", over {n_of_it} examples" * own)
+        value, variance = f"{row['mean']:.3f} ± {row['standard_error']:.3f}", f"{row['log_weight_variance']:.2f}"
+        table.append((row["quantity"], row["proposal"], value, variance, str(row["n_examples"])))
+    widths = [max(24, 2 + max(len(line[column]) for line in table)) for column in (0, 1)]
+    for name, under, value, variance, examples in table:
+        print(f"{name:{widths[0]}}{under:{widths[1]}}{value:>20}{variance:>12}" + f"{examples:>12}" * own)
+    for name, other in others.items():
+        text = f"{name}: {other['mean']:.4f} ± {other['standard_error']:.4f}"
+        print(text + f", over {other['n_examples']} examples" * own)
+
+
+def _summary(values: Tensor) -> dict[str, float]:
+    mean, error = mean_and_error(values)
+    return {"mean": mean, "standard_error": error, "n_examples": len(values)}
 
 
 def write_per_example(found: Evaluation, path: Path) -> None:
@@ -156,17 +159,17 @@ def write_per_example(found: Evaluation, path: Path) -> None:
     for column, (which, one) in enumerate(found.estimates.items()):
         rows = torch.searchsorted(example, found.examples[which])
         log_p[rows, column], variance[rows, column] = one.log_p, one.log_weight_variance
-    with whole(path) as file:
-        if path.suffix == ".npz":
-            columns = {"quantity": np.array(quantities), "proposal": np.array(proposals), "example": example.numpy()}
+    if path.suffix == ".npz":
+        columns = {"quantity": np.array(quantities), "proposal": np.array(proposals), "example": example.numpy()}
+        with whole(path) as file:
             np.savez(file, log_p=log_p, log_weight_variance=variance, **columns)  # type: ignore[arg-type]
-            return
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-        lines = csv.writer(text, lineterminator="\n")
-        lines.writerow(["example", *(f"{name}, {under}" for name, under in zip(quantities, proposals, strict=True))])
-        for number, row in zip(example.tolist(), log_p.tolist(), strict=True):
-            lines.writerow([number, *("" if np.isnan(value) else value for value in row)])
-        text.detach()
+        return
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["example", *(f"{name}, {under}" for name, under in zip(quantities, proposals, strict=True))])
+    for number, row in zip(example.tolist(), log_p.tolist(), strict=True):
+        lines.writerow([number, *("" if math.isnan(value) else value for value in row)])
+    write_atomically(path, text.getvalue().encode())
 
 
 def _under(proposal: tuple[str, ...]) -> str:

@@ -1,15 +1,14 @@
-"""Sampling: draw from a model under conditions, in blocks, and write grids, pictures, arrays and text."""
+"""Sampling: draw from a model under conditions, and write grids, pictures, arrays and text."""
 
-import contextlib
 import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -17,14 +16,14 @@ from tqdm import tqdm
 from .. import experts
 from ..data.dataset import Data, random_example
 from ..errors import UsageError, UserError
-from ..files import npy, whole, write_atomically
+from ..files import check_writable, whole, write_atomically
 from ..model import MVAE
 from ..run.checkpoint import load_model
-from ..run.grids import COLUMNS, Sheet, as_bytes, png
-from .controls import Controls, HeldOut, Kind, Picture, describe, endpoint, parse
+from ..run.grids import COLUMNS, VIEWABLE, as_bytes, png, sheet
+from .controls import Controls, Picture, Value, endpoint, parse
 from .folder import Build, Examples, Tool
 
-BLOCK = 256  # samples decoded together, which bounds the memory
+BLOCK = 256  # samples decoded together
 STEPS = 8  # rows of an interpolation, including its two ends
 SHEET_ROWS = 8  # of the contact sheet
 
@@ -50,126 +49,100 @@ class Sampling(Tool):
             raise UsageError(f"temperature must be > 0, got {self.temperature}")
 
 
-class Condition(NamedTuple):
+class Row(NamedTuple):
     """The condition of a row of samples.
 
     said: its description; "" if it is empty.
-    batch: one example of some modalities.
-    end, share: of an interpolation, a second such batch, and how far the row is on the way to it (0 to 1).
+    given: a batch of one example of some modalities; of an interpolation, the nearer end.
+    mu, logvar: q(z | given), each (1, latents); of an interpolation, between those of the two ends.
     """
 
     said: str
-    batch: dict[str, Tensor]
-    end: dict[str, Tensor] | None = None
-    share: float = 0.0
-
-    def posterior(self, model: MVAE, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return mu and logvar, each (1, latents), of q(z | batch), or interpolated between two of them."""
-        mu, logvar = model.posterior({name: x.to(device) for name, x in self.batch.items()})
-        if self.end is None:
-            return mu, logvar
-        end_mu, end_logvar = model.posterior({name: x.to(device) for name, x in self.end.items()})
-        return torch.lerp(mu, end_mu, self.share), torch.lerp(logvar, end_logvar, self.share)
-
-    def pictures(self, controls: Controls) -> dict[str, Tensor]:
-        """Return what was given and can be drawn, by control: (channels, size, size); of two ends, the nearer one's."""
-        batch = self.batch if self.end is None or self.share < 0.5 else self.end
-        return {name: kind.pictures(batch[name])[0] for name, kind in controls.items() if kind.size and name in batch}
+    given: dict[str, Tensor]
+    mu: Tensor
+    logvar: Tensor
 
 
+@torch.no_grad()
 def conditions(
-    given: Mapping[str, Sequence[Any]],
-    ends: Sequence[tuple[str, Any]] | None,
+    model: MVAE,
     controls: Controls,
+    given: Mapping[str, Sequence[Value]],
+    ends: Sequence[tuple[str, Value]],
     held_out: Callable[[], Data],
-) -> list[Condition]:
-    """Return the rows: one for each combination of the controls' values, or `STEPS` of them between `ends`.
+) -> list[Row]:
+    """Return the rows: one for each combination of the controls' values, or `STEPS` of them between two ends.
 
-    Raises UsageError if an end is a control that is given too; UserError for a picture that can't be read or found.
+    Raises UsageError if an end is a control that is given too; UserError for a held-out example that isn't found.
     """
-    if twice := sorted({name for name, _ in ends or ()} & given.keys()):
+    if twice := sorted({name for name, _ in ends} & given.keys()):
         raise UsageError(f"--interpolate and a condition can't both set {' and '.join(twice)}")
+    device = next(model.parameters()).device
 
-    def batch(pairs: Sequence[tuple[str, Any]]) -> dict[str, Tensor]:
+    def batch(pairs: Sequence[tuple[str, Value]]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, value in pairs:
-            if isinstance(value, HeldOut):
-                data, kind = held_out(), controls[value.name]
-                fits = kind.where(data.tensors[value.name].cpu(), value.value)
-                found[name] = random_example(data, fits, f"{value.name} {kind.say(value.value)!r}")[name]
+            if value.of:
+                data = held_out()
+                same = (data.tensors[value.of].cpu() == value.x) | value.x.isnan()
+                fits = same.view(len(same), -1).all(dim=1)
+                found[name] = random_example(data, fits, f"{value.of} {value.said!r}")[name]
             else:
-                found |= controls[name].batch(name, value)
-        return found
+                found |= controls[name].batch(name, value.x)
+        return {name: x.to(device) for name, x in found.items()}
 
-    def said(pairs: Sequence[tuple[str, Any]]) -> str:
-        return ", ".join(describe(controls, name, value) for name, value in pairs)
+    def said(pairs: Sequence[tuple[str, Value]]) -> str:
+        return ", ".join(f"{name} {f'of {value.of} ' if value.of else ''}{value.said}" for name, value in pairs)
 
     rows = []
     for combination in itertools.product(*given.values()):
         pairs = list(zip(given, combination, strict=True))
         common = batch(pairs)
         if not ends:
-            rows.append(Condition(said(pairs), common))
+            rows.append(Row(said(pairs), common, *model.posterior(common)))
             continue
-        start, end = (common | batch([pair]) for pair in ends)
+        start, end = (common | batch([one]) for one in ends)
+        (mu, logvar), (end_mu, end_logvar) = model.posterior(start), model.posterior(end)
         for step in range(STEPS):
-            words = f"{said([*pairs, ends[0]])} to {said([ends[1]])}, {step}/{STEPS - 1}"
-            rows.append(Condition(words, start, end, step / (STEPS - 1)))
+            share = step / (STEPS - 1)
+            words = f"{said([*pairs, ends[0]])} to {said(ends[1:])}, {step}/{STEPS - 1}"
+            between = torch.lerp(mu, end_mu, share), torch.lerp(logvar, end_logvar, share)
+            rows.append(Row(words, start if share < 0.5 else end, *between))
     return rows
-
-
-class Drawn(NamedTuple):
-    """A block of a row's samples: the row's number, the first sample's number, and draws or means by control."""
-
-    row: int
-    start: int
-    values: dict[str, Tensor]
 
 
 @torch.no_grad()
 def draw(
     model: MVAE,
-    rows: Sequence[Condition],
     controls: Controls,
+    rows: Sequence[Row],
     *,
     n: int,
     seed: int,
-    device: torch.device,
     temperature: float = 1.0,
     draw_x: bool = False,
-) -> Iterator[Drawn]:
-    """Draw n samples of each row, in blocks, onto the CPU. All rows have the same noise.
+) -> Iterator[dict[str, Tensor]]:
+    """Draw n samples of each row, and yield them by control onto the CPU, in blocks. All rows have the same noise.
 
     Args:
         temperature: every distribution that is drawn from is raised to the power 1 / temperature: the variance of z is
             multiplied by it, and the logits of x are divided by it.
         draw_x: draw from p(x | z) instead of taking the means.
     """
-    for number, row in enumerate(rows):
-        mu, logvar = row.posterior(model, device)
+    for row in rows:
         rng = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         for start in range(0, n, BLOCK):
-            noise = torch.randn(min(BLOCK, n - start), model.n_latents, generator=rng).to(device)
-            z = experts.draw(mu, logvar, noise, temperature)
+            noise = torch.randn(min(BLOCK, n - start), model.n_latents, generator=rng).to(row.mu.device)
+            z = experts.draw(row.mu, row.logvar, noise, temperature)
             values = {}
             for name, kind in controls.items():
                 names = kind.modalities(name)
                 draws = {one: model.likelihood(one).sample(z, temperature) for one in names} if draw_x else {}
                 values[name] = kind.join(draws or model.mean(z, names), name).cpu()
-            yield Drawn(number, start, values)
+            yield values
 
 
-class Job(NamedTuple):
-    """What is sampled: n samples of each row, and what the files say about it."""
-
-    rows: list[Condition]
-    n: int
-    controls: Controls
-    about: dict[str, Any]
-
-
-@torch.no_grad()
 def sample(
     config: Sampling,
     experiment: str,
@@ -177,7 +150,7 @@ def sample(
     controls: Controls,
     examples: Examples,
     *,
-    given: Mapping[str, Sequence[Any]] | None = None,
+    given: Mapping[str, Sequence[Value]] | None = None,
     stem: str = "sample_",
 ) -> None:
     """Draw and write the samples that the flags ask for.
@@ -190,16 +163,29 @@ def sample(
         stem: what file names begin with, followed by the control's name.
     """
     if given is None:
-        words = {name: getattr(config, f"condition_on_{name}") or () for name in controls}
-        given = {name: [value for one in some for value in parse(controls, name, one)] for name, some in words.items()}
-        given = {name: values for name, values in given.items() if values}
-    ends = [endpoint(controls, words) for words in config.interpolate] if config.interpolate else None
+        words = {name: getattr(config, f"condition_on_{name}") or [] for name in controls}
+        given = {name: [value for one in words[name] for value in parse(controls, name, one)] for name in controls}
+    given = {name: values for name, values in given.items() if values}
+    ends = [endpoint(controls, words) for words in config.interpolate or ()]
     device = config.device()
     model, trained = load_model(config.model_path, experiment, build, device)
     torch.manual_seed(config.seed)
     held_out = functools.cache(lambda: examples("validation", config, trained["settings"]))
-    rows = conditions(given, ends, controls, held_out)
+    rows = conditions(model, controls, given, ends, held_out)
     n = config.n_samples or (64 if len(rows) == 1 else COLUMNS)
+
+    save, out = config.save or ["grid"], config.out_dir
+    drawn = {name: kind for name, kind in controls.items() if kind.size}
+    folders = {name: out / f"{stem}{name}" for name in drawn if "images" in save}
+    for folder in folders.values():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} exists and isn't empty: choose another --out-dir")
+    check_writable(out / f"{stem}given.json")
+    if "grid" in save and len(rows) * n * max((kind.size**2 for kind in drawn.values()), default=0) > VIEWABLE:
+        raise UsageError(
+            f"a grid of {len(rows) * n} samples is too large to view: use fewer --n-samples, or --save images"
+        )
+
     about = {
         "experiment": experiment,
         "epoch": trained.get("epoch"),
@@ -209,128 +195,51 @@ def sample(
         "samples of each": n,
         "given": [row.said for row in rows],
     }
-    job, save = Job(rows, n, controls, about), config.save or ["grid"]
-    files: dict[str, AbstractContextManager[Write]] = {}
-
-    def add(file: str, writer: Callable[..., AbstractContextManager[Write]], *what: Any) -> None:
-        files[file] = writer(config.out_dir / file, job, *what)
-
+    how: dict[str, Any] = {"seed": config.seed, "temperature": config.temperature, "draw_x": config.draw}
+    bar = tqdm(draw(model, controls, rows, n=n, **how), total=len(rows) * -(-n // BLOCK), leave=False, disable=None)
+    blocks = list(bar)
+    pictures = {
+        name: np.concatenate([as_bytes(kind.pictures(block[name])) for block in blocks]) for name, kind in drawn.items()
+    }
     for name, kind in controls.items():
         if not isinstance(kind, Picture):
-            add(f"{stem}{name}.txt", _lines, name, kind)
-        if kind.size and "grid" in save:
-            add(f"{stem}{name}.png", _grid, name, kind)
-        if kind.size and "images" in save:
-            add(f"{stem}{name}", _images, name, kind)
+            lines = [f"{line}\n" for block in blocks for line in kind.lines(block[name])]
+            write_atomically(out / f"{stem}{name}.txt", "".join(lines).encode())
         if "npy" in save:
-            add(f"{stem}{name}.npy", _array, name)
+            with whole(out / f"{stem}{name}.npy") as file:
+                np.save(file, torch.cat([block[name] for block in blocks]).float().numpy())
+        if "grid" in save and name in drawn:
+            write_atomically(out / f"{stem}{name}.png", png(_grid(rows, drawn, pictures[name]), about))
+    for name, folder in folders.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, picture in enumerate(pictures[name]):
+            (folder / f"{i:05}.png").write_bytes(png(picture, {**about, "given": rows[i // n].said}))
     if "npy" in save:
-        add(f"{stem}given.json", _about)
-    if sum(kind.size > 0 for kind in controls.values()) > 1:
-        add("contact_sheet.png", _contact_sheet)
-    how: dict[str, Any] = {"n": n, "seed": config.seed, "temperature": config.temperature, "draw_x": config.draw}
-    blocks = draw(model, rows, controls, device=device, **how)
-    with contextlib.ExitStack() as opened:
-        writers = [opened.enter_context(file) for file in files.values()]
-        for block in tqdm(blocks, total=len(rows) * -(-n // BLOCK), leave=False, disable=None):
-            for write in writers:
-                write(block)
-    print(f"wrote {', '.join(files)} in {config.out_dir}")
+        write_atomically(out / f"{stem}given.json", (json.dumps(about, indent=2) + "\n").encode())
+    if len(drawn) > 1:
+        write_atomically(out / "contact_sheet.png", png(_contact_sheet(rows, drawn, pictures), about))
+    print(f"wrote {len(rows) * n} samples to {out / f'{stem}*'}")
 
 
-Write = Callable[[Drawn], None]
-"""Writes a block of samples."""
+def _grid(rows: Sequence[Row], drawn: Controls, pictures: np.ndarray) -> np.ndarray:
+    """Arrange the samples of one control: a line for each row, after what is given; a single row fills lines of 8."""
+    columns = len(pictures) if len(rows) > 1 else COLUMNS
+    lines = [[some[i : i + columns] for i in range(0, len(some), columns)] for some in np.split(pictures, len(rows))]
+    return sheet([row.said for row in rows], [list(_given(row, drawn).values()) for row in rows], lines)
 
 
-@contextlib.contextmanager
-def _grid(path: Path, job: Job, name: str, kind: Kind) -> Iterator[Write]:
-    """Write a PNG with a row for each condition, shown at its left. One condition's samples fill rows of eight."""
-    columns = job.n if len(job.rows) > 1 else min(COLUMNS, job.n)
-    lines = -(-job.n // columns)
-    shown = [list(row.pictures(job.controls).values()) for row in job.rows]
-    size = max([kind.size, *(picture.shape[-1] for some in shown for picture in some)])
-    margin = max(map(len, shown))
-    labels = {i * lines: (row.said, lines) for i, row in enumerate(job.rows)}
-    sheet = Sheet(len(job.rows) * lines, margin + columns, size, captions=labels)
-    for i, some in enumerate(shown):
-        for j, picture in enumerate(some):
-            sheet.put(i * lines, j, picture)
-
-    def write(block: Drawn) -> None:
-        for i, picture in enumerate(kind.pictures(block.values[name]), block.start):
-            sheet.put(block.row * lines + i // columns, margin + i % columns, picture)
-
-    yield write
-    sheet.save(path, job.about)
+def _contact_sheet(rows: Sequence[Row], drawn: Controls, pictures: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Arrange each row's first samples of every control that can be drawn, after what is given."""
+    shown = [_given(row, drawn) for row in rows]
+    names = [name for name in drawn if any(name in some for some in shown)]
+    left = [[some.get(name) for name in names] for some in shown]
+    columns = [np.split(some, len(rows)) for some in pictures.values()]
+    n_lines = max(1, SHEET_ROWS // len(rows))
+    lines = [list(zip(*(some[:n_lines] for some in row), strict=True)) for row in zip(*columns, strict=True)]
+    headings = [f"given\n{name}" for name in names] + [f"\n{name}" for name in drawn]
+    return sheet([row.said for row in rows], left, lines, headings)
 
 
-@contextlib.contextmanager
-def _images(path: Path, job: Job, name: str, kind: Kind) -> Iterator[Write]:
-    """Write a folder of one PNG for each sample, 00000.png and so on."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists and isn't empty: choose another --out-dir")
-
-    def write(block: Drawn) -> None:
-        about = {**job.about, "given": job.rows[block.row].said}
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            pictures = as_bytes(kind.pictures(block.values[name]))
-            for i, pixels in enumerate(pictures, block.row * job.n + block.start):
-                (path / f"{i:05}.png").write_bytes(png(pixels, about))
-        except OSError as error:
-            raise UserError(f"can't write {path}: {error.strerror or error}") from None
-
-    yield write
-
-
-@contextlib.contextmanager
-def _array(path: Path, job: Job, name: str) -> Iterator[Write]:
-    """Write a float32 array of all samples, row by row."""
-    with npy(path, len(job.rows) * job.n) as append:
-        yield lambda block: append(block.values[name].numpy())
-
-
-@contextlib.contextmanager
-def _lines(path: Path, job: Job, name: str, kind: Kind) -> Iterator[Write]:
-    """Write a line of text for each sample, in the order of the grid."""
-    with whole(path) as file:
-
-        def write(block: Drawn) -> None:
-            values = block.values[name] if job.about["drawn"] else kind.likeliest(block.values[name])
-            file.writelines(f"{line}\n".encode() for line in kind.lines(values))
-
-        yield write
-
-
-@contextlib.contextmanager
-def _about(path: Path, job: Job) -> Iterator[Write]:
-    """Write what the files have in common, as JSON."""
-    write_atomically(path, (json.dumps(job.about, indent=2) + "\n").encode())
-    yield lambda block: None
-
-
-@contextlib.contextmanager
-def _contact_sheet(path: Path, job: Job) -> Iterator[Write]:
-    """Write a PNG of each row's first samples of every control that can be drawn, next to what was given."""
-    kinds = {name: kind for name, kind in job.controls.items() if kind.size}
-    shown = [row.pictures(kinds) for row in job.rows]
-    given = [name for name in kinds if any(name in some for some in shown)]
-    n = min(max(1, SHEET_ROWS // len(job.rows)), job.n)
-    sheet = Sheet(
-        len(job.rows) * n,
-        len(given) + len(kinds),
-        max(kind.size for kind in kinds.values()),
-        captions={i * n: (row.said, n) for i, row in enumerate(job.rows)},
-        headings=[f"given\n{name}" for name in given] + [f"\n{name}" for name in kinds],
-    )
-    for i, some in enumerate(shown):
-        for name, picture in some.items():
-            sheet.put(i * n, given.index(name), picture)
-
-    def write(block: Drawn) -> None:
-        for column, (name, kind) in enumerate(kinds.items(), len(given)):
-            for j, picture in enumerate(kind.pictures(block.values[name][:n]) if block.start == 0 else ()):
-                sheet.put(block.row * n + j, column, picture)
-
-    yield write
-    sheet.save(path, job.about)
+def _given(row: Row, drawn: Controls) -> dict[str, np.ndarray]:
+    """Return the pictures that a row is conditioned on, by control."""
+    return {name: as_bytes(kind.pictures(row.given[name])[0]) for name, kind in drawn.items() if name in row.given}
