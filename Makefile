@@ -10,12 +10,12 @@ EXPERIMENTS := mnist fashionmnist multimnist celeba celeba19 vision
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt -e '.[test]'
 	touch $@
 
-# Real MNIST where it is or can be downloaded, else made digits; some minutes. Run again, it resumes.
+# Real MNIST if it is there or can be downloaded, otherwise synthetic digits; some minutes. Run again, it resumes.
 demo: .venv/ready
 	@set -e; data="$${MVAE_DATA_DIR:-data}"; run=demo/mnist; \
 	if ! $(BIN)/python mnist/datasets.py --data-dir "$$data"; then \
-	  echo "demo: real MNIST is not to be had; going on with made digits"; \
-	  data=demo/data; run=demo/made_digits; $(BIN)/python -m mvae.synthetic digits $$data; \
+	  echo "demo: real MNIST is not available; using synthetic digits"; \
+	  data=demo/data; run=demo/synthetic; $(BIN)/python -m synthetic digits $$data; \
 	fi; \
 	export MVAE_DATA_DIR="$$data"; set -x; \
 	$(BIN)/python mnist/train.py --preset fast --epochs 10 --annealing-epochs 4 --cuda --out-dir $$run --resume; \
@@ -28,7 +28,7 @@ demo: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy mvae tests benchmarks $(EXPERIMENTS)
+	$(BIN)/mypy mvae synthetic tests benchmarks minimal.py $(EXPERIMENTS)
 
 test: export OMP_NUM_THREADS = 1
 test: lint
@@ -36,9 +36,8 @@ test: lint
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/pictures.py
 
-# The tables of the READMEs and docs/, and the plots, from what runs left in results/.
+# Tables of the READMEs and docs/, and plots, from the files that runs left in results/.
 tables: .venv/ready
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/plots.py

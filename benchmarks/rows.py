@@ -207,7 +207,8 @@ def of_experiment(experiment: str) -> Make:
             return NOTHING
         found = [estimates(experiment, some) for some in recipes.values()]
         measured = [measures(some) for some in recipes.values()]
-        rows, by_attribute = [], {}
+        rows: list[list[str]] = []
+        by_attribute: dict[str, Any] = {}
         for quantity, proposal in dict.fromkeys(key for one in found for key in one):
             cells = [one[quantity, proposal].nats() if (quantity, proposal) in one else "–" for one in found]
             papers = f"*{paper[quantity]:.2f}*" if quantity in paper and proposal == IMAGE else ""

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,11 +64,13 @@ def draw(experiment: Experiment) -> RunHere:
 
 @pytest.fixture
 def sample(draw: RunHere, tmp_path: Path) -> Sample:
-    """Draw 8 faces under conditions; return the bytes of their grid, and their lines of attributes."""
+    """Draw 8 faces under conditions; return the pixels of their row, and their lines of attributes."""
 
     def drawn(*condition: object) -> tuple[bytes, list[str]]:
         assert_ended(draw(*condition))
-        return (tmp_path / "sample_image.png").read_bytes(), (tmp_path / "sample_attrs.txt").read_text().splitlines()
+        with Image.open(tmp_path / "sample_image.png") as grid:
+            faces = grid.crop((grid.width - 8 * 66, 0, grid.width, grid.height)).tobytes()
+        return faces, (tmp_path / "sample_attrs.txt").read_text().splitlines()
 
     return drawn
 
@@ -143,7 +146,7 @@ def test_a_run_reports_each_term_and_is_resumed_exactly(experiment: Experiment, 
 def test_datasets_says_how_many_images_there_are(run_here: RunHere, faces_dir: Path) -> None:
     done = run_here("celeba/datasets.py")
     assert_ended(done)
-    assert "train 240 of 240 images, validation 60 of 60 images, test 60 of 60 images" in done.stdout
+    assert re.search("train 240.* validation 60.* test 60.*images", done.stdout)
     assert str(faces_dir / "cache") in done.stdout
 
 
@@ -182,10 +185,10 @@ def test_attributes_of_a_sample_are_those_more_probable_than_not(experiment: Exp
     attrs = datasets.CONTROLS["attrs"]
     torch.manual_seed(3)
     with torch.no_grad():
-        z = model.draw(attrs.batch("attrs", {"Male": True, "Smiling": False}), 8, torch.device("cpu"))
+        z = model.draw(attrs.batch("attrs", attrs.values("Male,-Smiling")[0].x), 8, torch.device("cpu"))
         means = model.mean(z, attrs.modalities("attrs"))
     lines = sample("--condition-on-attrs", "Male,-Smiling", "--seed", 3)[1]
-    assert lines == attrs.lines(attrs.join(means, "attrs") > 0.5)
+    assert lines == attrs.lines(attrs.join(means, "attrs"))
 
 
 def test_a_condition_that_is_not_there_is_refused_in_one_line(draw: RunHere, tmp_path: Path) -> None:

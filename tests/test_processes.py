@@ -236,10 +236,9 @@ def test_two_processes_validate_the_model_that_is_saved(tmp_path: Path) -> None:
     "how",
     [
         {"present": {"label": torch.arange(24) % 6 == 0}},
-        {"terms": [Term(("image",), ("image", "label"))]},
         {"terms": [Term(("image",), ("image",)), Term(("attrs", "label"), ("label",))]},
     ],
-    ids=["missing labels", "one term", "unused networks"],
+    ids=["missing labels", "unused networks"],
 )
 def test_two_processes_train_where_a_network_has_no_gradient(how: dict[str, Any], tmp_path: Path) -> None:
     (alone,) = run_in(1, tmp_path / "one", **how, epochs=1)
@@ -275,7 +274,6 @@ def test_processes_that_do_not_fit_or_are_lost_are_one_error(
     [
         ({"WORLD_SIZE": "4"}, r"WORLD_SIZE=4, RANK=\(not set\), MASTER_ADDR=\(not set\)"),
         ({"RANK": "1"}, r"WORLD_SIZE=\(not set\), RANK=1"),
-        ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many"),
         ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "RANK=2"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
         ({"WORLD_SIZE": "2", "RANK": "first", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "RANK=first"),

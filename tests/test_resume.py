@@ -24,11 +24,10 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor, nn
+from torch import Tensor
 
 from helpers import (
     SHORT,
-    SmallEncoder,
     Trained,
     assert_ended,
     assert_refused,
@@ -188,28 +187,19 @@ def test_run_that_stops_again_and_again_is_resumed_bit_for_bit(straight: Path, t
     assert_same_run(tmp_path, straight, "small")
 
 
-@pytest.mark.parametrize("how", [{}, {"n_subsets": 2, "iw_samples": 2, "precision": "bf16"}], ids=["plain", "subsets"])
-def test_run_of_more_epochs_continues_a_shorter_one(how: dict[str, Any], tmp_path: Path) -> None:
-    run_small(tmp_path / "straight", **how, epochs=3)
-    for epochs in (1, 2, 3):
-        run_small(tmp_path / "run", **how, epochs=epochs, resume=True)
-    assert_same_run(tmp_path / "run", tmp_path / "straight", "small")
-
-
 def sgd(weights: Any, lr: float, fused: bool) -> torch.optim.Optimizer:
     return torch.optim.SGD(weights, lr, momentum=0.9)
 
 
-def adafactor(weights: Any, lr: float, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.Adafactor(weights, lr)
-
-
-@pytest.mark.parametrize("optimizer", [sgd, adafactor])
-def test_run_with_another_optimizer_is_resumed_bit_for_bit(optimizer: Any, tmp_path: Path) -> None:
-    run_small(tmp_path / "straight", optimizer=optimizer)
-    with pytest.raises(Stopped):
-        run_small(tmp_path / "run", optimizer=optimizer, **train(2))
-    run_small(tmp_path / "run", optimizer=optimizer, resume=True)
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"n_subsets": 2, "iw_samples": 2, "precision": "bf16"}, {"optimizer": sgd}],
+    ids=["plain", "subsets", "optimizer"],
+)
+def test_run_of_more_epochs_continues_a_shorter_one(how: dict[str, Any], tmp_path: Path) -> None:
+    run_small(tmp_path / "straight", **how, epochs=3)
+    for epochs in (1, 2, 3):
+        run_small(tmp_path / "run", **how, epochs=epochs, resume=True)
     assert_same_run(tmp_path / "run", tmp_path / "straight", "small")
 
 
@@ -236,7 +226,7 @@ def run_kept(out_dir: Path, *names: str, stop: int = 99, **config: Any) -> dict[
     return {name: value.state_dict() for name, value in kept.items()}
 
 
-@pytest.mark.parametrize(("stop", "done"), [(1, 2), (4, 4), (7, 8), (13, 6)])
+@pytest.mark.parametrize(("stop", "done"), [(1, 2), (8, 8), (13, 6)])
 def test_what_a_run_keeps_is_restored_bit_for_bit(stop: int, done: int, tmp_path: Path) -> None:
     """A stop between two batches of one step waits for the step: gradients aren't saved."""
     expected = run_kept(tmp_path / "straight", "scheduler", "average")
@@ -314,27 +304,19 @@ def test_signals_are_handled_as_before_after_a_run(tmp_path: Path) -> None:
     assert [signal.getsignal(number) for number in signal.valid_signals()] == before
 
 
-class NobodyReads:
-    """A stream whose reader leaves after n lines."""
-
-    def __init__(self, n: int):
-        self.n = n
-
-    def write(self, text: str) -> int:
-        if self.n <= 0:
-            raise BrokenPipeError
-        self.n -= text.count("\n")
-        return len(text)
-
-    def flush(self) -> None:
-        pass
-
-
 @pytest.mark.parametrize(("n", "place"), [(0, (1, 1)), (3, (1, 4)), (5, (2, 1))])
 def test_run_whose_output_nobody_reads_saves_and_stops(
-    n: int, place: tuple[int, int], straight: Path, tmp_path: Path
+    n: int, place: tuple[int, int], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with contextlib.redirect_stdout(NobodyReads(n)), pytest.raises(Stopped) as stopped:  # type: ignore[type-var]
+    """The reader leaves after n lines, which takes effect between two steps."""
+    lines = itertools.count()
+
+    def say(text: str, flush: bool) -> None:
+        if next(lines) >= n:
+            raise BrokenPipeError
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+        patch.setattr(signals, "print", say, raising=False)
         run_small(tmp_path, log_interval=1)
     assert stopped.value.status == 141
     assert (state(tmp_path)["epoch"], state(tmp_path)["done"]) == place
@@ -539,17 +521,6 @@ def test_resume_from_a_damaged_or_foreign_state_is_refused(straight: Path, train
 # A new run from a checkpoint's weights
 
 
-def test_weights_that_do_not_fit_are_named(straight: Path) -> None:
-    model = small_model()
-    model.encoders["image"] = SmallEncoder(37)
-    model.likelihood("attrs").decoder = nn.Sequential(nn.Linear(2, 4))
-    with pytest.raises(UserError) as refused:
-        checkpoint.initialised(model, straight / checkpoint.BEST, "small")
-    parts = ("decoders.attrs.decoder.0.bias", "decoders.attrs.decoder.bias", "encoders.image.linear.weight")
-    for said in (f"the weights of {straight / checkpoint.BEST} don't fit this model", *parts):
-        assert said in str(refused.value)
-
-
 def test_init_starts_a_new_run_from_old_weights(trained: Trained, digits_dir: Path, tmp_path: Path) -> None:
     flags = ["--data-dir", digits_dir, "--epochs", 1, *SHORT, "--lr", 1e-30, "--seed", 3, "--lambda-text", 10]
     flags += ["--init", trained.out_dir / checkpoint.BEST]
@@ -558,4 +529,5 @@ def test_init_starts_a_new_run_from_old_weights(trained: Trained, digits_dir: Pa
     for name, weight in old["model"].items():
         torch.testing.assert_close(new["model"][name], weight)
     assert new["epoch"] == 1
-    assert_refused(run_warm("mnist/train.py", *flags, "--n-latents", 5, cwd=tmp_path), 1, "don't fit this model")
+    done = run_warm("mnist/train.py", *flags, "--n-latents", 5, cwd=tmp_path)
+    assert_refused(done, 1, f"the weights of {flags[-1]} don't fit this model", "encoders.image.")

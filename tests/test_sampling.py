@@ -278,10 +278,10 @@ def test_every_way_to_save_has_the_same_samples_and_says_what_was_given(saved: P
     about = json.loads((saved / "sample_given.json").read_text())
     assert about["given"] == ["text 3", "text 7", "text 0"]
     assert (about["experiment"], about["seed"], about["drawn"], about["samples of each"]) == ("mnist", 0, True, 4)
-    with Image.open(saved / "sample_image.png") as grid:
-        assert json.loads(grid.info["mvae"]) == about
-    with Image.open(saved / "sample_image" / "00007.png") as single:
-        assert json.loads(single.info["mvae"])["given"] == "text 7"
+    with Image.open(saved / "sample_image.png") as image:
+        assert json.loads(image.info["mvae"]) == about
+    with Image.open(saved / "sample_image" / "00007.png") as image:
+        assert json.loads(image.info["mvae"])["given"] == "text 7"
 
 
 def test_folder_of_other_pictures_is_kept(trained: Trained, digits_dir: Path, saved: Path) -> None:

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mvae import UsageError, UserError, cli
-from mvae.data.dataset import DataDir
+from mvae import UsageError, UserError
 from mvae.errors import is_out_of_memory
 from mvae.files import check_writable, whole, write_atomically
 from mvae.run.device import Machine
@@ -124,24 +123,7 @@ def test_full_disk_for_stdout_is_one_line() -> None:
     assert_refused(shell("print('said')", "> /dev/full"), 1, "can't write to stdout: No space left")
 
 
-# Paths
-
-
-@pytest.mark.parametrize("words", [["--data-dir=~/sets"], ["--data-dir", "~/sets"]])
-def test_home_is_expanded(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/somebody")
-    assert cli.parse("", DataDir, words).data_dir == Path("/home/somebody/sets")
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [("", "must not be empty"), ("~nobody-is-called-so/x", "home"), ("a\udcff", "is not valid UTF-8")],
-)
-def test_path_that_names_nothing_is_refused(text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.parse("", DataDir, [f"--data-dir={text}"])
-    assert ended.value.code == 2
-    assert said in capsys.readouterr().err
+# Files
 
 
 @pytest.mark.parametrize(
@@ -174,7 +156,7 @@ def test_file_in_a_folder_of_another_user_is_refused_before_the_work(tmp_path: P
     tmp_path.chmod(0o555)
     if os.access(tmp_path, os.W_OK):
         pytest.skip("this user may write anywhere")
-    with pytest.raises(UserError, match="can't write .*not a writable folder"):
+    with pytest.raises(UserError, match=r"can't write .*not a writable folder"):
         check_writable(tmp_path / "new" / "file.json")
 
 
