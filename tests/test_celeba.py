@@ -229,7 +229,7 @@ def test_loglike_reports_every_quantity_and_each_attributes_accuracy(experiment:
 
 def test_coherence_is_of_each_attribute_and_of_all(experiment: Experiment, run_here: RunHere, tmp_path: Path) -> None:
     few = ["--n-labels", 12, "--n-pictures", 3, "--n-prior", 5, "--classifier-epochs", 1, "--json", "found.json"]
-    words = [experiment.name, "--model", experiment.out_dir / checkpoint.BEST, *few]
+    words = [experiment.name, experiment.out_dir / checkpoint.BEST, *few]
     assert_ended(run_here("benchmarks/coherence.py", *words))
     found = json.loads((tmp_path / "found.json").read_text())
     means = {name.removeprefix("balanced coherence of "): value["mean"] for name, value in found["measures"].items()}

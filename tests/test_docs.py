@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -121,6 +123,13 @@ def help_of(script: str, *words: str) -> str:
     return done.stdout
 
 
+@cache
+def help_of_tool(folder: str, tool: str) -> str:
+    words = [sys.executable, "-m", f"mvae.tools.{tool}", "-h"]
+    done = subprocess.run(words, cwd=ROOT / folder, env=environment(), capture_output=True, text=True, check=True)
+    return done.stdout
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.language == "python" for b in blocks(page))])
 def test_the_python_of_a_page_runs(page: str, tmp_path: Path, trained: Trained) -> None:
     """A page's blocks run in order as one program, whose line numbers are the page's.
@@ -169,12 +178,9 @@ def test_the_commands_of_a_page_name_scripts_and_flags_that_exist(page: str) -> 
 def test_the_flags_in_the_text_of_a_page_exist(page: str) -> None:
     """A script of the page's folder has them; on the pages of all, some script has."""
     folders = EXPERIMENTS if page in PAGES_OF_ALL else [str(Path(page).parent)]
-    scripts = [
-        f"{folder}/{name}.py"
-        for folder in folders
-        for name in ("datasets", "train", "sample", "embed", "explore", "loglike")
-    ]
+    scripts = [f"{folder}/{name}.py" for folder in folders for name in ("datasets", "train", "sample", "loglike")]
     text = " ".join(help_of(script) for script in scripts)
+    text += " ".join(help_of_tool(folder, tool) for folder in folders[:1] for tool in ("embed", "explore"))
     if "vision" in folders:
         text += " ".join(help_of("vision/setup.py", command) for command in ("grayscale", "edge", "mask"))
     codes = re.findall(r"`([^`]+)`", prose_of(page))

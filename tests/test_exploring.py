@@ -242,6 +242,9 @@ def test_page_in_a_browser(address: str, tmp_path: Path) -> None:
 
         page.goto(address)
         wait("#bounds", "nothing is given")
+        prior = page.get_attribute("#image-samples", "src")
+        page.fill("#seed", "1")
+        page.wait_for_function("prior => document.querySelector('#image-samples').src != prior", arg=prior)
         box = page.locator("#image-board .nsewdrag").bounding_box()
         page.mouse.move(box["x"] + 140, box["y"] + 40)
         page.mouse.down()

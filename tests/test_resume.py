@@ -315,9 +315,10 @@ def test_run_whose_output_nobody_reads_saves_and_stops(
         if next(lines) >= n:
             raise BrokenPipeError
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+    with monkeypatch.context() as patch:
         patch.setattr(signals, "print", say, raising=False)
-        run_small(tmp_path, log_interval=1)
+        with pytest.raises(Stopped) as stopped:
+            run_small(tmp_path, log_interval=1)
     assert stopped.value.status == 141
     assert (state(tmp_path)["epoch"], state(tmp_path)["done"]) == place
     run_small(tmp_path, resume=True)
