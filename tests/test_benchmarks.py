@@ -1,33 +1,51 @@
-"""Benchmarks run as their docstrings say, here as short as they can be."""
+"""Benchmarks run as their docstrings say, as short as possible."""
 
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
-from mvae.synthetic import __main__ as synthetic
+from mvae import cli
+from synthetic import __main__ as synthetic
 
 import pytest
+import torch
 
-from helpers import ROOT, assert_ended, environment, run
-
-
-def test_threads_are_compared_beside_other_processes(tmp_path: Path) -> None:
-    words = ["--experiments", "mnist", "--busy", 0, 1, "--rounds", 1, "--seconds", 0.01, "--json", "threads.json"]
-    assert_ended(run("benchmarks/threads.py", *words, cwd=tmp_path))
-    rows = json.loads((tmp_path / "threads.json").read_text())["rows"]
-    assert [(row["busy"], row["way"]) for row in rows[:2]] == [(0, "1 thread"), (0, "1 thread, memory kept")]
-    assert rows[0]["rate"] == [1.0, 1.0, 1.0]
-    assert len(rows) == 10
-    assert all(row["rate"][1] > 0 for row in rows)
+from helpers import ROOT, assert_ended, environment, run, script
 
 
-def test_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a test import the benchmarks as modules."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashionmnist", "multimnist", "celeba", "celeba19", "vision"])
+def test_the_plain_reference_computes_our_loss(benchmarks: None, name: str) -> None:
+    import step
+
+    data = step.EXPERIMENTS[name].data()[: step.EXPERIMENTS[name].batch_size]
+    torch.manual_seed(0)
+    step.check(name, data, step.Setting())
+
+
+def test_steps_are_timed_and_their_memory_is_measured(tmp_path: Path) -> None:
+    words = ["--experiments", "mnist", "--eager", "--seconds", 0.1, "--json", "step.json"]
+    assert_ended(run("benchmarks/step.py", *words, cwd=tmp_path))
+    found = json.loads((tmp_path / "step.json").read_text())
+    (step,), (memory,), (loglike,) = found["steps"], found["memory"], found["loglike"]
+    assert step["plain / ours"][1] > 1
+    assert 0 < step["data_share"] < 1
+    assert memory["ours"]["peak_mib"] > memory["ours"]["before_mib"] > 100
+    assert all(minutes > 0 for minutes in loglike["minutes"])
+
+
+def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:
     (tmp_path / "multivae.py").write_text("raise ImportError(name='multivae')")
     done = run("benchmarks/peer.py", cwd=tmp_path, env=environment(PYTHONPATH=str(tmp_path)))
     assert (done.returncode, done.stderr) == (1, "peer.py: multivae is missing: pip install multivae\n")
 
 
-def test_methods_learn_from_few_pairs_and_are_not_run_again(tmp_path: Path) -> None:
+def test_methods_learn_from_few_labels_and_are_not_run_again(tmp_path: Path) -> None:
     synthetic.main(["digits", str(tmp_path / "data"), "--train", "5300", "--test", "100"])
     words = ["mnist", "--n", 2000, "--seeds", 0, "--methods", "dropout", "logistic", "--data-dir", "data"]
     assert_ended(run("benchmarks/weak_supervision.py", *words, cwd=tmp_path))
@@ -41,23 +59,34 @@ def test_methods_learn_from_few_pairs_and_are_not_run_again(tmp_path: Path) -> N
     assert path.read_text() == "stays"
 
 
-def test_a_recipe_leaves_what_the_tables_are_made_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`fast` itself, with an epoch of few examples."""
-    synthetic.main(["digits", str(tmp_path / "data"), "--train", "5200", "--test", "20"])
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+@pytest.mark.parametrize("folder", ["mnist", "celeba"])
+def test_train_knows_the_flags_of_each_recipe(benchmarks: None, folder: str) -> None:
     import recipes
 
+    with script(f"{folder}/train.py") as train:
+        for name, grid in recipes.GRIDS.items():
+            if folder == "mnist" or name in ("fast", "longer"):
+                for flags in grid.recipes.values():
+                    cli.parse("", train.PRESETS, [*grid.train, *flags])
+
+
+def test_a_recipe_leaves_the_files_of_the_tables_once(
+    benchmarks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`fast` itself, with an epoch of few examples."""
+    import recipes
+
+    synthetic.main(["digits", str(tmp_path / "data"), "--train", "5200", "--test", "20"])
     fast = recipes.GRIDS["fast"]
     monkeypatch.setitem(recipes.GRIDS, "fast", fast._replace(train=[*fast.train, "--epochs", "1"]))
     monkeypatch.chdir(tmp_path)
-    words = ["recipes.py", "mnist", "fast", "--seeds", "3", "--n-samples", "3", "--flags=--data-dir data"]
-    monkeypatch.setattr(sys, "argv", words)
-    recipes.main()
-    found = json.loads(Path("results/mnist-fast-3.json").read_text())
+    config = recipes.Config(experiment="mnist", grid="fast", n_samples=3, flags="--data-dir data")
+    recipes.run(config, "fast", seed=3)
+    found: dict[str, Any] = json.loads(Path("results/mnist-fast-3.json").read_text())
     assert (found["n_examples"], found["n_samples"], found["training"]["settings"]["seed"]) == (20, 3, 3)
     assert len(Path("results/curves-mnist-fast-3.jsonl").read_text().splitlines()) == 1
     coherence = json.loads(Path("results/coherence-mnist-fast-3.json").read_text())
     assert coherence["training"]["validation_loss"] == found["training"]["validation_loss"]
     Path("results/mnist-fast-3.json").write_text("stays")
-    recipes.main()
+    recipes.run(config, "fast", seed=3)
     assert Path("results/mnist-fast-3.json").read_text() == "stays"
