@@ -36,9 +36,8 @@ def page(
         return NOTHING
     parts = [table(columns, rows), f"*{about}*"]
     if files:
-        parts.append(
-            folded("Commands", "```\n" + "\n".join(dict.fromkeys(file["command"] for file in files)) + "\n```")
-        )
+        lines = "\n".join(dict.fromkeys(file["command"] for file in files))
+        parts.append(folded(f"Commands, at {commits(files)}", f"```\n{lines}\n```"))
     return "\n\n".join(parts)
 
 

@@ -447,7 +447,7 @@ def weak(experiment: str) -> Make:
     return whole
 
 
-# Speed: what step.py, loglike.py, threads.py, peer.py and gpu.py wrote.
+# Speed.
 
 
 def step_files(root: Path) -> list[dict[str, Any]]:
@@ -501,9 +501,7 @@ def memory(root: Path, document: Path) -> str:
 
 
 def _device(file: Mapping[str, Any], step: Mapping[str, Any]) -> str:
-    if step["device"] != "cpu":
-        return file["gpu"]
-    return f"CPU, {step['threads']} thread{'s' * (step['threads'] > 1)}"
+    return file["gpu"] if step["device"] != "cpu" else f"CPU, {step['threads']} thread{'s' * (step['threads'] > 1)}"
 
 
 VARIANTS = {
@@ -512,7 +510,7 @@ VARIANTS = {
     "larger chunks": "larger chunks",
     "each logarithm": "without fused log",
 }
-"""The ways of benchmarks/loglike.py, as the table names them."""
+"""The ways to estimate, as the table names them."""
 
 
 def loglike(root: Path, document: Path) -> str:

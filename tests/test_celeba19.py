@@ -5,7 +5,7 @@ from typing import Any
 
 import mvae.model
 from celeba19.model import MVAE19, build_model
-from mvae import MVAE, Bernoulli, Objective, Term
+from mvae import MVAE, Objective, Term
 from mvae.data.celeba import ATTRIBUTES
 from mvae.objective import Totals
 
@@ -28,91 +28,20 @@ SETS: list[list[Sequence[str]]] = [
 """What the terms of a step reconstruct."""
 
 
-class AttributeEncoder(nn.Module):
-    """One attribute's encoder, of torch's own layers."""
-
-    def __init__(self, n_latents: int):
-        super().__init__()
-        self.embedding = nn.Embedding(2, 512)
-        self.hidden, self.mu, self.logvar = nn.Linear(512, 512), nn.Linear(512, n_latents), nn.Linear(512, n_latents)
-
-    def forward(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = F.silu(self.hidden(F.silu(self.embedding(value.long()))))
-        return self.mu(hidden), self.logvar(hidden)
-
-
-class AttributeDecoder(nn.Module):
-    """One attribute's decoder, of torch's own layers."""
-
-    def __init__(self, n_latents: int):
-        super().__init__()
-        sizes = [n_latents, 512, 512, 512]
-        self.layers = nn.ModuleList(nn.Linear(n, m) for n, m in zip(sizes, [*sizes[1:], 1], strict=True))
-
-    def forward(self, z: Tensor) -> Tensor:
-        first, *others = self.layers
-        z = first(z)
-        for layer in others:
-            z = layer(F.silu(z))
-        return z.squeeze(1)
-
-
 @pytest.fixture(scope="module")
 def model() -> MVAE19:
     torch.manual_seed(0)
     found = build_model(LATENTS)
     assert isinstance(found, MVAE19)
-    return found
+    return found.eval()
 
 
 @pytest.fixture(scope="module")
 def single(model: MVAE19) -> MVAE:
-    """The same image networks, and 18 single ones for the attributes, with the same weights."""
-    result = MVAE(
-        encoders={"image": model.encoders["image"], **{name: AttributeEncoder(LATENTS) for name in ATTRIBUTES}},
-        likelihoods={
-            "image": model.likelihood("image"),
-            **{name: Bernoulli(AttributeDecoder(LATENTS)) for name in ATTRIBUTES},
-        },
-        n_latents=LATENTS,
-    )
-    together = dict(model.named_parameters())
-    for name, weights in single_weights(result).items():
-        for weight, value in zip(weights, together[name].detach(), strict=True):
-            weight.data = value.squeeze(0) if weight.dim() == 1 else value if "embedding" in name else value.T
-    return result
-
-
-def single_weights(single: MVAE) -> dict[str, list[Tensor]]:
-    """Return each attribute's weight by the names of MVAE19's; a linear layer's is transposed."""
-    found: dict[str, list[Tensor]] = {}
-    for kind, networks in (
-        ("encoders", [single.encoders[name] for name in ATTRIBUTES]),
-        ("decoders", [single.likelihood(name).decoder for name in ATTRIBUTES]),
-    ):
-        for network in networks:
-            for name, weight in network.named_parameters():
-                name = name.replace("embedding.weight", "embedding")
-                found.setdefault(f"attribute_{kind}.{name}", []).append(weight)
-    return found
-
-
-def gradients(model: MVAE, loss: Tensor) -> dict[str, Tensor]:
-    """Return the gradients of all weights by the names of MVAE19's."""
-
-    def of(weight: Tensor) -> Tensor:
-        return torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
-
-    loss.backward()
-    if isinstance(model, MVAE19):
-        found = {name: of(weight) for name, weight in model.named_parameters()}
-    else:
-        found = {name: of(weight) for name, weight in model.named_parameters() if ".image." in name}
-        for name, weights in single_weights(model).items():
-            stacked = torch.stack([of(weight) for weight in weights])
-            found[name] = stacked.unsqueeze(1) if stacked.dim() == 2 else stacked if "embedding" in name else stacked.mT
-    model.zero_grad()
-    return found
+    """The same networks, each run on its own by the methods of MVAE."""
+    likelihoods = {name: model.likelihood(name) for name in ALL}
+    encoders = {name: model.encoders[name] for name in ALL}
+    return MVAE(encoders=encoders, likelihoods=likelihoods, n_latents=LATENTS).eval()
 
 
 @pytest.fixture(scope="module")
@@ -176,25 +105,36 @@ def test_weights_are_those_of_19_encoders_and_19_decoders_each_saved_once() -> N
 
 
 @torch.no_grad()
-def test_networks_are_those_of_single_attributes(model: MVAE19, single: MVAE, batch: dict[str, Tensor]) -> None:
-    """The one of an attribute, and the encodings and means of any set of modalities, also where some are missing."""
-    model.eval()
+@pytest.mark.parametrize("name", ["Bald", "Male", "Wearing_Hat"])
+def test_an_attributes_networks_are_linear_layers_with_swish(model: MVAE19, name: str) -> None:
+    i, values, z = ATTRIBUTES.index(name), torch.tensor([0.0, 1.0, 1.0]), noise_of(0)[0]
+
+    def linear(layer: Any, x: Tensor) -> Tensor:
+        return x @ layer.weight[i] + layer.bias[i]
+
+    encoders = model.attribute_encoders
+    hidden = F.silu(linear(encoders.hidden, F.silu(encoders.embedding[i][values.long()])))
+    expected = linear(encoders.mu, hidden), linear(encoders.logvar, hidden)
+    torch.testing.assert_close(model.encoders[name](values), expected)
+    first, *others = model.attribute_decoders.layers
+    logits = linear(first, z)
+    for layer in others:
+        logits = linear(layer, F.silu(logits))
+    torch.testing.assert_close(model.likelihood(name).mean(z), logits.squeeze(1).sigmoid())
+
+
+@torch.no_grad()
+def test_encodings_and_means_are_those_of_single_attributes(
+    model: MVAE19, single: MVAE, batch: dict[str, Tensor]
+) -> None:
     z = torch.randn(2, 3, N, LATENTS, generator=torch.Generator().manual_seed(0))
-    for names in (ALL, ("image",), ("Male",), ("image", "Wearing_Hat"), ("Smiling", "image", "Bald"), ATTRIBUTES, ()):
-        for name in names:
-            torch.testing.assert_close(model.encoders[name](batch[name]), single.encoders[name](batch[name]))
+    for names in (ALL, ("image",), ("Male",), ("image", "Wearing_Hat"), ("Smiling", "image", "Bald"), ATTRIBUTES):
         means = model.mean(z, names)
-        assert tuple(means) == tuple(names)
-        for name in names:
-            torch.testing.assert_close(means[name], single.likelihood(name).mean(z))
-            torch.testing.assert_close(model.likelihood(name).mean(z), means[name])
+        assert tuple(means) == names
+        torch.testing.assert_close(means, single.mean(z, names))
         part = {name: batch[name] for name in names}
-        torch.testing.assert_close(model.posterior(part), single.posterior(part))
         for present in ({}, {name: here for name, here in presence().items() if name in part}):
-            if names:
-                here = model.presence(part, present)
-                for found, expected in zip(model.encode(part, here), single.encode(part, here), strict=True):
-                    torch.testing.assert_close(found[here], expected[here])
+            torch.testing.assert_close(model.posterior(part, present), single.posterior(part, present))
     zero, one = (model.posterior({"Bald": torch.tensor([value])})[0] for value in (0.0, 1.0))
     assert zero.any()  # an absent attribute is a condition
     assert not torch.equal(zero, one)
@@ -205,7 +145,6 @@ def test_networks_are_those_of_single_attributes(model: MVAE19, single: MVAE, ba
 def test_scores_are_those_of_single_attributes(
     model: MVAE19, single: MVAE, batch: dict[str, Tensor], missing: bool
 ) -> None:
-    model.eval()
     for decoded in SETS:
         mask = mask_of(model, batch, decoded) if missing else None
         z = noise_of(0)[: len(decoded)]
@@ -232,32 +171,30 @@ def test_objective_and_gradients_are_those_of_single_attributes(
 ) -> None:
     """Absent rows may hold any finite value."""
     present = presence() if missing else None
-    results: list[tuple[Tensor, Totals, dict[str, Tensor]]] = []
-    for one, value in ((single.eval(), 0.75), (model.eval(), -3.0)):
+    names, weights = zip(*model.named_parameters(), strict=True)
+    results: list[tuple[Tensor, Totals, tuple[Tensor, ...]]] = []
+    for one, value in ((single, 0.75), (model, -3.0)):
         given = {
             name: torch.where((present or {}).get(name, torch.ones(N).bool()).view(-1, *[1] * (x.dim() - 1)), x, value)
             for name, x in batch.items()
         }
-        objective = Objective(
-            one, terms_of(also), weights=dict.fromkeys(ATTRIBUTES, 10.0), subset=Term((), tuple(also))
-        )
-        loss, totals = objective(given, 0.3, SUBSETS, present, noise_of(3))
-        results.append((loss, totals, gradients(one, loss)))
+        how: dict[str, Any] = {"weights": dict.fromkeys(ATTRIBUTES, 10.0), "subset": Term((), tuple(also))}
+        loss, totals = Objective(one, terms_of(also), **how)(given, 0.3, SUBSETS, present, noise_of(3))
+        results.append((loss, totals, torch.autograd.grad(loss, weights)))
         monkeypatch.setattr(mvae.model, "has_fixed_shapes", lambda device: shapes == "fixed")  # of the second model
     (expected_loss, expected_totals, expected), (loss, totals, found) = results
     assert_near(loss, expected_loss, 1e-6, "the loss")
     assert totals[:2] == expected_totals[:2]
     for part, expected_part in zip(totals[2:], expected_totals[2:], strict=True):
         torch.testing.assert_close(part, expected_part)
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
-        assert_near(gradient, expected[name], 1e-4, f"the gradient of {name}")
+    for name, gradient, expected_gradient in zip(names, found, expected, strict=True):
+        assert_near(gradient, expected_gradient, 1e-4, f"the gradient of {name}")
         assert gradient.any()
 
 
 @torch.no_grad()
 def test_bfloat16_changes_the_loss_by_less_than_a_hundredth(model: MVAE19, batch: dict[str, Tensor]) -> None:
-    objective = Objective(model.eval(), weights={"image": 1e-3})
+    objective = Objective(model, weights={"image": 1e-3})
     arguments = batch, 1.0, SUBSETS, None, noise_of(3)
     expected, _ = objective(*arguments)
     with torch.autocast("cpu", torch.bfloat16):
@@ -289,7 +226,7 @@ def counts_of_step(model: MVAE19, batch: dict[str, Tensor], subsets: Tensor, als
         decoders.register_forward_hook(count(3, lambda output: output.numel() / N)),  # a logit each
         decoders.register_forward_hook(count(4, lambda output: 1)),
     ]
-    Objective(model.train(), terms_of(also), subset=Term((), tuple(also)))(batch, 1.0, subsets)
+    Objective(model, terms_of(also), subset=Term((), tuple(also)))(batch, 1.0, subsets)
     for handle in handles:
         handle.remove()
     return counts

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from helpers import ROOT, assert_ended, environment, run_warm, same, script
+from reference import paper_terms
 
 BASE = ["--epochs", 1, "--limit", 4, "--batch-size", 2, "--annealing-epochs", 2, "--n-latents", 4, "--lr", 1e-3]
 """Two steps."""
@@ -117,7 +118,7 @@ def train(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     Unless `really`, return what it would train, stage by stage: objective, training and validation data, and weights.
     """
     monkeypatch.chdir(root)
-    n = 0
+    n, objectives = 0, list[Objective]()
 
     def run(experiment: str, *flags: object, really: bool = False) -> Any:
         nonlocal n
@@ -134,6 +135,7 @@ def train(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         def fit(config: Any, objective: Objective, train: Data, validation: Data, *others: Any, **more: Any) -> None:
             what = [getattr(config, "approx_m", 0), objective.checksum(), train.checksum(), validation.checksum()]
             stages.append([*what, copy.deepcopy(objective.model.state_dict())])
+            objectives.append(objective)
 
         with script(f"{experiment}/train.py") as module:
             if not really:
@@ -141,6 +143,7 @@ def train(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             module.main()
         return checkpoint.load(tmp_path / str(n) / checkpoint.LATEST, experiment)["model"] if really else stages
 
+    run.objectives = objectives  # type: ignore[attr-defined]
     return run
 
 
@@ -155,6 +158,24 @@ def test_every_flag_has_an_effect(experiment: str, train: Any) -> None:
         assert not same(run(f"--{name.replace('_', '-')}", *values), run(*values[1:])), name
     weights, others = (train(experiment, "--seed", seed)[0][-1] for seed in (0, 1))
     assert all((weights[name] - others[name]).abs().max() > 0.02 for name in weights if weights[name].dim() > 1)
+
+
+@pytest.mark.parametrize("experiment", OWN)
+def test_terms_are_the_papers_with_what_reconstruct_adds_and_weighted_if_they_have_the_image(
+    experiment: str, train: Any
+) -> None:
+    """Terms conditioned on a label alone aren't weighted: its posterior would become wide."""
+    for choice in ("given", "all", "image"):
+        train(experiment, "--reconstruct", choice)
+        (objective,) = train.objectives[-1:]
+        names = objective.model.modalities
+        also = {"given": (), "all": names, "image": ("image",)}[choice]
+        for term, expected in zip(objective.terms, paper_terms(names), strict=True):
+            assert term.inputs == expected.inputs
+            assert set(term.reconstructs) == {*term.inputs, *also}
+            assert term.iw == ("image" if "image" in term.inputs else None)
+        if experiment in ("celeba19", "vision"):
+            assert objective.subset == ((), also, "image")
 
 
 def test_the_others_use_the_flags_that_mnists_script_uses() -> None:

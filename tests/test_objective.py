@@ -206,19 +206,6 @@ def test_terms_are_the_papers_unless_they_are_given() -> None:
     assert given.names == ("m0+m2", "m1")
 
 
-def test_a_term_or_example_without_inputs_adds_exactly_zero(fixed: bool) -> None:
-    model, batch, everything = small_model(6), small_batch(6, N), names_of(6)
-    objective = Objective(model, [Term(term.inputs, everything) for term in paper_terms(everything)])
-    none = torch.zeros(N, dtype=torch.bool)
-    loss, totals = objective(batch, 1.0, mask_of(SUBSETS[6], 6), dict.fromkeys(everything, none))
-    assert loss == 0
-    assert totals.n == N
-    assert not any(part.any() for part in totals[4:])
-    _, totals = objective(batch, 1.0, mask_of([("m1", "m2", "m3")], 6), {"m1": none})
-    assert not any(part[2].any() for part in totals[4:])
-    assert (np.delete(totals.kl.numpy(), 2) > 0).all()
-
-
 def test_the_bound_of_an_example_with_one_modality_counts_once(fixed: bool) -> None:
     model, batch, noise = small_model(6), small_batch(6, N), noise_of(6)[0]
     present = {name: torch.full((N,), name == "m2") for name in batch}
@@ -407,34 +394,6 @@ def test_checksum_tells_objectives_apart() -> None:
     found = [Objective(small_model(3), **some).checksum() for some in asked]
     assert len(set(found)) == len(asked)
     assert Objective(small_model(3)).checksum() == found[0]
-
-
-def test_means_of_two_batches_are_those_of_their_examples_without_weights_and_beta() -> None:
-    """Batches of different sizes; each mean is over the examples that contribute to it."""
-    model = small_model(6)
-    arguments: dict[str, Any] = {"weights": weights_of(6), "subset": Term((), ("m1",))}
-    objective = Objective(model, **arguments)
-    names = (*objective.names, "subset", "subset")
-    sums, losses, parts = torch.zeros(()), [], list[tuple[Tensor, ...]]()
-    for n in (4, 7):
-        batch, present, noise = small_batch(6, n), presence_of(6, n), noise_of(6, n)
-        _, totals = objective(batch, 0.3, mask_of(SUBSETS[6], 6), present, noise[0])
-        assert totals.terms == names
-        sums = sums + totals.vector()
-        loss, totals = plain_objective(model, batch, noise, **arguments, subsets=SUBSETS[6], beta=0.3, present=present)
-        losses.append(loss.item() * n)
-        parts.append(totals[4:])
-    log_prob, n_log_prob, kl, n_kl = (torch.stack(part).sum(dim=0).numpy() for part in zip(*parts, strict=True))
-
-    expected = {"loss": sum(losses) / 11}
-    for name, rows in {"joint": [0], **{f"m{m}": [m + 1] for m in range(5)}, "subset": [7, 8]}.items():
-        scores, counts = log_prob[rows].sum(axis=0), n_log_prob[rows].sum(axis=0)
-        expected[f"{name}/elbo"] = (scores.sum() - kl[rows].sum()) / n_kl[rows].sum()
-        expected[f"{name}/kl"] = kl[rows].sum() / n_kl[rows].sum()
-        expected |= {f"{name}/log_prob/m{m}": scores[m] / counts[m] for m in range(6) if counts[m]}
-    found = Totals.of(sums, names, model.modalities).means()
-    assert found == pytest.approx(expected)
-    assert not any("m5" in name for name in found)  # no example has it
 
 
 # Random subsets
