@@ -102,7 +102,7 @@ class MVAE(nn.Module):
             rows = rows_of(here) if name in batch else here[:0]
             if len(rows):
                 with lone_example(self.encoders[name], len(rows)):
-                    mu, logvar = self.encoders[name](batch[name][rows])
+                    mu, logvar = self.encoders[name](taken(batch[name], rows, here))
                 parts = (placed(float32_at_least(part), rows, here) for part in (mu, logvar))
                 expert = torch.stack([*parts])
             found.append(expert)
@@ -170,7 +170,7 @@ class MVAE(nn.Module):
         if not len(rows):
             return z.new_zeros(counts.shape)
         with lone_example(likelihood, len(rows)):
-            nats = likelihood.log_prob(z.flatten(0, 1)[rows], x[rows % z.shape[1]])
+            nats = likelihood.log_prob(z.flatten(0, 1)[rows], taken(x, rows % z.shape[1], counts))
         return placed(nats, rows, counts.flatten()).view(counts.shape)
 
     @torch.no_grad()
@@ -223,6 +223,12 @@ def rows_of(here: Tensor) -> Tensor:
     present_first = (~here).byte().argsort(stable=True)
     turn = ((~here).cumsum(0) - 1) % here.sum().clamp(min=1)
     return torch.where(here, torch.arange(len(here), device=here.device), present_first[turn])
+
+
+def taken(x: Tensor, rows: Tensor, here: Tensor) -> Tensor:
+    """Return x[rows] for `rows_of(here)`; zeros if it is absent everywhere, since a placeholder, such as -1 for a label,
+    may be no valid value."""
+    return x[rows].where(here.any(), 0) if has_fixed_shapes(here.device) else x[rows]
 
 
 def placed(values: Tensor, rows: Tensor, here: Tensor) -> Tensor:

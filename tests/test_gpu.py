@@ -158,9 +158,11 @@ def test_a_compiled_step_takes_any_subsets_missing_modalities_and_beta_without_c
         ([[1, 0, 1]], {"image": torch.arange(N) != 1, "label": torch.arange(N) % 2 == 0}, 0.5),
         ([[0, 1, 1]], {"image": torch.arange(N) < 1, "label": torch.arange(N) < N}, 0.7),
         ([[1, 1, 0]], {"image": torch.arange(N) < 0, "label": torch.arange(N) > 2}, 0.0),
+        ([[1, 1, 0]], {"image": torch.arange(N) < N, "label": torch.arange(N) < 0}, 0.2),
     ]
     for subsets, present, beta in steps:
-        arguments = batch, torch.tensor(beta), torch.tensor(subsets).bool(), present, objective.noise(N, 1)
+        given = {**batch, "label": batch["label"].masked_fill(~present["label"], -1)}
+        arguments = given, torch.tensor(beta), torch.tensor(subsets).bool(), present, objective.noise(N, 1)
         found, expected = (step(*arguments)[1].vector() for step in (compiled, objective))
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     assert counter.frame_count == 1

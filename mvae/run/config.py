@@ -97,8 +97,6 @@ class TwoStages(Training):
             raise UsageError(f"self_labels must be from 0 to 1, got {self.self_labels}")
         if not self.images_first and (self.self_labels or self.images_dir):
             raise UsageError("self_labels and images_dir need images_first, the epochs of the first stage")
-        if self.self_labels_by != "neighbours" and not self.self_labels:
-            raise UsageError("self_labels_by needs self_labels")
 
     def first_stage(self, name: str) -> Self:
         """Return the Config of the first stage, after checking that the second can follow it.
