@@ -226,8 +226,8 @@ def rows_of(here: Tensor) -> Tensor:
 
 
 def taken(x: Tensor, rows: Tensor, here: Tensor) -> Tensor:
-    """Return x[rows] for `rows_of(here)`; zeros if it is absent everywhere, since a placeholder, such as -1 for a label,
-    may be no valid value."""
+    """Return x[rows] for `rows_of(here)`; zeros if x is absent everywhere: placeholders, such as -1 for a label, may
+    be no valid values."""
     return x[rows].where(here.any(), 0) if has_fixed_shapes(here.device) else x[rows]
 
 
