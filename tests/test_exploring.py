@@ -110,24 +110,20 @@ def test_every_modality_can_be_set(explore: Any, experiment: str) -> None:
     model = importlib.import_module(f"{experiment}.model").build_model(5)
     assert {one for name, kind in controls.items() for one in kind.modalities(name)} == set(model.modalities)
     layout = str(explore.page(model.eval(), controls, "made").layout)
-    for name, kind in controls.items():
-        switches = [f"{name}-{one}" for one in kind.names] if isinstance(kind, Attributes) else [f"{name}-value"]
-        ids = [f"{name}-file"] + [f"{name}-board"] * bool(kind.pen) if isinstance(kind, Picture) else switches
-        assert all(f"id='{one}'" in layout for one in ids)
+    assert all(f"id='{name}-value'" in layout for name in controls)
 
 
-NAMES = ["Big", "Old", "Red", "Wet"]
-SWITCHES = {"Big": "present", "Old": "inferred", "Red": "absent", "Wet": "inferred"}
+NAMES = ["Big", "Old", "Red"]
 
 
 @pytest.mark.parametrize(
     ("kind", "value", "batch"),
     [
         (Label(NAMES), None, {}),
-        (Label(NAMES), 2, {"x": [2]}),
-        (Attributes(NAMES), SWITCHES, {"x": [[1, 0, 0, 0]]}),
-        (Attributes(NAMES, separate=True), SWITCHES, {"Big": [1], "Red": [0]}),
-        (Attributes(NAMES), dict.fromkeys(NAMES, "inferred"), {}),
+        (Label(NAMES), "Red", {"x": [2]}),
+        (Attributes(NAMES), ["Big", "-Red"], {"x": [[1, 0, 0]]}),
+        (Attributes(NAMES, separate=True), ["Big", "-Red"], {"Big": [1], "Red": [0]}),
+        (Attributes(NAMES), [], {}),
         (Vector(3), {"given": ["given"], "text": "1,2,-3"}, {"x": [[1, 2, -3]]}),
         (Vector(3), {"given": [], "text": "1,2,-3"}, {}),
     ],
@@ -156,10 +152,10 @@ def test_page_shows_samples_probabilities_experts_and_bounds(explore: Any, model
     rest: Any = {"z0": 0, "z1": 0, "seed": 0, "temperature": 1}
     prior = update(app, **rest)
     assert "nothing is given" in prior
-    found = update(app, **{"label-value": 1, "image-picture": data_url(Image.new("L", (6, 6)))}, **rest)
+    found = update(app, **{"label-value": "bee", "image-value": data_url(Image.new("L", (6, 6)))}, **rest)
     for words in ("log p(image, label)", "image-samples", "p(attrs | given)", "bee", "z1"):
         assert words in found
-    assert "unknown class" in update(app, **{"label-value": 7}, **rest)
+    assert "unknown class" in update(app, **{"label-value": "elk"}, **rest)
     for change in ({"z1": 2}, {"temperature": 0.1}, {"seed": 1}):  # the samples alone depend on the first two
         changed = update(app, **rest | change)
         assert changed != prior
@@ -172,8 +168,7 @@ def test_upload_is_decoded_as_a_picture_and_nothing_else(explore: Any) -> None:
     assert explore.decoded(data_url(Image.new("RGB", (30, 20), (255, 255, 255)), "JPEG"), kind).shape == (1, 1, 6, 6)
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%touch pwned) (w) file\n"
     bomb = data_url(Image.new("1", (30_000, 30_000)))
-    large = "data:;base64," + base64.b64encode(bytes(explore.UPLOAD + 1)).decode()
-    for url in ("", "no url", "data:;base64,####", "data:;base64," + base64.b64encode(script).decode(), bomb, large):
+    for url in ("", "no url", "data:;base64,####", "data:;base64," + base64.b64encode(script).decode(), bomb):
         with pytest.raises(ValueError, match="not a picture, or damaged"):
             explore.decoded(url, kind)
 
@@ -183,7 +178,6 @@ def test_drawing_is_rasterised(explore: Any) -> None:
     found = explore.rasterised([{"path": f"M{side / 2},0L{side / 2},{side}"}], kind)
     assert found.shape == (1, 1, 28, 28)
     torch.testing.assert_close(found[0, 0, 5], torch.tensor([0.0] * 13 + [1, 1] + [0] * 13), atol=0.2, rtol=0)
-    assert not explore.rasterised([{"path": "M1"}, {}], kind).any()
 
 
 def test_large_requests_are_refused(explore: Any, model: MVAE) -> None:
@@ -258,7 +252,7 @@ def test_page_in_a_browser(address: str, tmp_path: Path) -> None:
         page.click("#text-value")
         page.get_by_role("option", name="7").click()
         wait("#bounds", "log p(image, text)")
-        assert page.locator("#expected .bar").count() == 10
+        page.wait_for_function("() => document.querySelectorAll('#expected .ytick').length == 10")
         page.set_input_files("#image-file input", {"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
         wait("#image-said", "not a picture")
     assert wrong == []

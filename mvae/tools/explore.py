@@ -7,9 +7,8 @@ requirements-explore.txt. The page is served to this machine only, unless --host
 import base64
 import logging
 import re
-import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,8 @@ from ..model import MVAE
 from ..run.checkpoint import load_model
 from ..run.device import Machine
 from ..run.grids import COLUMNS, as_bytes, grid, png
-from ..run.maps import COLOURS
 from .beliefs import N_DRAWS, bounds, probabilities, shares, strongest
-from .controls import Attributes, Controls, Kind, Label, Picture
+from .controls import Attributes, Controls, Kind, Picture
 from .folder import Experiment, experiment
 from .sampling import Row, draw
 
@@ -41,32 +39,22 @@ except ImportError:  # reported by main
 
 # Safety: uploads are bounded in size, decoded as pictures and nothing else, and kept in the page. Nothing is written to
 # disk, no file that a visitor names is read, and the page loads nothing from other servers.
-UPLOAD = 8 * 2**20  # bytes of a file; a request may have one and a half times as many
+UPLOAD = 8 * 2**20  # bytes of a file; a request may have one and a half times as many, since base64 is longer
 LOCAL = ["127.0.0.1", "localhost"]
 
 N_SLIDERS = 8
 BOARD = 280  # pixels, the drawing board's side
-MOST_SHAPES = 500  # on the drawing board
 
 STYLE = """
-body { font: 14px/1.4 system-ui, sans-serif; margin: 0; color: #222; background: #f6f6f4; }
-h1 { font-size: 18px; margin: 0; } h2 { font-size: 14px; margin: 0 0 6px; }
-header { padding: 10px 16px; background: #fff; border-bottom: 1px solid #ddd; }
-main { display: grid; gap: 12px; padding: 12px 16px; align-items: start;
-  grid-template-columns: auto minmax(0, 3fr) minmax(260px, 2fr); }
+body { font: 14px/1.4 system-ui, sans-serif; margin: 12px 16px; color: #222; background: #f6f6f4; }
+h1 { font-size: 18px; } h2 { font-size: 14px; margin: 0 0 6px; }
+main { display: grid; gap: 12px; align-items: start; }
+@media (min-width: 1000px) { main { grid-template-columns: 305px minmax(0, 3fr) minmax(260px, 2fr); } }
 section { background: #fff; border: 1px solid #ddd; border-radius: 6px; padding: 10px 12px; margin-bottom: 12px; }
-.samples img { image-rendering: pixelated; width: 100%; max-width: 620px; }
-.seen { image-rendering: pixelated; width: 84px; height: 84px; background: #eee; vertical-align: middle; }
-.loads { display: flex; gap: 8px; align-items: center; }
-.load { border: 1px dashed #888; border-radius: 4px; padding: 3px 10px; cursor: pointer; }
-.switch { display: grid; grid-template-columns: 145px auto; white-space: nowrap; }
-.switch .dash-options-list { display: flex; flex-direction: row; gap: 6px; }
+img { image-rendering: pixelated; width: 100%; max-width: 620px; } .seen { width: 84px; vertical-align: middle; }
+.load { border: 1px dashed #888; border-radius: 4px; padding: 3px 10px; cursor: pointer; width: fit-content; }
 .slider { display: grid; grid-template-columns: 90px 1fr; align-items: center; }
-.bar { display: grid; grid-template-columns: 150px 1fr 50px; gap: 6px; align-items: center; }
-.bar span { white-space: nowrap; } .bar i { display: inline-block; height: 11px; }
-.said { color: #555; } .wrong { color: #b00; } button { margin-right: 6px; }
-.key { display: inline-block; width: 10px; height: 10px; margin: 0 4px 0 10px; }
-@media (max-width: 1000px) { main { grid-template-columns: 1fr; } }
+.said { color: #555; } .wrong { color: #b00; }
 """
 
 
@@ -87,21 +75,15 @@ class Exploring(Machine):
 
 
 def explore(config: Exploring, folder: Experiment) -> None:
-    """Serve the page until interrupted. Raises UserError if the model can't be loaded or the address can't be used."""
+    """Serve the page until interrupted. Raises UserError if the model can't be loaded."""
     model, trained = load_model(config.model_path, folder.name, folder.build_model, config.device())
     app = page(model, folder.controls, f"{folder.name}, epoch {trained.get('epoch', '?')}")
     if config.host in LOCAL:  # a request that names this address differently is another site's
         app.server.config["TRUSTED_HOSTS"] = LOCAL
-    try:
-        taken = socket.create_server((config.host, config.port))
-    except (OSError, UnicodeError) as error:  # UnicodeError for an invalid host name
-        raise UserError(f"can't serve on {config.host}, port {config.port}: {error}") from None
-    with taken:
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # below that it logs every request
-        port = taken.getsockname()[1]
-        server = make_server(config.host, port, app.server, threaded=True, fd=taken.fileno())
-        print(f"open http://{config.host}:{port}/ in a browser; Ctrl-C ends it", flush=True)
-        server.serve_forever()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # below that it logs every request
+    server = make_server(config.host, config.port, app.server, threaded=True)  # exits if it can't have the port
+    print(f"open http://{config.host}:{server.port}/ in a browser; Ctrl-C ends it", flush=True)
+    server.serve_forever()
 
 
 def page(model: MVAE, controls: Controls, title: str) -> Dash:
@@ -113,7 +95,7 @@ def page(model: MVAE, controls: Controls, title: str) -> Dash:
     widgets = {name: widget(name, kind) for name, kind in controls.items()}
     sections = [html.Section([html.H2(name), *parts]) for name, (parts, _) in widgets.items()]
     columns = [html.Div(sections), html.Div(id="found"), html.Div(_sliders(latents))]
-    app.layout = html.Div([html.Header(html.H1(f"MVAE: {title}")), html.Main(columns)])
+    app.layout = html.Div([html.H1(f"MVAE: {title}"), html.Main(columns)])
     for name, kind in controls.items():
         if isinstance(kind, Picture):
             _take_pictures(app, name, kind)
@@ -158,34 +140,30 @@ def page(model: MVAE, controls: Controls, title: str) -> Dash:
 
 def widget(name: str, kind: Kind) -> tuple[list[Any], Any]:
     """Return a control's parts on the page, and the inputs whose value `given` reads."""
+    value = f"{name}-value"
     if isinstance(kind, Picture):
-        look: Any = {"config": {"displayModeBar": False}, "style": {"width": BOARD, "height": BOARD}}
-        board = dcc.Graph(id=f"{name}-board", figure=_board(kind), **look)
-        load = dcc.Upload("load", id=f"{name}-file", accept="image/*", max_size=UPLOAD, className="load")
+        style = {"width": BOARD, "height": BOARD} if kind.pen else {"display": "none"}
+        hint = "draw above, or load a file" if kind.pen else "load a file"
         parts = [
-            *([board, html.Div("draw above, or load a file:", className="said")] if kind.pen else []),
-            html.Div([load, html.Button("clear", id=f"{name}-clear")], className="loads"),
+            dcc.Graph(id=f"{name}-board", figure=_board(kind), config={"displayModeBar": False}, style=style),
+            dcc.Upload(hint, id=f"{name}-file", accept="image/*", max_size=UPLOAD, className="load"),
+            html.Button("clear", id=f"{name}-clear"),
             html.Div(id=f"{name}-said", className="said"),
-            dcc.Store(id=f"{name}-picture"),
+            dcc.Store(value),
         ]
-        return parts, Input(f"{name}-picture", "data")
-    if isinstance(kind, Label):
-        options = [{"label": words, "value": i} for i, words in enumerate(kind.names)]
-        return [dcc.Dropdown(options, id=f"{name}-value", placeholder="not given")], Input(f"{name}-value", "value")
-    if isinstance(kind, Attributes):
-        how = [{"label": words, "value": words} for words in ("present", "absent", "inferred")]
-        parts = [
-            html.Div([words, dcc.RadioItems(how, "inferred", id=f"{name}-{words}", inline=True)], className="switch")
-            for words in kind.names
-        ]
-        if not kind.separate:
-            parts.append(html.Div("one vector: once a switch is set, the others count as absent", className="said"))
-        return parts, {words: Input(f"{name}-{words}", "value") for words in kind.names}
+        return parts, Input(value, "data")
+    if kind.names:
+        several = isinstance(kind, Attributes)
+        options = [sign + one for one in kind.names for sign in ("", "-")[: 1 + several]]
+        parts = [dcc.Dropdown(options, id=value, multi=several, placeholder="not given")]
+        if isinstance(kind, Attributes) and not kind.separate:
+            parts.append(html.Div("one vector: once one is given, the others count as absent", className="said"))
+        return parts, Input(value, "value")
     parts = [
-        dcc.Checklist([{"label": "given", "value": "given"}], id=f"{name}-given"),
-        dcc.Input(id=f"{name}-value", type="text", placeholder=name, debounce=True, value=""),
+        dcc.Checklist(["given"], id=f"{name}-given"),
+        dcc.Input(id=value, type="text", placeholder=name, debounce=True, value=""),
     ]
-    return parts, {"given": Input(f"{name}-given", "value"), "text": Input(f"{name}-value", "value")}
+    return parts, {"given": Input(f"{name}-given", "value"), "text": Input(value, "value")}
 
 
 def given(name: str, kind: Kind, value: Any) -> dict[str, Tensor]:
@@ -193,16 +171,13 @@ def given(name: str, kind: Kind, value: Any) -> dict[str, Tensor]:
 
     Raises UsageError or ValueError for an invalid value.
     """
+    if isinstance(value, dict):
+        value = (value["text"] or "") if value["given"] else None
+    if value is None or value == []:
+        return {}
     if isinstance(kind, Picture):
-        return {name: decoded(value, kind)} if value else {}
-    if isinstance(kind, Label):
-        words = None if value is None else str(value)
-    elif isinstance(kind, Attributes):
-        signs = {"present": "", "absent": "-"}
-        words = ",".join(signs[how] + one for one, how in value.items() if how in signs) or None
-    else:
-        words = (value["text"] or "") if value["given"] else None
-    return {} if words is None else kind.batch(name, kind.values(words)[0].x)
+        return {name: decoded(value, kind)}
+    return kind.batch(name, kind.values(",".join(value) if isinstance(value, list) else value)[0].x)
 
 
 def _sliders(latents: Sequence[int]) -> list[Any]:
@@ -226,31 +201,28 @@ def _sliders(latents: Sequence[int]) -> list[Any]:
 def _take_pictures(app: Dash, name: str, kind: Picture) -> None:
     """Keep in the page, as the model sees it, the picture that was loaded or drawn last."""
     file, board = f"{name}-file", f"{name}-board"
-    outputs = [Output(f"{name}-picture", "data"), Output(f"{name}-said", "children"), Output(file, "contents")]
-    inputs = [Input(f"{name}-clear", "n_clicks"), Input(file, "contents")]
-    if kind.pen:
-        outputs.append(Output(board, "figure"))
-        inputs.append(Input(board, "relayoutData"))
+    outputs = [(f"{name}-value", "data"), (f"{name}-said", "children"), (file, "contents"), (board, "figure")]
+    inputs = [(f"{name}-clear", "n_clicks"), (file, "contents"), (board, "relayoutData")]
 
-    @app.callback(outputs, inputs, prevent_initial_call=True)
-    def _take(_: int | None, contents: str | None, drawn: Any = None) -> Any:
-        source, seen = ctx.triggered_id, None
-        said: Any = ""
+    @app.callback([Output(*one) for one in outputs], [Input(*one) for one in inputs], prevent_initial_call=True)
+    def _take(_: int | None, contents: str | None, drawn: dict[str, Any] | None) -> Any:
+        source, note, seen = ctx.triggered_id, "", None
         if source == board and "shapes" not in (drawn or {}):
             raise PreventUpdate
         try:
-            if source == board:
-                seen, said = rasterised(drawn["shapes"], kind), "what the model sees"
+            if source == board and drawn:
+                seen = rasterised(drawn["shapes"], kind)
             elif source == file and contents:
                 loaded = decoded(contents, kind)
                 seen = kind.on_dark(loaded, "the picture")
-                said = "what the model sees" + ", inverted: its background was light" * (seen is not loaded)
+                note = ", inverted: its background was light" * (seen is not loaded)
         except ValueError as error:
-            said = html.Span(str(error), className="wrong")
-        url = None if seen is None else _url(png(as_bytes(seen[0])))
-        shown = said if url is None else [html.Img(src=url, className="seen"), " ", said]
-        empty = no_update if source == board else _board(kind)
-        return [url, shown, None, empty][: len(outputs)]
+            return None, html.Span(str(error), className="wrong"), None, _board(kind)
+        if seen is None:
+            return None, "", None, _board(kind)
+        url = _url(png(as_bytes(seen[0])))
+        shown = [html.Img(src=url, className="seen"), " what the model sees" + note]
+        return url, shown, None, no_update if source == board else _board(kind)
 
 
 def _board(kind: Picture) -> dict[str, Any]:
@@ -274,12 +246,9 @@ def rasterised(shapes: list[dict[str, Any]], kind: Picture) -> Tensor:
     scale = 8  # drawn larger and then reduced, for soft edges
     image = Image.new("L", (kind.size * scale, kind.size * scale))
     pen, width = ImageDraw.Draw(image), kind.pen * scale
-    for shape in shapes[:MOST_SHAPES]:
-        numbers = [float(number) for number in re.findall(r"-?[\d.]+", str(shape.get("path", "")))]
-        places = np.array(numbers[: len(numbers) // 2 * 2]).reshape(-1, 2) * (image.width / BOARD)
-        line = [(x, y) for x, y in places.tolist()]
-        if not line:
-            continue
+    for shape in shapes:
+        numbers = [float(number) * image.width / BOARD for number in re.findall(r"-?[\d.]+", shape.get("path", ""))]
+        line = list(zip(numbers[::2], numbers[1::2], strict=False))
         pen.line(line, fill=255, width=round(width), joint="curve")
         for x, y in line[:1] + line[-1:]:
             pen.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=255)
@@ -290,10 +259,7 @@ def rasterised(shapes: list[dict[str, Any]], kind: Picture) -> Tensor:
 def decoded(url: str, kind: Picture) -> Tensor:
     """Decode the picture in a data URL, (1, channels, size, size) in [0, 1]. Raises ValueError if there isn't one."""
     try:
-        content = base64.b64decode(url.partition(",")[2], validate=True)
-        if len(content) > UPLOAD:
-            raise ValueError(f"more than {UPLOAD} bytes")
-        return picture(content, kind.mode, kind.size)
+        return picture(base64.b64decode(url.partition(",")[2], validate=True), kind.mode, kind.size)
     except Exception as error:  # PIL raises errors of many kinds for a damaged file
         reason = f" ({error})" if type(error) is ValueError else ""
         raise ValueError(f"not a picture, or damaged{reason}") from None
@@ -315,41 +281,40 @@ def _samples(samples: dict[str, Tensor], controls: Controls) -> Any:
             url = _url(png(as_bytes(grid(kind.pictures(values), len(values)))))
             parts.append(html.Img(src=url, id=own, alt=f"samples of {name}"))
         else:
-            lines = kind.lines(values)
-            parts.append(html.Div(" | ".join(line or "–" for line in lines), id=own, className="said"))
-    return html.Section([html.H2("Samples"), *parts], className="samples")
+            parts.append(html.Div(" | ".join(line or "–" for line in kind.lines(values)), id=own, className="said"))
+    return html.Section([html.H2("Samples"), *parts])
 
 
 def _expected(means: dict[str, Tensor], controls: Controls) -> Any:
     """Show a bar for each value's probability."""
     parts: list[Any] = []
     for name, mean in means.items():
-        parts.append(html.H2(f"p({name} | given)"))
-        for words, probability in probabilities(controls[name], mean):
-            parts.append(_bar(words or "–", {"#1f77b4": probability}, f"{100 * probability:.1f} %"))
+        words, found = zip(*probabilities(controls[name], mean), strict=True)
+        parts += [html.H2(f"p({name} | given)"), _bars([word or "–" for word in words], {name: found}, "%{x:.1%}")]
     return html.Section(parts, id="expected") if parts else ""
 
 
 def _experts(found: dict[str, Tensor], deviations: dict[str, float], latents: Sequence[int]) -> Any:
     """Show a bar for each of the strongest latents, divided between the experts by precision."""
-    colours = dict(zip(found, ["#bbb", *COLOURS], strict=False))
-    keys = [html.Span([html.Span(className="key", style={"background": colours[name]}), name]) for name in found]
-    bars = []
-    for latent in latents:
-        share = {name: float(some[latent]) for name, some in found.items()}
-        bars.append(
-            _bar(f"z{latent}", {colours[name]: some for name, some in share.items()}, max(share, key=share.__getitem__))
-        )
+    parts = {name: some[latents].tolist() for name, some in found.items()}
     widths = ", ".join(f"{name} {deviation:.2g}" for name, deviation in deviations.items())
     title = html.H2("Each expert's share of the precision of q(z | given)")
     said = html.Div(f"standard deviations, geometric means over all latents: {widths}", className="said")
-    return html.Section([title, html.Div(keys), *bars, said], id="experts")
+    return html.Section([title, _bars([f"z{latent}" for latent in latents], parts), said], id="experts")
 
 
-def _bar(name: str, parts: dict[str, float], said: str) -> Any:
-    """Draw a bar of parts by colour, each a fraction of the full width."""
-    bar = [html.I(style={"width": f"{100 * part:.1f}%", "background": colour}) for colour, part in parts.items()]
-    return html.Div([name, html.Span(bar), said], className="bar")
+def _bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], text: str = "") -> Any:
+    """Draw a bar for each name, divided into parts by colour, each a fraction of the full width."""
+    how = {"type": "bar", "orientation": "h", "y": names, "texttemplate": text}
+    layout = {
+        "barmode": "stack",
+        "height": 22 * len(names) + 30,
+        "margin": {"l": 0, "r": 0, "t": 0, "b": 30},
+        "xaxis": {"range": [0, 1], "fixedrange": True},
+        "yaxis": {"type": "category", "autorange": "reversed", "automargin": True, "dtick": 1, "fixedrange": True},
+    }
+    data = [{**how, "name": name, "x": x} for name, x in parts.items()]
+    return dcc.Graph(figure={"data": data, "layout": layout}, config={"displayModeBar": False})
 
 
 def _bounds(model: MVAE, batch: dict[str, Tensor], seed: int) -> Any:
