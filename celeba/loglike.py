@@ -4,26 +4,18 @@ Colour pixels are scored by the Bernoulli cross-entropy, which isn't a normalise
 an image are those more probable than not, by the mean of p(attrs | z) over q(z | image).
 """
 
-from dataclasses import dataclass
-
 from mvae import cli
 from mvae.data.celeba import ATTRIBUTES
 from mvae.run.evaluate import of_a_pair
 from mvae.run.metrics import accuracies
-from mvae.tools.report import Loglike, estimate, load, report
+from mvae.tools.report import estimate, load, report
 
 from datasets import NAME, Source, examples
 from model import build_model
 
 
-@dataclass(kw_only=True)
-class Config(Loglike, Source):
-    pass
-
-
 def main() -> None:
-    config = cli.parse(__doc__, Config)
-    model, data, trained = load(config, NAME, build_model, examples)
+    config, model, data, trained = load(__doc__, NAME, Source, build_model, examples)
     found = estimate(config, model, data, of_a_pair(("image",), ("attrs",)), predictions={"attrs": ("image",)})
     report(found, accuracies(found.predictions["attrs"], found.truth["attrs"], ATTRIBUTES), config, trained)
 

@@ -4,31 +4,21 @@ Colour pixels are scored by the Bernoulli cross-entropy, which isn't a normalise
 an image are those more probable than not, by the mean of p(attribute | z) over q(z | image).
 """
 
-from dataclasses import dataclass
-
 from mvae import cli
 from mvae.data.celeba import ATTRIBUTES
 from mvae.run.evaluate import of_a_pair
 from mvae.run.metrics import accuracies
-from mvae.tools.report import Loglike, estimate, load, report
+from mvae.tools.report import estimate, load, report
 
-import torch
-
-from datasets import NAME, Source, examples
+from datasets import CONTROLS, NAME, Source, examples
 from model import build_model
 
 
-@dataclass(kw_only=True)
-class Config(Loglike, Source):
-    pass
-
-
 def main() -> None:
-    config = cli.parse(__doc__, Config)
-    model, data, trained = load(config, NAME, build_model, examples)
+    config, model, data, trained = load(__doc__, NAME, Source, build_model, examples)
     predictions = dict.fromkeys(ATTRIBUTES, ("image",))
     found = estimate(config, model, data, of_a_pair(("image",), ATTRIBUTES), predictions)
-    predicted, truth = (torch.stack([x[name] for name in ATTRIBUTES], dim=1) for x in (found.predictions, found.truth))
+    predicted, truth = (CONTROLS["attrs"].join(x, "attrs") for x in (found.predictions, found.truth))
     report(found, accuracies(predicted, truth, ATTRIBUTES), config, trained)
 
 

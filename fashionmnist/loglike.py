@@ -4,24 +4,16 @@ Grey pixels are scored by the Bernoulli cross-entropy, which isn't a normalised 
 is scored on binary pixels, drawn once, where it is one.
 """
 
-from dataclasses import dataclass
-
 from mvae import cli
 from mvae.run.evaluate import of_a_pair
-from mvae.tools.report import Loglike, estimate, load, report
+from mvae.tools.report import estimate, load, report
 
 from datasets import NAME, Source, examples
 from model import build_model
 
 
-@dataclass(kw_only=True)
-class Config(Loglike, Source):
-    pass
-
-
 def main() -> None:
-    config = cli.parse(__doc__, Config)
-    model, data, trained = load(config, NAME, build_model, examples)
+    config, model, data, trained = load(__doc__, NAME, Source, build_model, examples)
     found = estimate(config, model, data, of_a_pair(("image",), ("text",)), predictions={"text": ("image",)})
     right = (found.predictions["text"].argmax(dim=1) == found.truth["text"]).double()
     report(found, {"accuracy of the label predicted from the image": right}, config, trained)

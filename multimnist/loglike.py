@@ -4,23 +4,16 @@ Grey pixels are scored by the Bernoulli cross-entropy, which isn't a normalised 
 greedily from the mean of q(z | image). Its accuracy per digit is the fraction of digits that are right at their place.
 """
 
-from dataclasses import dataclass
-
 from mvae import MVAE, Data, cli
 from mvae.data.dataset import consecutive_rows
 from mvae.run.evaluate import of_a_pair
-from mvae.tools.report import Loglike, estimate, load, report
+from mvae.tools.report import estimate, load, report
 
 import torch
 from torch import Tensor
 
 from datasets import FILL, NAME, Source, examples
 from model import build_model
-
-
-@dataclass(kw_only=True)
-class Config(Loglike, Source):
-    pass
 
 
 @torch.no_grad()
@@ -32,8 +25,7 @@ def read_texts(model: MVAE, data: Data) -> Tensor:
 
 
 def main() -> None:
-    config = cli.parse(__doc__, Config)
-    model, data, trained = load(config, NAME, build_model, examples)
+    config, model, data, trained = load(__doc__, NAME, Source, build_model, examples)
     found = estimate(config, model, data, of_a_pair(("image",), ("text",), y_proposal=("text",)))
     texts = data.tensors["text"]
     right = (read_texts(model, data) == texts).double()

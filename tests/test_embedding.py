@@ -89,7 +89,7 @@ def test_files_and_folders_are_embedded(embed: Embed, tmp_path: Path) -> None:
         ({"given": ("other",)}, "given must be among image, attrs, label"),
         ({"files": ("absent.png",), "given": ("label",)}, "one control that files can hold"),
         ({"files": ("absent.png",)}, "can't read"),
-        ({"plot": "model.pt"}, "would overwrite"),
+        ({"plot": "model.pt"}, "is also read or written"),
         ({"plot": "map.png", "colour_by": "Bog"}, "colour_by must be one of"),
     ],
 )

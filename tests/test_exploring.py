@@ -134,7 +134,7 @@ def test_widgets_give_the_values_of_the_flags(explore: Any, kind: Any, value: An
 
 def test_page_reads_no_file_that_a_visitor_names(explore: Any, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("1,2,3\n")
-    with pytest.raises(UsageError, match="must be a file, or numbers"):
+    with pytest.raises(UsageError, match="must be numbers"):
         explore.given("x", Vector(3), {"given": ["given"], "text": str(tmp_path / "a.csv")})
 
 

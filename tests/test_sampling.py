@@ -43,9 +43,7 @@ def conditions(model: MVAE, *ends: str, **given: str) -> list[Row]:
 
 
 def drawn(model: MVAE, rows: list[Row], n: int = 5, seed: int = 0, **options: Any) -> dict[str, Tensor]:
-    """Return all samples, (rows * n, *event)."""
-    blocks = list(sampling.draw(model, CONTROLS, rows, n=n, seed=seed, **options))
-    return {name: torch.cat([block[name] for block in blocks]) for name in CONTROLS}
+    return sampling.draw(model, CONTROLS, rows, n, seed, **options)
 
 
 # Values
@@ -63,7 +61,7 @@ NAN = pytest.approx(float("nan"), nan_ok=True)
         (CONTROLS["attrs"], "Big,-Big", "both present and absent"),
         (CONTROLS["image"], "absent.png", "no such file: 'absent.png'"),
         (Vector(3), "1,-2.5,5e-1", [("1, -2.5, 0.5", [[1, -2.5, 0.5]])]),
-        (Vector(3), "1,two,3", "must be a file, or numbers"),
+        (Vector(3), "1,two,3", "must be numbers separated by commas, or a file"),
         (Vector(3), "1,2", "must be 3 finite numbers, got 2"),
         (Vector(3), "1,2,nan", "must be 3 finite numbers"),
     ],
@@ -85,7 +83,7 @@ def test_vectors_are_read_from_files(tmp_path: Path) -> None:
     for name, expected in (("a.npy", rows), ("a.csv", rows), ("column.csv", rows[:1])):
         found = controls.parse({"curve": Vector(3)}, "curve", str(tmp_path / name))
         assert torch.cat([value.x for value in found]).tolist() == expected.tolist()
-    with pytest.raises(UserError, match="numbers separated by commas"):
+    with pytest.raises(UserError, match="bad.csv must be numbers"):
         controls.parse({"curve": Vector(3)}, "curve", str(tmp_path / "bad.csv"))
 
 

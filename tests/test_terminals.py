@@ -1,6 +1,5 @@
 """Scripts at terminals and on machines as people have them: output, paths, memory, devices, what a system lacks."""
 
-import dataclasses
 import errno
 import os
 import resource
@@ -49,22 +48,19 @@ def test_every_script_runs_its_main_in_the_same_way() -> None:
 
 
 @pytest.mark.parametrize(
-    ("raised", "status", "said"),
+    ("raised", "said"),
     [
-        ("OSError(13, 'Permission denied', '/x/y')", 1, "train.py: /x/y: Permission denied"),
-        ("OSError(36, 'File name too long')", 1, "train.py: File name too long"),
-        ("MemoryError()", 1, "train.py: out of memory: use fewer examples or samples at a time (--batch-size"),
-        ("cli.UserError('wrong\\nin two lines')", 1, "train.py: wrong in two lines"),
+        ("OSError(13, 'Permission denied', '/x/y')", "train.py: /x/y: Permission denied"),
+        ("MemoryError()", "train.py: out of memory: use fewer examples or samples at a time (--batch-size"),
+        ("cli.UserError('wrong\\nin two lines')", "train.py: wrong in two lines"),
     ],
 )
-def test_error_that_a_user_can_fix_is_one_line(raised: str, status: int, said: str) -> None:
-    assert_refused(shell(f"raise {raised}"), status, said)
+def test_error_that_a_user_can_fix_is_one_line(raised: str, said: str) -> None:
+    assert_refused(shell(f"raise {raised}"), 1, said)
 
 
 def test_error_of_the_program_keeps_its_traceback() -> None:
-    done = shell("raise RuntimeError('a fault')")
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
+    assert "Traceback" in shell("raise RuntimeError('a fault')").stderr
 
 
 def test_lack_of_memory_is_known_by_torchs_errors() -> None:
@@ -115,12 +111,15 @@ def test_reader_that_leaves_ends_a_script_as_sigpipe_does(main: str) -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_error_is_shown_though_nobody_reads_the_output() -> None:
-    assert_refused(shell("print('said'); raise OSError('wrong')", "| true; exit ${PIPESTATUS[0]}"), 1, "wrong")
-
-
-def test_full_disk_for_stdout_is_one_line() -> None:
-    assert_refused(shell("print('said')", "> /dev/full"), 1, "can't write to stdout: No space left")
+@pytest.mark.parametrize(
+    ("main", "redirections", "said"),
+    [
+        ("print('said'); raise OSError('wrong')", "| true; exit ${PIPESTATUS[0]}", "wrong"),
+        ("print('said')", "> /dev/full", "can't write to stdout: No space left"),
+    ],
+)
+def test_error_is_shown_though_nobody_reads_the_output(main: str, redirections: str, said: str) -> None:
+    assert_refused(shell(main, redirections), 1, said)
 
 
 # Files
@@ -130,7 +129,6 @@ def test_full_disk_for_stdout_is_one_line() -> None:
     ("text", "said"),
     [
         (os.devnull, "not a regular file"),
-        ("/dev/full", "not a regular file"),
         ("/dev/stdout", "not a regular file"),
         (".", "not a regular file"),
         ("fifo", "not a regular file"),
@@ -138,7 +136,7 @@ def test_full_disk_for_stdout_is_one_line() -> None:
         (250 * "x", "File name too long"),
     ],
 )
-def test_file_that_cannot_be_written_is_known_before_the_work(
+def test_file_that_cannot_be_written_is_refused(
     text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -146,9 +144,6 @@ def test_file_that_cannot_be_written_is_known_before_the_work(
     Path("file").touch()
     with pytest.raises(UserError, match=f"can't write .*{said}"):
         write_atomically(Path(text), b"")
-    if len(text) < 200:
-        with pytest.raises(UserError, match=f"can't write .*{said}"):
-            check_writable(Path(text))
     assert sorted(os.listdir()) == ["fifo", "file"]
 
 
@@ -166,16 +161,10 @@ def test_an_error_leaves_no_file(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("paths", [("model", None), ("x.csv", "./x.csv"), ("a/../model", None)])
-def test_file_that_another_flag_names_is_not_overwritten(paths: tuple[str, str | None]) -> None:
-    @dataclasses.dataclass(kw_only=True)
-    class Two(Tool):
-        one: Path | None = None
-        two: Path | None = None
-
-    one, two = (path and Path(path) for path in paths)
-    with pytest.raises(UsageError, match=r"would overwrite .*, which is also read or written"):
-        Two(model_path=Path("model"), one=one or None, two=two or None).check_outputs("one", "two")
+@pytest.mark.parametrize("outputs", [["model"], ["x.csv", "./x.csv"], ["a/../model"]])
+def test_file_that_another_flag_names_is_not_overwritten(outputs: list[str]) -> None:
+    with pytest.raises(UsageError, match="is also read or written"):
+        Tool(model_path=Path("model")).check_outputs(None, *map(Path, outputs))
 
 
 # Machines

@@ -3,10 +3,8 @@
 Pixels are scored by the Bernoulli cross-entropy, which isn't a normalised density.
 """
 
-from dataclasses import dataclass
-
 from mvae import Quantity, cli
-from mvae.tools.report import Loglike, estimate, load, report
+from mvae.tools.report import estimate, load, report
 
 from datasets import MODALITIES, NAME, Source, examples
 from model import build_model
@@ -20,14 +18,8 @@ PROPOSALS = {
 """Quantities to estimate, each with its proposals: each picture, all six, and each of five given the image."""
 
 
-@dataclass(kw_only=True)
-class Config(Loglike, Source):
-    pass
-
-
 def main() -> None:
-    config = cli.parse(__doc__, Config)
-    model, data, trained = load(config, NAME, build_model, examples)
+    config, model, data, trained = load(__doc__, NAME, Source, build_model, examples)
     report(estimate(config, model, data, PROPOSALS), {}, config, trained)
 
 

@@ -30,10 +30,7 @@ def project(points: np.ndarray, method: str, seed: int) -> np.ndarray:
 
 
 def pca(points: np.ndarray) -> np.ndarray:
-    """Project points (n, latents) on their first two principal components; a component that doesn't exist is 0.
-
-    Each axis points to where its largest weight is positive, so that maps of similar points look alike.
-    """
+    """Project points (n, latents) on their first two principal components; a component that doesn't exist is 0."""
     n = min(2, points.shape[1], len(points) - 1)
     found = PCA(n).fit_transform(points) if n else points[:, :0]
     return np.pad(found, [(0, 0), (0, 2 - n)])

@@ -18,10 +18,9 @@ N_DRAWS = 100  # importance samples of a bound
 
 @torch.no_grad()
 def shares(model: MVAE, given: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return each expert's share of the precision of q(z | given), and its standard deviation.
+    """Return the share (latents,) of "prior" and each modality in the precision of q(z | given), and their widths.
 
-    The shares are those of "prior" and of each modality given, (latents,); they sum to 1. The standard deviations are
-    geometric means over the latents, of each modality given, and of q(z | given) as "all".
+    A width is a standard deviation's geometric mean over the latents: of each modality, and of q(z | given) as "all".
     """
     names = [name for name in model.modalities if name in given]
     _, logvar = model.posterior(given)
@@ -57,10 +56,7 @@ def probabilities(kind: Kind, mean: Tensor) -> list[tuple[str, float]]:
 
 @torch.no_grad()
 def strongest(model: MVAE, controls: Controls, n: int) -> list[int]:
-    """Return the n latents that change the first control's mean most, by one standard deviation of the prior each way.
-
-    The change is the mean absolute difference between z = e and z = -e, with the rest of z at zero.
-    """
+    """Return the n latents that change the first control's mean most from z = -1 to 1, with the rest of z at zero."""
     name, kind = next(iter(controls.items()))
     ends = torch.eye(model.n_latents, device=next(model.parameters()).device)
     up, down = (kind.join(model.mean(z, kind.modalities(name)), name) for z in (ends, -ends))

@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,34 +20,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.pictures import load_picture
-from ..errors import UsageError, UserError
+from ..errors import UsageError
 
 log = logging.getLogger(__name__)
 
 
 class Value(NamedTuple):
-    """A value that a user gives.
+    """A value that a user gives."""
 
-    said: the value in a few words.
-    x: the value as a batch of one example, (1, *event); NaN for an attribute that it doesn't name.
-    of: control that has this value in a random held-out example, which is what is given; "" to give x itself.
-    """
-
-    said: str
-    x: Tensor
-    of: str = ""
+    said: str  # the value in a few words
+    x: Tensor  # the value as a batch of one example, (1, *event); NaN for an attribute that it doesn't name
+    of: str = (
+        ""  # control that has this value in a random held-out example, which is what is given; "" to give x itself
+    )
 
 
 class Kind:
-    """The kind of a control.
+    """The kind of a control."""
 
-    names: of its classes or entries, if they have names.
-    size: side in pixels of the square that a value is drawn in; 0 if it is only written as text. Values that are drawn
-        may be given as a file.
-    """
-
-    names: Sequence[str] = ()
-    size: int = 0
+    names: Sequence[str] = ()  # of its classes or entries, if they have names
+    size: int = 0  # side in pixels of a drawn value, which may be given as a file; 0 if values are only written as text
 
     def modalities(self, name: str) -> tuple[str, ...]:
         """Return the modalities of the control `name`."""
@@ -70,7 +62,7 @@ class Kind:
         return batch[name]
 
     def lines(self, x: Tensor) -> list[str]:
-        """Write n values as a line of text each; of means, as `MVAE.mean` returns them, the most probable values."""
+        """Write n values, or the most probable values of n means, as a line of text each."""
         raise NotImplementedError
 
     def pictures(self, x: Tensor) -> Tensor:
@@ -197,28 +189,23 @@ class Vector(Kind):
     size = 64
 
     def values(self, words: str) -> list[Value]:
-        try:
-            row = [float(word) for word in words.split(",")]
-        except ValueError:
-            raise UsageError(f"{words!r} must be a file, or numbers separated by commas") from None
-        return self._checked(torch.tensor([row]), words)
+        return self._parsed(words, lambda: np.loadtxt([words], delimiter=","))
 
     def read(self, path: Path) -> list[Value]:
         """Read a .npy file, or a text file of numbers separated by commas: a value, or one in each row."""
-        try:
-            rows = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, delimiter=",")
-            found = torch.from_numpy(np.atleast_2d(rows).astype(np.float32))
-        except (OSError, ValueError, TypeError, EOFError):
-            raise UserError(f"can't read {path}: expected a .npy file, or numbers separated by commas") from None
-        return self._checked(found, str(path))
+        return self._parsed(
+            str(path), lambda: np.load(path) if path.suffix == ".npy" else np.loadtxt(path, delimiter=",")
+        )
 
-    def _checked(self, rows: Tensor, source: str) -> list[Value]:
+    def _parsed(self, source: str, load: Callable[[], np.ndarray]) -> list[Value]:
+        try:
+            rows = torch.from_numpy(np.atleast_2d(load()).astype(np.float32))
+        except (OSError, ValueError, TypeError, EOFError):
+            raise UsageError(f"{source} must be numbers separated by commas, or a file of them") from None
         if rows.shape[1:] != (self.length,) or not rows.isfinite().all():
             raise UsageError(f"{source} must be {self.length} finite numbers, got {rows.shape[-1]} values")
-        more = ", ..." if self.length > 3 else ""
-        return [
-            Value(", ".join(f"{number:.3g}" for number in row[0, :3].tolist()) + more, row) for row in rows.split(1)
-        ]
+        more = ", ..." * (self.length > 3)
+        return [Value(", ".join(f"{x:.3g}" for x in row[0, :3].tolist()) + more, row) for row in rows.split(1)]
 
     def lines(self, x: Tensor) -> list[str]:
         return [",".join(f"{number:.6g}" for number in row) for row in x.tolist()]
@@ -240,7 +227,7 @@ def described_by(controls: Controls) -> str | None:
 def parse(controls: Controls, name: str, words: str) -> list[Value]:
     """Parse the values of the control `name`. A picture may be a file, or a held-out one by what it shows.
 
-    Raises UsageError or, for a file that can't be read, UserError.
+    Raises UsageError, or UserError for a file that can't be read.
     """
     kind, label = controls[name], described_by(controls)
     if kind.size and _is_file(words):

@@ -4,7 +4,6 @@ Run it in an experiment's folder: cd mnist && python -m mvae.tools.embed CHECKPO
 labels; --plot draws a map of the means, coloured by them.
 """
 
-import dataclasses
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from ..model import Batch
 from ..run import maps
 from ..run.checkpoint import load_model
 from .controls import Controls, Kind
-from .folder import Experiment, Tool, experiment
+from .folder import Experiment, Tool, experiment, with_source
 
 BATCH = 500  # examples encoded together
 MOST = 5000  # points on a map
@@ -49,7 +48,7 @@ class Embedding(Tool):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_counts(1, "limit")
-        self.check_outputs("out", "plot", inputs=self.files)
+        self.check_outputs(self.out, self.plot, inputs=self.files)
 
 
 @torch.no_grad()
@@ -63,7 +62,7 @@ def embed(config: Embedding, folder: Experiment) -> None:
         raise UsageError("with files, given must be one control that files can hold, such as a picture")
     device = config.device()
     model, trained = load_model(config.model_path, folder.name, folder.build_model, device)
-    batches: Iterator[tuple[Batch, list[str]]]
+    batches: Iterator[tuple[Batch, list[str]]]  # each with the files of its examples
     if config.files:
         files = [file for path in config.files for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
         if not files:
@@ -78,22 +77,21 @@ def embed(config: Embedding, folder: Experiment) -> None:
     sources = []
     for batch, some in tqdm(batches, total=-(-n // BATCH), leave=False, disable=None):
         sources += some
-        mu, logvar = model.posterior({name: batch[name].to(device) for name in conditioned})
-        found["mu"].append(mu.float().cpu())
-        found["logvar"].append(logvar.float().cpu())
-        for name, kind in labelled.items():
-            found[name].append(kind.join(batch, name).to("cpu", torch.uint8))
-    arrays = {name: torch.cat(parts).numpy() for name, parts in found.items()}
-    arrays["given"] = np.array(given)
+        posterior = model.posterior({name: batch[name].to(device) for name in conditioned})
+        values = dict(zip(("mu", "logvar"), posterior, strict=True))
+        values |= {name: kind.join(batch, name).byte() for name, kind in labelled.items()}
+        for name, x in values.items():
+            found[name].append(x.cpu())
+    arrays = {name: torch.cat(parts).numpy() for name, parts in found.items()} | {"given": np.array(given)}
     arrays |= {f"{name}_names": np.array(kind.names) for name, kind in labelled.items() if kind.names}
     if config.files:
         arrays["file"] = np.array(sources)
-    n = len(arrays["mu"])
+    n, about = len(arrays["mu"]), f"q(z | {', '.join(given)})"
     if config.plot:
         rows = np.sort(np.random.default_rng(config.seed).permutation(n)[:MOST])
         shown = {name: torch.from_numpy(arrays[name][rows]) for name in labelled}
         by, classes, names = colours_of(shown, controls, config.colour_by, len(rows))
-        title = f"{config.map} of the means of q(z | {', '.join(given)}), {len(rows)} of {n}{by and ', by '}{by}"
+        title = f"{config.map} of the means of {about}, {len(rows)} of {n}{by and ', by '}{by}"
         points = maps.project(arrays["mu"][rows], config.map, config.seed)
         with whole(config.plot) as file:
             maps.figure(points, classes.numpy(), names, title).savefig(file, format="png")
@@ -102,7 +100,7 @@ def embed(config: Embedding, folder: Experiment) -> None:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.save(member, array)
-    print(f"wrote {config.out}: mu and logvar of q(z | {', '.join(given)}), {n} x {model.n_latents}")
+    print(f"wrote {config.out}: mu and logvar of {about}, {n} x {model.n_latents}")
 
 
 def _read(files: Sequence[Path], name: str, kind: Kind) -> Iterator[tuple[Batch, list[str]]]:
@@ -119,9 +117,7 @@ def colours_of(
 
     `wanted` is the name of a label or an attribute (default: the first). Raises UsageError for an unknown name.
     """
-    known: dict[str, tuple[Tensor, Sequence[str]]] = {}
-    for name, x in values.items():
-        known |= controls[name].colours(name, x)
+    known = {by: colours for name, x in values.items() for by, colours in controls[name].colours(name, x).items()}
     if wanted is not None and wanted not in known:
         raise UsageError(f"colour_by must be one of {', '.join(known) or 'nothing here'}, got {wanted}")
     by = wanted or next(iter(known), "")
@@ -130,8 +126,7 @@ def colours_of(
 
 def main() -> None:
     folder = experiment()
-    config = dataclasses.make_dataclass("Config", [], bases=(Embedding, folder.source), kw_only=True)
-    embed(cli.parse(__doc__, config), folder)
+    embed(cli.parse(__doc__, with_source(Embedding, folder.source)), folder)
 
 
 if __name__ == "__main__":

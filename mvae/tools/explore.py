@@ -123,8 +123,8 @@ def page(model: MVAE, controls: Controls, title: str) -> Dash:
             mu, logvar = model.posterior(batch)
             shift = mu.new_tensor([float(shifts.get(str(latent), 0)) for latent in range(model.n_latents)])
             row = Row("", batch, mu + shift, logvar)
-            samples = next(draw(model, controls, [row], n=COLUMNS, seed=seed, temperature=temperature))
-            means = next(draw(model, texts, [row._replace(mu=mu)], n=N_DRAWS, seed=seed))
+            samples = draw(model, controls, [row], COLUMNS, seed, temperature)
+            means = draw(model, texts, [row._replace(mu=mu)], N_DRAWS, seed)
             parts = [_samples(samples, controls), _expected(means, controls)]
             return [*parts, _experts(*shares(model, batch), latents), _bounds(model, batch, seed)]
 

@@ -1,12 +1,13 @@
 """The experiment in the current folder, and the flags that the tools share."""
 
+import dataclasses
 import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ..data.dataset import Data
 from ..errors import UsageError
@@ -17,6 +18,8 @@ from .controls import Controls
 
 Build = Callable[[int], MVAE]  # from the number of latents
 Examples = Callable[[str, Any, Mapping[str, Any]], Data]  # from a split, a Config and the checkpoint's settings
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -37,19 +40,22 @@ class Tool(Machine):
         """Raise UsageError unless each of these fields is None or an integer >= `least`."""
         for name in names:
             value = getattr(self, name)
-            if value is not None and not least <= value <= 10**9:
+            if value is not None and value < least:
                 raise UsageError(f"{name} must be an integer >= {least}, got {value}")
 
-    def check_outputs(self, *names: str, inputs: Iterable[Path] = ()) -> None:
-        """Raise UsageError if an output file is read or written twice, UserError if it can't be written."""
+    def check_outputs(self, *outputs: Path | None, inputs: Iterable[Path] = ()) -> None:
+        """Raise UsageError if an output would overwrite another or an input, UserError if it can't be written."""
         used = {os.path.realpath(path) for path in (self.model_path, *inputs)}
-        for name in names:
-            path = getattr(self, name)
-            if path is not None:
-                if os.path.realpath(path) in used:
-                    raise UsageError(f"{name} would overwrite {path}, which is also read or written: choose another")
-                used.add(os.path.realpath(path))
-                check_writable(path)
+        for path in filter(None, outputs):
+            if os.path.realpath(path) in used:
+                raise UsageError(f"{path} is also read or written: choose another output")
+            used.add(os.path.realpath(path))
+            check_writable(path)
+
+
+def with_source(tool: type[T], source: type) -> type[T]:
+    """Return a tool's flags with those that locate the experiment's data."""
+    return dataclasses.make_dataclass("Config", [], bases=(tool, source), kw_only=True)
 
 
 class Experiment(NamedTuple):

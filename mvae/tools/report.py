@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import cli
 from ..data.dataset import Data
 from ..errors import UsageError
 from ..estimators import Modalities
@@ -24,7 +25,7 @@ from ..run.checkpoint import load_model, origin
 from ..run.device import resolve
 from ..run.distributed import Processes, is_first
 from ..run.evaluate import Evaluation, Quantity, evaluate, listed, mean_and_error
-from .folder import Build, Examples, Tool
+from .folder import Build, Examples, Tool, with_source
 
 STARTED = time.perf_counter()
 
@@ -48,15 +49,18 @@ class Loglike(Tool):
         self.check_counts(2, "n_samples", "limit")
         if self.per_example and self.per_example.suffix not in (".csv", ".npz"):
             raise UsageError(f"per_example must end in .csv or .npz, got {self.per_example}")
-        self.check_outputs("json", "per_example")
+        self.check_outputs(self.json, self.per_example)
 
 
-def load(config: Loglike, experiment: str, build: Build, examples: Examples) -> tuple[MVAE, Data, dict[str, Any]]:
-    """Return the model, the examples on its device, and what the checkpoint says about its training."""
+def load(
+    description: str | None, experiment: str, source: type, build: Build, examples: Examples
+) -> tuple[Loglike, MVAE, Data, dict[str, Any]]:
+    """Return the flags (with those of `source`), the model, the examples on its device, and what trained the model."""
+    config = cli.parse(description, with_source(Loglike, source))
     origin()  # the commit that the run began with
     device = config.device()
     model, trained = load_model(config.model_path, experiment, build, device)
-    return model, examples(config.split, config, trained["settings"])[: config.limit].to(device), trained
+    return config, model, examples(config.split, config, trained["settings"])[: config.limit].to(device), trained
 
 
 def estimate(
@@ -66,11 +70,8 @@ def estimate(
     quantities: Mapping[Quantity, Sequence[Modalities]],
     predictions: Mapping[str, Modalities] | None = None,
 ) -> Evaluation:
-    """Estimate the quantities, each with its proposals, and predict modalities; see `mvae.run.evaluate.evaluate`.
-
-    `config.precision` becomes what "auto" means on this machine.
-    """
-    config.precision = precision = resolve(config.precision, data.device)
+    """Estimate the quantities, each with its proposals, and predict modalities; see `mvae.run.evaluate.evaluate`."""
+    config.precision = resolve(config.precision, data.device)  # recorded by `report`
     processes = Processes.join(data.device)
     with processes.together():
         return evaluate(
@@ -80,7 +81,7 @@ def estimate(
             predictions=predictions,
             n_samples=config.n_samples,
             seed=config.seed,
-            precision=precision,
+            precision=config.precision,
             processes=processes,
         )
 
@@ -92,10 +93,15 @@ def report(found: Evaluation, measures: Mapping[str, Tensor], config: Loglike, t
     """
     if not is_first():
         return
-    rows: list[dict[str, Any]] = []
-    for (quantity, proposal), one in found.estimates.items():
-        names = {"quantity": quantity.name, "proposal": _under(proposal)}
-        rows.append({**names, **_summary(one.log_p), "log_weight_variance": one.log_weight_variance.mean().item()})
+    rows: list[dict[str, Any]] = [
+        {
+            "quantity": quantity.name,
+            "proposal": _under(proposal),
+            **_summary(one.log_p),
+            "log_weight_variance": one.log_weight_variance.mean().item(),
+        }
+        for (quantity, proposal), one in found.estimates.items()
+    ]
     others = {name: _summary(values) for name, values in measures.items()}
     n = len(torch.cat([*found.examples.values()]).unique())
     if config.json:
@@ -123,17 +129,15 @@ def report(found: Evaluation, measures: Mapping[str, Tensor], config: Loglike, t
     # If examples lack modalities, each quantity has its own examples, whose number gets a column.
     own = any(row["n_examples"] != n for row in rows)
     over = f"those of {n} examples that have its modalities" if own else f"{n} examples"
-    print(f"{config.split.capitalize()} log-likelihood in nats: mean ± standard error over {over}, ", end="")
-    print(
-        f"{config.n_samples} importance samples,\nand the variance of the log importance weights (mean over examples)."
-    )
+    head = f"{config.split.capitalize()} log-likelihood in nats: mean ± standard error over {over}, {config.n_samples}"
+    print(f"{head} importance samples,\nand the variance of the log importance weights (mean over examples).")
     table = [("quantity", "proposal", "log-likelihood", "variance", "examples")]
     for row in rows:
         value, variance = f"{row['mean']:.3f} ± {row['standard_error']:.3f}", f"{row['log_weight_variance']:.2f}"
         table.append((row["quantity"], row["proposal"], value, variance, str(row["n_examples"])))
-    widths = [max(24, 2 + max(len(line[column]) for line in table)) for column in (0, 1)]
+    left, right = (max(24, 2 + max(map(len, column))) for column in [*zip(*table, strict=True)][:2])
     for name, under, value, variance, examples in table:
-        print(f"{name:{widths[0]}}{under:{widths[1]}}{value:>20}{variance:>12}" + f"{examples:>12}" * own)
+        print(f"{name:{left}}{under:{right}}{value:>20}{variance:>12}" + f"{examples:>12}" * own)
     for name, other in others.items():
         text = f"{name}: {other['mean']:.4f} ± {other['standard_error']:.4f}"
         print(text + f", over {other['n_examples']} examples" * own)
@@ -145,12 +149,9 @@ def _summary(values: Tensor) -> dict[str, float]:
 
 
 def write_per_example(found: Evaluation, path: Path) -> None:
-    """Write each example's estimates, in nats, to a .csv or an .npz file. Raises UserError if it can't be written.
+    """Write each example's estimates, in nats, with its number in the split, to a .csv or an .npz file.
 
-    The CSV has a line for each example, which begins with its number in the split, and a column for each quantity and
-    proposal. The .npz has `log_p` and `log_weight_variance` (examples, columns), the columns' `quantity` and
-    `proposal`, and the examples' numbers as `example`. A value is empty (NaN in the .npz) if the example lacks one of
-    its modalities.
+    There is a column for each quantity and proposal. If an example lacks a modality, a value is empty, or NaN in .npz.
     """
     quantities = [quantity.name for quantity, _ in found.estimates]
     proposals = [_under(proposal) for _, proposal in found.estimates]

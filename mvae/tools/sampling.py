@@ -3,10 +3,10 @@
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -50,16 +50,11 @@ class Sampling(Tool):
 
 
 class Row(NamedTuple):
-    """The condition of a row of samples.
+    """The condition of a row of samples."""
 
-    said: its description; "" if it is empty.
-    given: a batch of one example of some modalities; of an interpolation, the nearer end.
-    mu, logvar: q(z | given), each (1, latents); of an interpolation, between those of the two ends.
-    """
-
-    said: str
-    given: dict[str, Tensor]
-    mu: Tensor
+    said: str  # its description; "" if it is empty
+    given: dict[str, Tensor]  # a batch of one example of some modalities; of an interpolation, the nearer end
+    mu: Tensor  # of q(z | given), (1, latents); of an interpolation, between the two ends'
     logvar: Tensor
 
 
@@ -85,8 +80,9 @@ def conditions(
             if value.of:
                 data = held_out()
                 same = (data.tensors[value.of].cpu() == value.x) | value.x.isnan()
-                fits = same.view(len(same), -1).all(dim=1)
-                found[name] = random_example(data, fits, f"{value.of} {value.said!r}")[name]
+                found[name] = random_example(data, same.view(len(same), -1).all(dim=1), f"{value.of} {value.said!r}")[
+                    name
+                ]
             else:
                 found |= controls[name].batch(name, value.x)
         return {name: x.to(device) for name, x in found.items()}
@@ -116,31 +112,27 @@ def draw(
     model: MVAE,
     controls: Controls,
     rows: Sequence[Row],
-    *,
     n: int,
     seed: int,
-    temperature: float = 1.0,
+    temperature: float = 1,
     draw_x: bool = False,
-) -> Iterator[dict[str, Tensor]]:
-    """Draw n samples of each row, and yield them by control onto the CPU, in blocks. All rows have the same noise.
+) -> dict[str, Tensor]:
+    """Draw n samples of each row, and return all by control on the CPU, row after row. All rows have the same noise.
 
-    Args:
-        temperature: every distribution that is drawn from is raised to the power 1 / temperature: the variance of z is
-            multiplied by it, and the logits of x are divided by it.
-        draw_x: draw from p(x | z) instead of taking the means.
+    Every distribution that is drawn from is raised to the power 1 / temperature. `draw_x` draws from p(x | z) instead
+    of taking its mean.
     """
+    found: dict[str, list[Tensor]] = {name: [] for name in controls}
     for row in rows:
-        rng = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
-        for start in range(0, n, BLOCK):
-            noise = torch.randn(min(BLOCK, n - start), model.n_latents, generator=rng).to(row.mu.device)
-            z = experts.draw(row.mu, row.logvar, noise, temperature)
-            values = {}
+        noise = torch.randn(n, model.n_latents, generator=torch.Generator().manual_seed(seed))
+        for some in tqdm(noise.split(BLOCK), leave=False, delay=1, disable=None):
+            z = experts.draw(row.mu, row.logvar, some.to(row.mu.device), temperature)
             for name, kind in controls.items():
                 names = kind.modalities(name)
                 draws = {one: model.likelihood(one).sample(z, temperature) for one in names} if draw_x else {}
-                values[name] = kind.join(draws or model.mean(z, names), name).cpu()
-            yield values
+                found[name].append(kind.join(draws or model.mean(z, names), name).cpu())
+    return {name: torch.cat(blocks) for name, blocks in found.items()}
 
 
 def sample(
@@ -155,8 +147,6 @@ def sample(
 ) -> None:
     """Draw and write the samples that the flags ask for.
 
-    If several controls can be drawn, contact_sheet.png shows the first samples of all of them next to each other.
-
     Args:
         examples: the experiment's data, for held-out pictures.
         given: values by control (default: those of the config's condition_on_NAME).
@@ -167,24 +157,25 @@ def sample(
         given = {name: [value for one in words[name] for value in parse(controls, name, one)] for name in controls}
     given = {name: values for name, values in given.items() if values}
     ends = [endpoint(controls, words) for words in config.interpolate or ()]
-    device = config.device()
-    model, trained = load_model(config.model_path, experiment, build, device)
+    model, trained = load_model(config.model_path, experiment, build, config.device())
     torch.manual_seed(config.seed)
     held_out = functools.cache(lambda: examples("validation", config, trained["settings"]))
     rows = conditions(model, controls, given, ends, held_out)
     n = config.n_samples or (64 if len(rows) == 1 else COLUMNS)
 
-    save, out = config.save or ["grid"], config.out_dir
+    def path(name: str) -> Path:
+        return config.out_dir / f"{stem}{name}"
+
+    save = config.save or ["grid"]
     drawn = {name: kind for name, kind in controls.items() if kind.size}
-    folders = {name: out / f"{stem}{name}" for name in drawn if "images" in save}
+    folders = {name: path(name) for name in drawn if "images" in save}
     for folder in folders.values():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists and isn't empty: choose another --out-dir")
-    check_writable(out / f"{stem}given.json")
-    if "grid" in save and len(rows) * n * max((kind.size**2 for kind in drawn.values()), default=0) > VIEWABLE:
-        raise UsageError(
-            f"a grid of {len(rows) * n} samples is too large to view: use fewer --n-samples, or --save images"
-        )
+    check_writable(path("given.json"))
+    total = len(rows) * n
+    if "grid" in save and total * max((kind.size**2 for kind in drawn.values()), default=0) > VIEWABLE:
+        raise UsageError(f"a grid of {total} samples is too large to view: use fewer --n-samples, or --save images")
 
     about = {
         "experiment": experiment,
@@ -195,30 +186,29 @@ def sample(
         "samples of each": n,
         "given": [row.said for row in rows],
     }
-    how: dict[str, Any] = {"seed": config.seed, "temperature": config.temperature, "draw_x": config.draw}
-    bar = tqdm(draw(model, controls, rows, n=n, **how), total=len(rows) * -(-n // BLOCK), leave=False, disable=None)
-    blocks = list(bar)
+    samples = draw(model, controls, rows, n, config.seed, config.temperature, config.draw)
     pictures = {
-        name: np.concatenate([as_bytes(kind.pictures(block[name])) for block in blocks]) for name, kind in drawn.items()
+        name: np.concatenate([as_bytes(kind.pictures(some)) for some in samples[name].split(BLOCK)])
+        for name, kind in drawn.items()
     }
     for name, kind in controls.items():
         if not isinstance(kind, Picture):
-            lines = [f"{line}\n" for block in blocks for line in kind.lines(block[name])]
-            write_atomically(out / f"{stem}{name}.txt", "".join(lines).encode())
+            lines = "".join(f"{line}\n" for line in kind.lines(samples[name]))
+            write_atomically(path(f"{name}.txt"), lines.encode())
         if "npy" in save:
-            with whole(out / f"{stem}{name}.npy") as file:
-                np.save(file, torch.cat([block[name] for block in blocks]).float().numpy())
+            with whole(path(f"{name}.npy")) as file:
+                np.save(file, samples[name].float().numpy())
         if "grid" in save and name in drawn:
-            write_atomically(out / f"{stem}{name}.png", png(_grid(rows, drawn, pictures[name]), about))
+            write_atomically(path(f"{name}.png"), png(_grid(rows, drawn, pictures[name]), about))
     for name, folder in folders.items():
         folder.mkdir(parents=True, exist_ok=True)
         for i, picture in enumerate(pictures[name]):
             (folder / f"{i:05}.png").write_bytes(png(picture, {**about, "given": rows[i // n].said}))
     if "npy" in save:
-        write_atomically(out / f"{stem}given.json", (json.dumps(about, indent=2) + "\n").encode())
+        write_atomically(path("given.json"), (json.dumps(about, indent=2) + "\n").encode())
     if len(drawn) > 1:
-        write_atomically(out / "contact_sheet.png", png(_contact_sheet(rows, drawn, pictures), about))
-    print(f"wrote {len(rows) * n} samples to {out / f'{stem}*'}")
+        write_atomically(config.out_dir / "contact_sheet.png", png(_contact_sheet(rows, drawn, pictures), about))
+    print(f"wrote {total} samples to {path('*')}")
 
 
 def _grid(rows: Sequence[Row], drawn: Controls, pictures: np.ndarray) -> np.ndarray:
