@@ -4,7 +4,6 @@ import os
 import pickle
 import random
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -57,50 +56,42 @@ def test_what_is_saved_is_read_back(saved: Path) -> None:
     assert os.listdir(saved.parent) == [saved.name]
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.5, 0.999, 1.0])
-def test_truncated_file_is_refused(saved: Path, fraction: float) -> None:
+def test_truncated_file_is_refused(saved: Path) -> None:
     content = saved.read_bytes()
-    saved.write_bytes(content[: min(int(fraction * len(content)), len(content) - 1)])
-    assert "damaged" in refusal(saved)
+    for n in (0, len(content) // 1000, len(content) // 2, len(content) - 1):
+        saved.write_bytes(content[:n])
+        assert "damaged" in refusal(saved)
 
 
 def test_no_flipped_bit_is_loaded(saved: Path) -> None:
     content, rng = saved.read_bytes(), random.Random(0)
     weight = content.index(small_model().state_dict()["encoders.image.linear.weight"].numpy().tobytes())
     refused = []
-    for place in [weight + 3, *(rng.randrange(len(content)) for _ in range(150))]:
+    for place in [weight + 3, *(rng.randrange(len(content)) for _ in range(75))]:
         saved.write_bytes(content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :])
         try:  # the zip's padding and dates don't matter
             assert same(checkpoint.load(saved, "small")["model"], small_model().state_dict())
         except UserError as error:
             refused.append(str(error))
     assert "digest" in refused[0]
-    assert len(refused) > 40
+    assert len(refused) > 20
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"These are not weights.\n", "not a checkpoint"),
-        (b"\x80\x02}q\x00.", "not a checkpoint"),
-        (b"PK\x03\x04", "not a checkpoint"),
+def test_file_that_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.pth.tar"
+    for text in (b"These are not weights.\n", b"\x80\x02}q\x00.", b"PK\x03\x04"):
+        path.write_bytes(text)
+        assert "not a checkpoint" in refusal(path)
+    others: list[tuple[Any, str]] = [
         ({"state_dict": torch.zeros(2)}, "has format 'None', expected 'mvae checkpoint 3'"),
-        ([1, 2], "has format"),
         (torch.zeros(3), "has format"),
         ({"format": "mvae checkpoint 1", "experiment": "small"}, "has format 'mvae checkpoint 1'"),
         ({"format": checkpoint.FORMAT, "experiment": "small"}, "its digest is wrong"),
-        ({"format": checkpoint.FORMAT, "digest": "0", "x": torch.zeros(1).expand(10**13)}, "damaged"),
         (nn.Linear(2, 2), "holds more than tensors and plain values: refused"),
-    ],
-    ids=str,
-)
-def test_file_that_is_not_a_checkpoint_is_refused(content: Any, said: str, tmp_path: Path) -> None:
-    path = tmp_path / "other.pth.tar"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
+    ]
+    for content, said in others:
         torch.save(content, path)
-    assert said in refusal(path)
+        assert said in refusal(path)
 
 
 def test_missing_file_folder_and_other_experiment_are_refused(saved: Path) -> None:
@@ -109,42 +100,23 @@ def test_missing_file_folder_and_other_experiment_are_refused(saved: Path) -> No
     assert "is a checkpoint of 'small', not of 'celeba'" in refusal(saved, "celeba")
 
 
-@pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
-def test_malicious_file_is_refused_and_not_run(how: str, tmp_path: Path) -> None:
+def test_malicious_file_is_refused_and_not_run(tmp_path: Path) -> None:
     path, malicious = tmp_path / "malicious.pth.tar", Malicious(tmp_path / "marker")
-    if how == "pickle":
-        path.write_bytes(pickle.dumps(malicious))
-    else:
-        content = {"format": checkpoint.FORMAT, "experiment": "small", "model": malicious}
-        torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
-    refusal(path)
+    content = {"format": checkpoint.FORMAT, "experiment": "small", "model": malicious}
+    for zipped in (True, False):
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        refusal(path)
+    path.write_bytes(pickle.dumps(malicious))
+    assert_refused(run_warm("mnist/sample.py", path, cwd=tmp_path), 1, path)
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_archive_that_unpacks_to_more_than_its_size_is_refused_unread(saved: Path) -> None:
-    loose = saved.with_name("loose")
-    torch.save(torch.zeros(10_000_000), loose)
-    with zipfile.ZipFile(loose) as source, zipfile.ZipFile(saved, "w", zipfile.ZIP_DEFLATED) as packed:
-        for name in source.namelist():
-            packed.writestr(name, source.read(name))
-    assert saved.stat().st_size < 10**6
-    assert "damaged" in refusal(saved)
-
-
-def test_values_that_contain_themselves_are_refused(saved: Path) -> None:
-    endless: list[Any] = []
-    endless += [endless, endless]
-    torch.save({"format": checkpoint.FORMAT, "experiment": "small", "settings": endless, "digest": "0"}, saved)
-    assert "damaged" in refusal(saved)
-
-
-@pytest.mark.parametrize("value", [Path("a"), np.float64(1), {1}, b"a", object()], ids=lambda x: type(x).__name__)
-def test_value_that_could_not_be_read_again_is_not_saved(value: Any, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=f"can't write .*: .* tensors and plain values only, but got a {type(value).__name__}"
-    ):
-        checkpoint.save(tmp_path / "new", "small", {"settings": [value]})
-    assert not list(tmp_path.iterdir())
+def test_value_that_could_not_be_read_again_is_not_saved(tmp_path: Path) -> None:
+    for value in (Path("a"), np.float64(1), {1}):
+        said = f"can't write .*: .* tensors and plain values only, but got a {type(value).__name__}"
+        with pytest.raises(UserError, match=said):
+            checkpoint.save(tmp_path / "new", "small", {"settings": [value]})
+        assert not list(tmp_path.iterdir())
 
 
 # Models
@@ -162,32 +134,15 @@ def test_a_model_is_rebuilt_with_what_is_known_of_its_training(tmp_path: Path) -
         assert trained["training_seconds"] == sum(some["seconds"] for some in history[: record["epoch"]])
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"model": {"weight": torch.zeros(2)}, "n_latents": 2, "settings": {}},
-        {"model": {name: torch.zeros(1) for name in small_model().state_dict()}, "n_latents": 2, "settings": {}},
-        {"model": small_model().state_dict(), "n_latents": 3, "settings": {}},
-        {"model": small_model().state_dict(), "settings": {}},
-    ],
-    ids=["other names", "other shapes", "other latents", "no latents"],
-)
-def test_weights_of_other_networks_are_refused(content: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "unfit.pth.tar"
-    checkpoint.save(path, "small", content)
-    with pytest.raises(UserError, match=f"{path}.* fit ") as caught:
-        checkpoint.load_model(path, "small", small_model, CPU)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("script", ["sample.py", "loglike.py"])
-def test_scripts_refuse_a_file_that_is_not_a_checkpoint_in_one_line(
-    script: str, digits_dir: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "bad.pth.tar"
-    torch.save(Malicious(tmp_path / "marker") if script == "sample.py" else {"state_dict": torch.zeros(2)}, path)
-    assert_refused(run_warm(f"mnist/{script}", path, "--data-dir", digits_dir, cwd=tmp_path), 1, path)
-    assert os.listdir(tmp_path) == [path.name]
+def test_weights_of_other_networks_are_refused(tmp_path: Path) -> None:
+    path, weights = tmp_path / "unfit.pth.tar", small_model().state_dict()
+    others = {"weight": torch.zeros(2)}, {name: torch.zeros(1) for name in weights}
+    contents: list[dict[str, Any]] = [{"model": other, "n_latents": 2} for other in others]
+    for content in [*contents, {"model": weights, "n_latents": 3}, {"model": weights}]:
+        checkpoint.save(path, "small", {**content, "settings": {}})
+        with pytest.raises(UserError, match=f"{path}.* fit ") as caught:
+            checkpoint.load_model(path, "small", small_model, CPU)
+        assert "\n" not in str(caught.value)
 
 
 # Files
