@@ -2,24 +2,18 @@
 
 import copy
 import math
-import os
-import socket
 from collections.abc import Mapping, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any, cast
 
 from mvae import MVAE, Data, Gaussian, Objective, Quantity, UsageError, evaluate, log_likelihood, of_a_pair
 from mvae.estimators import predict
 from mvae.model import Batch
-from mvae.run.distributed import Processes
 from mvae.run.evaluate import Evaluation, mean_and_error
 
 import pytest
 import torch
 from torch import Tensor, distributions, nn
 
-from helpers import FORKED, same
 from helpers import small_data as three_modalities
 from helpers import small_model as three_modal_model
 from reference import LATENTS, distribution, plain_product, small_batch, small_model
@@ -44,11 +38,11 @@ class LinearExpert(nn.Module):
         return mu + self.shift, (self.inflate * STD**2 / squares).log().expand_as(mu)
 
 
-def linear_gaussian(n_modalities: int, *, inflate: float = 1.4, shift: float = 0.15) -> MVAE:
+def linear_gaussian(*, inflate: float = 1.4, shift: float = 0.15) -> MVAE:
     """Return p(x_i | z) = N(W_i z + b_i, STD²) for modalities x, y, w of 3, 2 and 4 values, in float64."""
     generator = torch.Generator().manual_seed(0)
     decoders = {}
-    for name, size in list({"x": 3, "y": 2, "w": 4}.items())[:n_modalities]:
+    for name, size in {"x": 3, "y": 2, "w": 4}.items():
         decoder = nn.Linear(N_LATENTS, size)
         columns, _ = torch.linalg.qr(torch.randn(size, N_LATENTS, generator=generator, dtype=torch.float64))
         decoder.weight.data = columns * torch.tensor([1.1, 0.7])
@@ -90,49 +84,23 @@ def examples(model: MVAE, n: int = N_EXAMPLES) -> dict[str, Tensor]:
     return dict(zip(model.modalities, x.split(sizes, dim=1), strict=True))
 
 
-QUANTITIES: dict[int, Mapping[Quantity, Sequence[Modalities]]] = {
-    2: {
-        Quantity(("x",)): [("x",), ("x", "y"), ()],
-        Quantity(("y",)): [("y",), ("x", "y"), ()],
-        Quantity(("x", "y")): [("x",), ("x", "y"), ()],
-        Quantity(("x",), given=("y",)): [("x",), ("x", "y")],
-        Quantity(("y",), given=("x",), given_proposal=("x",)): [("x",), ("x", "y")],
-    },
-    3: {
-        Quantity(("x",)): [("x",), ("x", "y"), ("x", "y", "w")],
-        Quantity(("x", "y")): [("x",), ("x", "y"), ("x", "y", "w")],
-        Quantity(("w", "y", "x")): [("x",), ("x", "y"), ("x", "y", "w"), ()],
-        Quantity(("x",), given=("y",)): [("x",), ("x", "y")],
-        Quantity(("x",), given=("w", "y"), given_proposal=("w",)): [("x",), ("x", "y"), ("x", "y", "w")],
-        Quantity(("x", "w"), given=("y",), given_proposal=("y",)): [("x",), ("x", "y", "w")],
-    },
+QUANTITIES: Mapping[Quantity, Sequence[Modalities]] = {
+    Quantity(("x",)): [("x",), ("x", "y"), ("x", "y", "w"), ()],
+    Quantity(("w", "y", "x")): [("x",), ("x", "y"), ("x", "y", "w"), ()],
+    Quantity(("x",), given=("y",)): [("x",), ("x", "y")],
+    Quantity(("x",), given=("w", "y"), given_proposal=("w",)): [("x",), ("x", "y", "w")],
+    Quantity(("x", "w"), given=("y",), given_proposal=("y",)): [("x",), ("x", "y", "w")],
 }
 
 
-@cache
-def evaluations(n_modalities: int) -> list[Evaluation]:
-    """Evaluate with each of N_SEEDS seeds."""
-    model = linear_gaussian(n_modalities)
-    data = Data(tensors={name: x.float() for name, x in examples(model).items()})
-    return [
-        evaluate(
-            model.float(),
-            data,
-            quantities=QUANTITIES[n_modalities],
-            predictions={"y": ("x",)},
-            n_samples=N_SAMPLES,
-            seed=seed,
-            max_rows=N_EXAMPLES * N_SAMPLES,
-        )
-        for seed in range(N_SEEDS)
-    ]
-
-
-@pytest.mark.parametrize("n_modalities", [2, 3])
-def test_estimates_and_predictions_agree_with_the_exact_values(n_modalities: int) -> None:
+def test_estimates_and_predictions_agree_with_the_exact_values() -> None:
     """Within 4 standard errors, which repeated seeds tell."""
-    model, found = linear_gaussian(n_modalities), evaluations(n_modalities)
+    model = linear_gaussian()
     batch = examples(model)
+    data = Data(tensors={name: x.float() for name, x in batch.items()})
+    how: Any = {"quantities": QUANTITIES, "predictions": {"y": ("x",)}, "n_samples": N_SAMPLES}
+    how["max_rows"] = N_EXAMPLES * N_SAMPLES
+    found = [evaluate(copy.deepcopy(model).float(), data, **how, seed=seed) for seed in range(N_SEEDS)]
     for quantity, proposal in found[0].estimates:
         what = f"{quantity.name} under {proposal}"
         off = torch.stack([e.estimates[quantity, proposal].log_p for e in found]) - exact_log_p(model, batch, quantity)
@@ -148,7 +116,7 @@ def test_estimates_and_predictions_agree_with_the_exact_values(n_modalities: int
 
 
 def test_the_exact_posterior_gives_weights_without_variance() -> None:
-    model = linear_gaussian(3, inflate=1, shift=0)
+    model = linear_gaussian(inflate=1, shift=0)
     batch, noise = examples(model), torch.randn(50, N_EXAMPLES, N_LATENTS, dtype=torch.float64)
     for target in (("x",), ("x", "y"), ("x", "y", "w")):
         found = log_likelihood(model, batch, proposal=target, targets=[target], noise=noise)[target]
@@ -167,46 +135,41 @@ def mixed(n: int, n_draws: int) -> tuple[MVAE, dict[str, Tensor], Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("proposal", PROPOSALS)
-def test_estimates_and_predictions_are_those_of_a_loop_over_examples_and_draws(proposal: Modalities) -> None:
+def test_estimates_and_predictions_are_those_of_a_loop_over_examples() -> None:
     model, batch, noise = mixed(5, 7)
-    found = log_likelihood(model, batch, proposal=proposal, targets=TARGETS, noise=noise)
-    predicted = predict(model, batch, given=proposal, names=["m1"], noise=noise)["m1"]
     prior = distributions.Normal(torch.zeros(LATENTS, dtype=torch.float64), 1.0)
-    for i in range(5):
-        one = {name: x[i : i + 1] for name, x in batch.items()}
-        encoded = [model.encoders[name](one[name]) for name in proposal]
-        q = plain_product([(mu[0], logvar[0]) for mu, logvar in encoded]) if proposal else prior
-        draws = [q.mean + q.stddev * noise[k, i] for k in range(7)]
-        for target in TARGETS:
-            weights = []
-            for z in draws:
-                log_p = sum(distribution(model.likelihood(m), z.unsqueeze(0)).log_prob(one[m]).item() for m in target)
-                weights.append(log_p + (prior.log_prob(z) - q.log_prob(z)).sum().item())
-            expected = torch.tensor(weights, dtype=torch.float64)
-            torch.testing.assert_close(found[target].log_p[i], expected.exp().mean().log())
-            torch.testing.assert_close(found[target].log_weight_variance[i], expected.var())
-        probabilities = [model.likelihood("m1").decoder(z.unsqueeze(0)).softmax(dim=1)[0] for z in draws]
-        torch.testing.assert_close(predicted[i], torch.stack(probabilities).mean(dim=0))
-
-
-@pytest.mark.parametrize("max_rows", [1, 5, 13, 40, 100])
-def test_max_rows_bounds_the_decoded_rows_and_changes_no_result(max_rows: int) -> None:
-    model, batch, noise = mixed(7, 13)
     for proposal in PROPOSALS:
-        how: Any = {"proposal": proposal, "targets": TARGETS, "noise": noise}
-        torch.testing.assert_close(
-            log_likelihood(model, batch, **how, max_rows=max_rows), log_likelihood(model, batch, **how)
-        )
-    how = {"given": ("m0", "m2"), "names": model.modalities, "noise": noise}
-    expected = predict(model, batch, **how)
-    assert tuple(expected) == model.modalities
-    torch.testing.assert_close(predict(model, batch, **how, max_rows=max_rows), expected)
-    rows: list[int] = []
+        found = log_likelihood(model, batch, proposal=proposal, targets=TARGETS, noise=noise)
+        predicted = predict(model, batch, given=proposal, names=["m1"], noise=noise)["m1"]
+        for i in range(5):
+            one = {name: x[i : i + 1] for name, x in batch.items()}
+            encoded = [model.encoders[name](one[name]) for name in proposal]
+            q = plain_product([(mu[0], logvar[0]) for mu, logvar in encoded]) if proposal else prior
+            z = q.mean + q.stddev * noise[:, i]
+            ratio = (prior.log_prob(z) - q.log_prob(z)).sum(dim=1)
+            for target in TARGETS:
+                log_w = ratio + sum(distribution(model.likelihood(m), z).log_prob(one[m]) for m in target)
+                torch.testing.assert_close(found[target].log_p[i], log_w.exp().mean().log())
+                torch.testing.assert_close(found[target].log_weight_variance[i], log_w.var())
+            torch.testing.assert_close(predicted[i], model.likelihood("m1").decoder(z).softmax(dim=1).mean(dim=0))
+
+
+def test_max_rows_bounds_the_decoded_rows_and_changes_no_result() -> None:
+    model, batch, noise = mixed(7, 13)
+    targets: Any = {"targets": TARGETS, "noise": noise}
+    names: Any = {"given": ("m0", "m2"), "names": model.modalities, "noise": noise}
+    expected = [log_likelihood(model, batch, proposal=proposal, **targets) for proposal in PROPOSALS]
+    predicted, rows = predict(model, batch, **names), list[int]()
+    assert tuple(predicted) == model.modalities
     model.likelihood("m0").decoder.register_forward_hook(lambda module, args, output: rows.append(len(output)))
-    log_likelihood(model, batch, proposal=("m0",), targets=TARGETS, noise=noise, max_rows=max_rows)
-    assert max(rows) <= max_rows
-    assert sum(rows) == 7 * 13
+    for max_rows in (1, 5, 40, 100):
+        for proposal, whole in zip(PROPOSALS, expected, strict=True):
+            rows.clear()
+            found = log_likelihood(model, batch, proposal=proposal, **targets, max_rows=max_rows)
+            torch.testing.assert_close(found, whole)
+            assert max(rows) <= max_rows
+            assert sum(rows) == 7 * 13
+        torch.testing.assert_close(predict(model, batch, **names, max_rows=max_rows), predicted)
 
 
 # evaluate
@@ -226,11 +189,11 @@ def small_data(n: int) -> Data:
     return Data(tensors={name: x.float() if x.is_floating_point() else x for name, x in batch.items()})
 
 
-@pytest.mark.parametrize("max_rows", [1, 11, 30, 70])
-def test_an_examples_evaluation_does_not_depend_on_batch_size_or_other_examples(max_rows: int) -> None:
+def test_an_examples_evaluation_does_not_depend_on_batch_size_or_other_examples() -> None:
     model, data = small_model(2).float(), small_data(9)
-    whole, few = small_evaluation(model, data), small_evaluation(model, data[:4], max_rows=max_rows)
-    torch.testing.assert_close(small_evaluation(model, data, max_rows=max_rows), whole, rtol=1e-5, atol=1e-5)
+    whole, few = small_evaluation(model, data), small_evaluation(model, data[:4], max_rows=11)
+    for max_rows in (1, 30):
+        torch.testing.assert_close(small_evaluation(model, data, max_rows=max_rows), whole, rtol=1e-5, atol=1e-5)
     for key, estimate in few.estimates.items():
         torch.testing.assert_close(estimate.log_p, whole.estimates[key].log_p[:4])
     torch.testing.assert_close(few.predictions["m1"], whole.predictions["m1"][:4])
@@ -297,66 +260,25 @@ def test_examples_that_lack_modalities_are_left_out_of_their_quantities() -> Non
     torch.testing.assert_close(found.predictions["attrs"], expected.predictions["attrs"][label])
 
 
-def evaluate_as(rank: int, port: int, folder: Path) -> None:
-    """Evaluate nine examples, each a batch, as one of two processes; save the results and a decoder's calls."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
-    model, calls = small_model(2).float(), list[Tensor]()
-    model.likelihood("m0").decoder.register_forward_hook(lambda module, args, output: calls.append(output))
-    processes = Processes.join(torch.device("cpu"))
-    with processes.together():
-        found = small_evaluation(model, small_data(9), max_rows=11, processes=processes)
-    log_p = [estimate.log_p for estimate in found.estimates.values()]
-    torch.save({"log_p": log_p, "m1": found.predictions["m1"], "calls": len(calls)}, folder / str(rank))
-
-
-def test_two_processes_share_the_examples_and_find_the_same(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [FORKED.Process(target=evaluate_as, args=(rank, port, tmp_path)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=300)
-        process.kill()
-    expected = small_evaluation(small_model(2).float(), small_data(9), max_rows=11)
-    found = [torch.load(tmp_path / rank) for rank in "01"]
-    for one in found:
-        assert same(one["log_p"], [estimate.log_p for estimate in expected.estimates.values()])
-        assert torch.equal(one["m1"], expected.predictions["m1"])
-    # For each of two proposals; and twice in each process to check the data.
-    assert sum(one["calls"] for one in found) == 2 * 9 + 2 * 2
-
-
-def wrong(**change: Any) -> dict[str, Any]:
-    return {"quantities": {Quantity(("label",)): [()]}, "n_samples": 2, **change}
-
-
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        (wrong(n_samples=1), "n_samples must be >= 2, got 1"),
-        (wrong(quantities={Quantity(("lable",)): [()]}), "unknown modality lable"),
-        (wrong(quantities={Quantity(("label",), ("imge",)): [()]}), "unknown modality imge"),
-        (wrong(quantities={Quantity(("label",)): [("imge",)]}), "unknown modality imge"),
-        (wrong(quantities={Quantity(()): [()]}), r"log p\(\) must have a target"),
-        (wrong(predictions={"imge": ("label",)}), "unknown modality imge"),
-        (wrong(quantities={Quantity(("attrs",)): [()]}), r"log p\(attrs\): no example has all of attrs"),
-        (wrong(predictions={"attrs": ("label",)}), "attrs predicted from label: no example has all of attrs, label"),
-    ],
-)
-def test_wrong_evaluation_is_refused(how: dict[str, Any], said: str) -> None:
+def test_wrong_evaluation_and_noise_are_refused() -> None:
     data = three_modalities(4, seed=0, present={"attrs": torch.zeros(4, dtype=torch.bool)})
-    with pytest.raises(UsageError, match=said):
-        evaluate(three_modal_model(), data, **how)
-
-
-def test_wrong_noise_is_refused() -> None:
-    model, batch, _ = mixed(5, 2)
-    for shape in ((5, 4), (1, 5, LATENTS), (2, 5, LATENTS + 1)):
-        with pytest.raises(UsageError, match=r"noise must have shape \(draws >= 2, batch, 3\)"):
-            predict(model, batch, given=("m0",), names=["m1"], noise=torch.zeros(shape))
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"n_samples": 1}, "n_samples must be >= 2, got 1"),
+        ({"quantities": {Quantity(("label",), ("imge",)): [()]}}, "unknown modality imge"),
+        ({"quantities": {Quantity(("label",)): [("imge",)]}}, "unknown modality imge"),
+        ({"quantities": {Quantity(()): [()]}}, r"log p\(\) must have a target"),
+        ({"predictions": {"imge": ("label",)}}, "unknown modality imge"),
+        ({"quantities": {Quantity(("attrs",)): [()]}}, r"log p\(attrs\): no example has all of attrs"),
+        ({"predictions": {"attrs": ("label",)}}, "attrs predicted from label: no example has all of attrs, label"),
+    ]
+    for change, said in wrong:
+        with pytest.raises(UsageError, match=said):
+            evaluate(
+                three_modal_model(), data, **{"quantities": {Quantity(("label",)): [()]}, "n_samples": 2, **change}
+            )
+    model, batch, noise = mixed(5, 1)
+    with pytest.raises(UsageError, match=r"noise must have shape \(draws >= 2, batch, 3\)"):
+        predict(model, batch, given=("m0",), names=["m1"], noise=noise)
 
 
 # Quantities
