@@ -87,18 +87,18 @@ def test_files_and_folders_are_embedded(embed: Embed, tmp_path: Path) -> None:
     ("flags", "message"),
     [
         ({"given": ("other",)}, "given must be among image, attrs, label"),
-        ({"files": ("absent.png",), "given": ("label",)}, "one control that files can hold"),
-        ({"files": ("absent.png",)}, "can't read"),
-        ({"plot": "model.pt"}, "is also read or written"),
-        ({"plot": "map.png", "colour_by": "Bog"}, "colour_by must be one of"),
+        ({"files": (Path("absent.png"),), "given": ("label",)}, "one control that files can hold"),
+        ({"files": (Path("absent.png"),)}, "can't read"),
+        ({"plot": Path("model.pt")}, "is also read or written"),
+        ({"plot": Path("map.png"), "colour_by": "Bog"}, "colour_by must be one of"),
     ],
 )
 def test_wrong_flags_are_refused_and_leave_no_file(
-    embed: Embed, tmp_path: Path, flags: dict[str, Any], message: str
+    embed: Embed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], message: str
 ) -> None:
-    paths = {"files": lambda some: tuple(tmp_path / one for one in some), "plot": lambda one: tmp_path / one}
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
-        embed(**{name: paths.get(name, lambda one: one)(value) for name, value in flags.items()})
+        embed(**flags)
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
 
 

@@ -6,18 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mvae import (
-    MVAE,
-    Bernoulli,
-    Categorical,
-    Data,
-    Gaussian,
-    Likelihood,
-    Quantity,
-    UsageError,
-    evaluate,
-    of_a_pair,
-)
+from mvae import MVAE, Bernoulli, Categorical, Data, Gaussian, Likelihood, Quantity, UsageError, evaluate, of_a_pair
 from mvae.run import checkpoint
 
 import pytest
@@ -27,21 +16,7 @@ from torch import Tensor, nn
 from helpers import SmallEncoder, at_call, run_small, small_data, small_model
 
 
-class Poisson(Likelihood):
-    """Counts, without a `check` of their values."""
-
-    def log_prob(self, z: Tensor, x: Tensor) -> Tensor:
-        log_rate = self.decode(z)
-        return (x * log_rate - log_rate.exp() - (x + 1).lgamma()).flatten(z.dim() - 1).sum(dim=-1)
-
-    def mean(self, z: Tensor) -> Tensor:
-        return self.decode(z).exp()
-
-    def sample(self, z: Tensor, temperature: float = 1.0) -> Tensor:
-        return torch.poisson(self.mean(z))
-
-
-class Unsummed(Poisson):
+class Unsummed(Gaussian):
     """A likelihood whose log_prob forgets to sum over x."""
 
     def log_prob(self, z: Tensor, x: Tensor) -> Tensor:
@@ -79,26 +54,16 @@ def categorical(encoder: nn.Module | None = None) -> MVAE:
 SIX, GREY = torch.zeros(8, 6), torch.rand(8, 6, generator=torch.Generator().manual_seed(0))
 UNFIT = {
     "wide": (gaussian(SmallEncoder(1)), torch.zeros(8, 1), r"must have the decoder's shape \(8, 6\), got \(8, 1\)"),
-    "flat": (gaussian(SmallEncoder(1)), torch.zeros(8), r"\(8, 6\), got \(8,\)"),
-    "own": (one(Poisson(nn.Linear(2, 6)), SmallEncoder(1)), torch.zeros(8, 1), r"\(8, 6\), got \(8, 1\)"),
     "one-hot": (categorical(SmallEncoder(3)), torch.zeros(8, 3).long(), r"\(8,\), got \(8, 3\)"),
     "0 to 255": (bernoulli(), 255 * GREY, "values must be from 0 to 1, got .*divide .* by 255"),
     "standardised": (bernoulli(), GREY - 0.5, "values must be from 0 to 1, got -0.*don't standardise"),
-    "nan": (bernoulli(), SIX * math.nan, "values must be from 0 to 1, got nan"),
     "uint8": (bernoulli(), SIX.byte(), "must be floats from 0 to 1.*got torch.uint8"),
     "whole": (gaussian(), SIX.long(), "must be floats.*got torch.int64"),
-    "class": (categorical(), torch.full((8,), 3), "labels must be from 0 to 2, got 3 to 3"),
-    "negative": (categorical(), torch.full((8,), -1), "labels must be from 0 to 2, got -1 to -1"),
     "floats": (categorical(), torch.zeros(8), "must be torch.int64 class numbers.*got torch.float32"),
     "unsummed": (one(Unsummed(nn.Linear(2, 6))), SIX, r"log_prob must have shape \(8,\), got \(8, 6\)"),
     "4": (gaussian(Bare(lambda x: (x[:, :4], x[:, :4]))), SIX, r"must return mu, logvar of \(8, 2\), got \(8, 4\)"),
-    "alone": (gaussian(Bare(lambda x: x)), SIX, "encoder"),
     "decoder": (one(Gaussian(nn.Linear(3, 6))), SIX, "the likelihood fails on torch.float32"),
-    "float64": (
-        gaussian(Bare(nn.Linear(6, 4))),
-        SIX.double(),
-        "encoder fails on torch.float64 .*are torch.float32",
-    ),
+    "float64": (gaussian(Bare(nn.Linear(6, 4))), SIX.double(), "encoder fails on torch.float64 .*are torch.float32"),
 }
 
 
@@ -122,16 +87,13 @@ def last(x: Tensor, value: float) -> Tensor:
     return rows
 
 
-LABELS = torch.zeros(8).long()
-
-
 @pytest.mark.parametrize(
     ("model", "good", "value", "said"),
     [
-        (bernoulli(), GREY, -0.5, "got -0.5 to"),
         (bernoulli(), GREY, 2, "got .* to 2:"),
         (bernoulli(), GREY, math.nan, "got nan"),
-        (categorical(), LABELS, 3, "labels must be from 0 to 2, got 0 to 3"),
+        (categorical(), torch.zeros(8).long(), -1, "labels must be from 0 to 2, got -1 to 0"),
+        (categorical(), torch.zeros(8).long(), 3, "labels must be from 0 to 2, got 0 to 3"),
     ],
 )
 def test_a_wrong_value_is_found_in_the_last_example(
@@ -160,9 +122,7 @@ def test_extremes_are_found_in_numbers_of_any_type(dtype: torch.dtype) -> None:
     assert Data(tensors={"x": values.to(dtype)}).extremes().tolist() == [700, 1999]
 
 
-def without_labels() -> Data:
-    tensors = small_data(24, seed=0).tensors
-    return Data(tensors={name: tensors[name] for name in ("image", "attrs")})
+TENSORS = small_data(24, seed=0).tensors
 
 
 def wrong_labels(rows: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -172,7 +132,7 @@ def wrong_labels(rows: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (without_labels(), "the batch lacks label: it has image, attrs"),
+        (Data(tensors={name: TENSORS[name] for name in ("image", "attrs")}), "the batch lacks label: it has image"),
         (small_data(24, seed=0, present={"labl": torch.ones(24).bool()}), "unknown modality labl"),
         (small_data(24, seed=0, transform=at_call(3, wrong_labels)), "label: labels must be from 0 to 2, got"),
     ],
@@ -202,8 +162,7 @@ def test_a_float64_model_is_trained_resumed_evaluated_and_drawn_from(tmp_path: P
         likelihoods = {name: small_model().likelihood(name) for name in encoders}
         return MVAE(encoders=encoders, likelihoods=likelihoods, n_latents=2).double()
 
-    tensors = small_data(24, seed=0).tensors
-    data = Data(tensors={name: x.double() if x.is_floating_point() else x for name, x in tensors.items()})
+    data = Data(tensors={name: x.double() if x.is_floating_point() else x for name, x in TENSORS.items()})
     run_small(tmp_path, model=model(), train=data, validation=data, epochs=1)
     trained = model()
     run = run_small(tmp_path, model=trained, train=data, validation=data, epochs=2, resume=True)

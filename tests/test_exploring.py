@@ -132,10 +132,9 @@ def test_widgets_give_the_values_of_the_flags(explore: Any, kind: Any, value: An
     assert {name: x.tolist() for name, x in explore.given("x", kind, value).items()} == batch
 
 
-def test_page_reads_no_file_that_a_visitor_names(explore: Any, tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("1,2,3\n")
+def test_page_reads_no_file_that_a_visitor_names(explore: Any) -> None:
     with pytest.raises(UsageError, match="must be numbers"):
-        explore.given("x", Vector(3), {"given": ["given"], "text": str(tmp_path / "a.csv")})
+        explore.given("x", Vector(3), {"given": ["given"], "text": __file__})
 
 
 def update(app: Any, **given: Any) -> str:

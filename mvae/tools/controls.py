@@ -46,7 +46,7 @@ class Kind:
         return (name,)
 
     def values(self, words: str) -> list[Value]:
-        """Parse an argument, which may give several values. Raises UsageError."""
+        """Parse an argument, which may give several values; raise UsageError for a wrong one."""
         raise NotImplementedError
 
     def read(self, path: Path) -> list[Value]:
@@ -225,10 +225,7 @@ def described_by(controls: Controls) -> str | None:
 
 
 def parse(controls: Controls, name: str, words: str) -> list[Value]:
-    """Parse the values of the control `name`. A picture may be a file, or a held-out one by what it shows.
-
-    Raises UsageError, or UserError for a file that can't be read.
-    """
+    """Parse the values of the control `name`. A picture may be a file, or a held-out one by what it shows."""
     kind, label = controls[name], described_by(controls)
     if kind.size and _is_file(words):
         return kind.read(Path(words).expanduser())
@@ -243,8 +240,7 @@ def parse(controls: Controls, name: str, words: str) -> list[Value]:
 def endpoint(controls: Controls, words: str) -> tuple[str, Value]:
     """Parse `NAME=VALUE` as a control's name and its value.
 
-    Without a name, a file belongs to the first control, and other words to the control that describes a picture. Raises
-    UsageError.
+    Without a name, a file belongs to the first control, and other words to the control that describes a picture.
     """
     name, equals, word = words.partition("=")
     if not equals or name not in controls:

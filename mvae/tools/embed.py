@@ -53,7 +53,7 @@ class Embedding(Tool):
 
 @torch.no_grad()
 def embed(config: Embedding, folder: Experiment) -> None:
-    """Write the latents and their map. Raises UsageError for wrong flags; UserError for files that can't be used."""
+    """Write the latents and their map."""
     controls = folder.controls
     given = list(dict.fromkeys(config.given)) or [next(iter(controls))]
     if unknown := set(given) - controls.keys():
@@ -113,10 +113,7 @@ def _read(files: Sequence[Path], name: str, kind: Kind) -> Iterator[tuple[Batch,
 def colours_of(
     values: Mapping[str, Tensor], controls: Controls, wanted: str | None, n: int
 ) -> tuple[str, Tensor, Sequence[str]]:
-    """Return what colours n examples, their classes (n,) and the classes' names; "" and one class if nothing does.
-
-    `wanted` is the name of a label or an attribute (default: the first). Raises UsageError for an unknown name.
-    """
+    """Return the label or attribute `wanted` (default: the first), its classes (n,) and their names; "" for none."""
     known = {by: colours for name, x in values.items() for by, colours in controls[name].colours(name, x).items()}
     if wanted is not None and wanted not in known:
         raise UsageError(f"colour_by must be one of {', '.join(known) or 'nothing here'}, got {wanted}")

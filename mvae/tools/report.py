@@ -93,15 +93,10 @@ def report(found: Evaluation, measures: Mapping[str, Tensor], config: Loglike, t
     """
     if not is_first():
         return
-    rows: list[dict[str, Any]] = [
-        {
-            "quantity": quantity.name,
-            "proposal": _under(proposal),
-            **_summary(one.log_p),
-            "log_weight_variance": one.log_weight_variance.mean().item(),
-        }
-        for (quantity, proposal), one in found.estimates.items()
-    ]
+    rows: list[dict[str, Any]] = []
+    for (quantity, proposal), one in found.estimates.items():
+        names = {"quantity": quantity.name, "proposal": _under(proposal)}
+        rows.append({**names, **_summary(one.log_p), "log_weight_variance": one.log_weight_variance.mean().item()})
     others = {name: _summary(values) for name, values in measures.items()}
     n = len(torch.cat([*found.examples.values()]).unique())
     if config.json:
@@ -160,17 +155,17 @@ def write_per_example(found: Evaluation, path: Path) -> None:
     for column, (which, one) in enumerate(found.estimates.items()):
         rows = torch.searchsorted(example, found.examples[which])
         log_p[rows, column], variance[rows, column] = one.log_p, one.log_weight_variance
-    if path.suffix == ".npz":
-        columns = {"quantity": np.array(quantities), "proposal": np.array(proposals), "example": example.numpy()}
-        with whole(path) as file:
+    with whole(path) as file:
+        if path.suffix == ".npz":
+            columns = {"quantity": np.array(quantities), "proposal": np.array(proposals), "example": example.numpy()}
             np.savez(file, log_p=log_p, log_weight_variance=variance, **columns)  # type: ignore[arg-type]
-        return
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["example", *(f"{name}, {under}" for name, under in zip(quantities, proposals, strict=True))])
-    for number, row in zip(example.tolist(), log_p.tolist(), strict=True):
-        lines.writerow([number, *("" if math.isnan(value) else value for value in row)])
-    write_atomically(path, text.getvalue().encode())
+        else:
+            text = io.StringIO()
+            lines = csv.writer(text, lineterminator="\n")
+            lines.writerow(["example", *map(", ".join, zip(quantities, proposals, strict=True))])
+            for number, row in zip(example.tolist(), log_p.tolist(), strict=True):
+                lines.writerow([number, *("" if math.isnan(value) else value for value in row)])
+            file.write(text.getvalue().encode())
 
 
 def _under(proposal: tuple[str, ...]) -> str:

@@ -66,10 +66,7 @@ def conditions(
     ends: Sequence[tuple[str, Value]],
     held_out: Callable[[], Data],
 ) -> list[Row]:
-    """Return the rows: one for each combination of the controls' values, or `STEPS` of them between two ends.
-
-    Raises UsageError if an end is a control that is given too; UserError for a held-out example that isn't found.
-    """
+    """Return the rows: one for each combination of the controls' values, or `STEPS` of them between two ends."""
     if twice := sorted({name for name, _ in ends} & given.keys()):
         raise UsageError(f"--interpolate and a condition can't both set {' and '.join(twice)}")
     device = next(model.parameters()).device
