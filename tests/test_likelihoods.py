@@ -64,7 +64,7 @@ def test_bernoulli_scores_of_grey_values_and_their_gradients_are_the_cross_entro
         z, x = torch.randn(2, 3, n) * scale, torch.rand(3, n)
         x[0] = x[0].round()
         z[0, 1] = 0.0
-        found, gradients = [], []
+        found, gradients = list[Tensor](), list[Tensor]()
         for dtype, score in ((torch.float32, Bernoulli(nn.Identity()).log_prob), (torch.float64, cross_entropy)):
             latents = z.to(dtype, copy=True).requires_grad_()
             log_p = score(latents, x.to(dtype))
