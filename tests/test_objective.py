@@ -107,8 +107,7 @@ def settings(n_modalities: int) -> Iterator[dict[str, Any]]:
 # Against the plain form
 
 
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("n_modalities", [2, 6, 19])
+@pytest.mark.parametrize(("n_modalities", "k"), [(2, 3), (6, 1), (6, 3)])
 def test_objective_is_the_plain_one(n_modalities: int, k: int, fixed: bool) -> None:
     model, batch, subsets = small_model(n_modalities), small_batch(n_modalities, N), SUBSETS[n_modalities]
     noise, weights = noise_of(n_modalities, k=k), weights_of(n_modalities)
@@ -122,31 +121,25 @@ def test_objective_is_the_plain_one(n_modalities: int, k: int, fixed: bool) -> N
         assert_same(model, model, found, expected, 1e-10, f"setting {i}")
 
 
-def test_objective_in_float32_is_the_plain_one_to_one_in_100000() -> None:
+def test_objective_in_float32_is_the_plain_one_to_one_in_100000_and_in_bfloat16_in_100() -> None:
     plain, batch, noise, weights = small_model(19), small_batch(19, N), noise_of(19).float(), weights_of(19)
     model = copy.deepcopy(plain).float()
     plain.load_state_dict(model.state_dict())  # the same weights, rounded
     single = {name: x.float() if x.is_floating_point() else x for name, x in batch.items()}
     double = {name: x.double() if x.is_floating_point() else x for name, x in single.items()}
+    objective = Objective(model, weights=weights)
     for present in (None, presence_of(19)):
-        found = Objective(model, weights=weights)(single, 0.3, mask_of(SUBSETS[19], 19), present, noise.squeeze(0))
+        arguments = single, 0.3, mask_of(SUBSETS[19], 19), present, noise.squeeze(0)
+        found = objective(*arguments)
         expected = plain_objective(
             plain, double, noise.double(), weights=weights, subsets=SUBSETS[19], beta=0.3, present=present
         )
         assert found[0].dtype == torch.float32
         assert_same(model, plain, found, expected, 1e-5, "missing" if present else "complete")
-
-
-@pytest.mark.parametrize("present", [None, presence_of(6)])
-def test_bfloat16_changes_the_loss_by_less_than_a_hundredth(present: dict[str, Tensor] | None) -> None:
-    model, noise = small_model(6).float(), noise_of(6).float().squeeze(0)
-    batch = {name: x.float() if x.is_floating_point() else x for name, x in small_batch(6, N).items()}
-    arguments = batch, 1.0, mask_of(SUBSETS[6], 6), present, noise
-    expected, _ = Objective(model)(*arguments)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, totals = Objective(model)(*arguments)
-    assert loss.dtype == totals.log_prob.dtype == totals.kl.dtype == torch.float32
-    assert loss.item() == pytest.approx(expected.item(), rel=0.01)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, totals = objective(*arguments)
+        assert loss.dtype == totals.log_prob.dtype == totals.kl.dtype == torch.float32
+        assert loss.item() == pytest.approx(expected[0].item(), rel=0.01)
 
 
 def presence_with_batch_norm() -> dict[str, Tensor]:
@@ -155,9 +148,8 @@ def presence_with_batch_norm() -> dict[str, Tensor]:
     return {name: torch.tensor([digit == "1" for digit in digits]) for name, digits in rows.items()}
 
 
-@pytest.mark.parametrize("present", [None, presence_with_batch_norm()])
-def test_objective_is_the_plain_one_with_batch_norm(present: dict[str, Tensor] | None) -> None:
-    for i, some in enumerate(settings(6)):
+def test_objective_is_the_plain_one_with_batch_norm() -> None:
+    for i, (some, present) in enumerate(product([*settings(6)][::2], (None, presence_with_batch_norm()))):
         model, batch, noise = small_model(6, batch_norm=True).train(), small_batch(6, 8), noise_of(6, 8)
         plain, once = copy.deepcopy(model), copy.deepcopy(model)
         objective = Objective(model, **some, weights=weights_of(6))
@@ -206,7 +198,7 @@ def test_terms_are_the_papers_unless_they_are_given() -> None:
     assert given.names == ("m0+m2", "m1")
 
 
-def test_the_bound_of_an_example_with_one_modality_counts_once(fixed: bool) -> None:
+def test_the_bound_of_an_example_with_one_modality_counts_once() -> None:
     model, batch, noise = small_model(6), small_batch(6, N), noise_of(6)[0]
     present = {name: torch.full((N,), name == "m2") for name in batch}
     subsets = mask_of([("m2", "m4"), ("m1", "m2")], 6)
@@ -238,18 +230,12 @@ def plain_bound(objective: Objective, batch: dict[str, Tensor], beta: float, noi
     return total
 
 
-def weighted(k: int) -> Objective:
-    """Return the objective of small_model(3) whose terms with m0 are importance-weighted, with k draws."""
+def test_encoders_get_the_gradient_of_the_bound_in_expectation() -> None:
     terms = [Term(term.inputs, (*term.reconstructs, "m1")) for term in paper_terms(names_of(3))]
     terms = [term._replace(iw="m0") if "m0" in term.inputs else term for term in terms]
-    return Objective(small_model(3), terms, weights={"m0": 3.0, "m1": 0.5}, iw_samples=k)
-
-
-@pytest.mark.parametrize(("name", "beta"), [("m0", 0.3), ("m0", 1.0), ("m1", 0.3)])
-def test_encoders_get_the_gradient_of_the_bound_in_expectation(name: str, beta: float) -> None:
-    objective = weighted(4)
+    objective, beta = Objective(small_model(3), terms, weights={"m0": 3.0, "m1": 0.5}, iw_samples=4), 0.3
     batch = {one: x.repeat(60, *[1] * (x.dim() - 1)) for one, x in small_batch(3, N).items()}
-    bias = [*objective.model.encoders[name].parameters()][-1:]
+    biases = [[*objective.model.encoders[name].parameters()][-1] for name in ("m0", "m1")]
     torch.manual_seed(0)
     draws: list[list[Tensor]] = [[], []]
     for _ in range(25):
@@ -257,10 +243,10 @@ def test_encoders_get_the_gradient_of_the_bound_in_expectation(name: str, beta: 
         losses = objective(batch, beta, None, None, noise)[0], plain_bound(objective, batch, beta, noise)
         torch.testing.assert_close(*losses)
         for some, loss in zip(draws, losses, strict=True):
-            some.append(torch.autograd.grad(loss, bias)[0])
+            some.append(torch.stack(torch.autograd.grad(loss, biases)))
     found, expected = (torch.stack(some) for some in draws)
     error = (found - expected).std(dim=0) / 5
-    assert error.max() < 0.05 * expected.mean(dim=0).abs().max()
+    assert (error.amax(dim=1) < 0.05 * expected.mean(dim=0).abs().amax(dim=1)).all()
     assert ((found.mean(dim=0) - expected.mean(dim=0)).abs() < 4 * error).all()
 
 
@@ -280,7 +266,7 @@ def rows_run(objective: Objective, *arguments: Any) -> tuple[dict[str, list[int]
 
 
 def test_each_modality_is_encoded_once_and_decoded_where_a_term_reconstructs_it(fixed: bool) -> None:
-    for n_modalities, size, also in ((2, 0, ()), (6, 3, ("m1",)), (19, 9, ()), (19, 18, names_of(19))):
+    for n_modalities, size, also in ((2, 0, ()), (6, 3, ("m1",)), (19, 9, ())):
         names = names_of(n_modalities)
         terms = [Term(term.inputs, (*term.reconstructs, *also)) for term in paper_terms(names)]
         objective = Objective(small_model(n_modalities), terms, subset=Term((), also))
@@ -295,22 +281,10 @@ def test_each_modality_is_encoded_once_and_decoded_where_a_term_reconstructs_it(
         assert decoded == {name: [n * N] for name, n in zip(names, expected, strict=True)}
 
 
-def test_absent_examples_are_neither_encoded_nor_decoded() -> None:
-    present = presence_of(6)
-    encoded, decoded = rows_run(Objective(small_model(6)), small_batch(6, N), 1.0, None, present)
-    counts = {name: int(here.sum()) for name, here in present.items()}
-    assert counts["m5"] == 0
-    assert encoded == {name: [n] if n else [] for name, n in counts.items()}
-    assert {name: sum(calls) for name, calls in decoded.items()} == {name: 2 * n for name, n in counts.items()}
-
-
-@pytest.mark.parametrize("present", [None, {"m1": torch.arange(N) < 3}])
-def test_a_modality_that_no_term_uses_is_neither_encoded_nor_decoded(
-    present: dict[str, Tensor] | None, fixed: bool
-) -> None:
+def test_a_modality_that_no_term_uses_is_neither_encoded_nor_decoded(fixed: bool) -> None:
     objective = Objective(small_model(3), [Term(("m1",), ("m0", "m1")), Term(("m2",), ("m0",))])
-    encoded, decoded = rows_run(objective, small_batch(3, N), 1.0, None, present)
-    n = 3 if present and not fixed else N
+    encoded, decoded = rows_run(objective, small_batch(3, N), 1.0, None, {"m1": torch.arange(N) < 3})
+    n = N if fixed else 3
     assert encoded == {"m0": [], "m1": [n], "m2": [N]}
     assert decoded == {"m0": [n + N], "m1": [n], "m2": []}
 
@@ -318,17 +292,7 @@ def test_a_modality_that_no_term_uses_is_neither_encoded_nor_decoded(
 # Noise
 
 
-def test_noise_is_drawn_by_torchs_seed() -> None:
-    objective, batch = Objective(small_model(2)), small_batch(2, N)
-    torch.manual_seed(0)
-    first, second = objective(batch)[0], objective(batch)[0]
-    torch.manual_seed(0)
-    assert objective(batch)[0] == first
-    assert first != second
-
-
-@pytest.mark.parametrize("iw_samples", [1, 3])
-def test_every_term_example_and_sample_has_its_own_noise(iw_samples: int) -> None:
+def test_every_term_example_and_sample_has_its_own_noise() -> None:
     """If all posteriors are the prior, the latents are the noise."""
 
     class Ignorant(nn.Module):
@@ -343,8 +307,8 @@ def test_every_term_example_and_sample_has_its_own_noise(iw_samples: int) -> Non
     drawn: list[Tensor] = []
     model.likelihood("a").decoder.register_forward_hook(lambda module, inputs, output: drawn.append(inputs[0]))
     terms = [Term(inputs, ("a", "b")) for inputs in (("a", "b"), ("a",), ("b",))]
-    Objective(model, terms, iw_samples=iw_samples)({name: torch.zeros(N, 1) for name in "ab"})
-    assert len(torch.cat(drawn).unique(dim=0)) == iw_samples * 3 * N
+    Objective(model, terms, iw_samples=3)({name: torch.zeros(N, 1) for name in "ab"})
+    assert len(torch.cat(drawn).unique(dim=0)) == 3 * 3 * N
 
 
 # What is refused and recorded
@@ -352,13 +316,11 @@ def test_every_term_example_and_sample_has_its_own_noise(iw_samples: int) -> Non
 ALONE = Term(("m0",), ("m0",))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
+def test_wrong_objectives_and_batches_are_refused() -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"weights": {"m0": 1.0, "sound": 2.0}}, "unknown modality sound; expected m0, m1"),
         ({"weights": {"m0": -1.0}}, "weights must be finite and >= 0"),
         ({"weights": {"m0": math.nan}}, "weights must be finite"),
-        ({"weights": {"m0": math.inf}}, "weights must be finite"),
         ({"iw_samples": 0}, "iw_samples must be >= 1, got 0"),
         ({"terms": [Term(("m0",), ("m0", "sound"))]}, "unknown modality sound"),
         ({"terms": [Term(("sound",), ("m0",))]}, "unknown modality sound"),
@@ -367,15 +329,10 @@ ALONE = Term(("m0",), ("m0",))
         ({"terms": []}, "terms must be one or more"),
         ({"terms": [Term((), ("m0",))]}, "each with one or more inputs"),
         ({"terms": [ALONE, ALONE]}, "different inputs, got m0, m0"),
-        ({"terms": [Term(names, names) for names in (("m0", "m1"), ("m1", "m0"))]}, "got joint, joint"),
-    ],
-)
-def test_wrong_objective_is_refused(arguments: dict[str, Any], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        Objective(small_model(2), **arguments)
-
-
-def test_batch_must_have_every_modality() -> None:
+    ]
+    for arguments, said in wrong:
+        with pytest.raises(UsageError, match=said):
+            Objective(small_model(2), **arguments)
     with pytest.raises(UsageError, match="the batch lacks m1"):
         Objective(small_model(2))({"m0": small_batch(2, N)["m0"]})
 
@@ -405,20 +362,13 @@ def draw_subsets(n_modalities: int, k: int, seed: int) -> list[tuple[int, ...]]:
     return [tuple(row.nonzero().flatten().tolist()) for row in mask]
 
 
-def chi_square(counts: Sequence[int], expected: Sequence[float]) -> float:
-    return sum((count - mean) ** 2 / mean for count, mean in zip(counts, expected, strict=True))
-
-
 def test_random_subsets_are_uniform_in_size_and_then_in_members() -> None:
-    sizes = [len(subset) for subset in draw_subsets(19, 8000, 0)]
-    counts = [sizes.count(size) for size in range(2, 19)]
-    assert sum(counts) == 8000
-    assert chi_square(counts, [8000 / 17] * 17) < 39.3  # the 0.999 quantile at 16 degrees of freedom
     drawn = draw_subsets(6, 12_000, 0)
     cells = [subset for size in range(2, 6) for subset in combinations(range(6), size)]
-    counts = [drawn.count(subset) for subset in cells]
+    counts, means = [drawn.count(subset) for subset in cells], [3000 / math.comb(6, len(subset)) for subset in cells]
     assert sum(counts) == 12_000
-    assert chi_square(counts, [3000 / math.comb(6, len(subset)) for subset in cells]) < 93.2  # 0.999, 55 degrees
+    chi_square = sum((count - mean) ** 2 / mean for count, mean in zip(counts, means, strict=True))
+    assert chi_square < 93.2  # the 0.999 quantile at 55 degrees of freedom
 
 
 def test_random_subsets_depend_on_the_generator_and_need_three_modalities() -> None:
