@@ -1,16 +1,14 @@
-"""Atomic writes, arrays written row by row, and locks."""
+"""Atomic writes and locks."""
 
 import contextlib
 import errno
 import logging
 import os
 import secrets
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-import numpy as np
 from filelock import FileLock, Timeout
 
 from .errors import UserError
@@ -19,9 +17,6 @@ log = logging.getLogger(__name__)
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, 524}
 """The errors of disks without locks; 524 is Linux's own ENOTSUPP, which some network disks return."""
-
-STREAMS = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
-"""The folders of /dev/stdout and its like, which may link to a regular file."""
 
 
 def write_atomically(path: Path, content: bytes, *, sync: bool = True) -> None:
@@ -57,33 +52,12 @@ def whole(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
 
 def check_writable(path: Path) -> None:
     """Raise UserError if `whole` can't write this file, as far as that is known before the work."""
-    target = Path(os.path.realpath(path))
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            if path.absolute().parent in STREAMS or not stat.S_ISREG(target.stat().st_mode):
-                raise UserError(f"can't write {path}: not a regular file")
-        folder = next(folder for folder in target.parents if folder.exists())
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror or error}") from None
-
-
-@contextlib.contextmanager
-def npy(path: Path, n: int) -> Iterator[Callable[[np.ndarray], None]]:
-    """Yield a function that appends rows to the .npy file of a float32 array (n, ...), so that memory holds few.
-
-    Raises UserError if the file can't be written.
-    """
-    with whole(path) as file:
-
-        def append(rows: np.ndarray) -> None:
-            if not file.tell():
-                header = {"descr": "<f4", "fortran_order": False, "shape": (n, *rows.shape[1:])}
-                np.lib.format.write_array_header_2_0(file, header)
-            file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
-
-        yield append
+    is_stream = str(path.absolute().parent) in ("/dev", "/dev/fd")  # /dev/stdout may link to a regular file
+    if is_stream or (os.path.exists(path) and not os.path.isfile(path)):
+        raise UserError(f"can't write {path}: not a regular file")
+    folder = next(folder for folder in Path(os.path.realpath(path)).parents if os.path.exists(folder))
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"can't write {path}: {folder} is not a writable folder")
 
 
 @contextlib.contextmanager
@@ -96,13 +70,12 @@ def locked(path: Path, wait: Callable[[], object] | None = None) -> Iterator[Non
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            if wait is None:
-                raise BlockingIOError(errno.EAGAIN, "locked by another process", str(path)) from None
-            wait()
-            lock.acquire()
+        lock.acquire(blocking=False)
+    except Timeout:
+        if wait is None:
+            raise BlockingIOError(errno.EAGAIN, "locked by another process", str(path)) from None
+        wait()
+        lock.acquire()
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise

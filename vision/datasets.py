@@ -9,17 +9,17 @@ As a command it counts the pictures of the folders and decodes them: python data
 
 import functools
 import logging
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from mvae import cli
 from mvae.data import celeba
-from mvae.data.cache import Entry, decoded, listing
-from mvae.data.dataset import Data, DataDir
+from mvae.data.cache import CacheDir, Entry, decoded, listing
+from mvae.data.dataset import Data
+from mvae.data.pictures import Mode
 from mvae.errors import UserError
 from mvae.tools.controls import Picture
 
@@ -31,7 +31,7 @@ from torch import Tensor
 log = logging.getLogger("mvae.vision")
 
 NAME = "vision"
-MODES: dict[str, Literal["RGB", "L"]] = {
+MODES: dict[str, Mode] = {
     "image": "RGB",
     "gray": "L",
     "edge": "L",
@@ -49,14 +49,12 @@ WATERMARK = Path(__file__).with_name("watermark.png")
 
 
 @dataclass(kw_only=True)
-class Source(DataDir):
+class Source(CacheDir):
     # Pictures
     image_dir: Path = Path("data/images")  # folder of the faces
     gray_dir: Path = Path("data/grayscale")  # folder that `python setup.py grayscale` filled
     edge_dir: Path = Path("data/edge")  # folder that `python setup.py edge` filled
     mask_dir: Path = Path("data/mask")  # folder that `python setup.py mask` filled
-    cache_dir: Path = Path(os.environ.get("MVAE_CACHE_DIR") or "data/cache")  # folder of the decoded pictures
-    workers: int = os.cpu_count() or 1  # number of processes that decode pictures
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -68,7 +66,7 @@ class Pictures(NamedTuple):
     """The pictures that all four folders have, split by split, each split ordered by name."""
 
     entries: dict[str, list[Entry]]  # by folder
-    counts: tuple[int, ...]  # of each split
+    counts: list[int]  # of each split
     partition: Path | None  # the official list that splits them; None if their names do
 
 
@@ -113,7 +111,7 @@ def find(source: Source) -> Pictures:
     if partition:  # its 000001.jpg may be 000001.png here
         official = {Path(name).stem: part for name, part in zip(*celeba.read_partition(partition), strict=True)}
     parts = np.array([official.get(Path(one).stem, split_by_name(one)) for one in in_all])
-    counts = tuple(np.bincount(parts, minlength=len(celeba.SPLITS)).tolist())
+    counts = np.bincount(parts, minlength=len(celeba.SPLITS)).tolist()
     if not all(counts):
         left = ", ".join(f"{n} for {split}" for split, n in zip(celeba.SPLITS, counts, strict=True))
         raise UserError(f"need more pictures: the {len(in_all)} that all folders have leave {left}")

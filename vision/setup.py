@@ -221,10 +221,7 @@ def convert_all(config: Config, sources: Sequence[Path], predictor: Path | None 
 
 def list_pictures(folder: Path) -> list[Path]:
     """Return the pictures of a folder by name. Raises UserError if it has none."""
-    try:
-        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS)
-    except OSError as error:
-        raise UserError(f"can't read the folder of pictures {folder}: {error.strerror or error}") from None
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS)
     if not found:
         raise UserError(f"{folder} holds no pictures ({', '.join(EXTENSIONS)})")
     return found

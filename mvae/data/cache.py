@@ -5,19 +5,20 @@ The file holds the pixels of all pictures, a checksum of each block of them, and
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import logging
-import math
 import os
 import zipfile
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
@@ -25,13 +26,23 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import locked
-from .pictures import pixels
+from .dataset import DataDir
+from .pictures import Mode, pixels
 from .pool import in_parallel
 
 log = logging.getLogger(__name__)
 
 FORMAT = "mvae pictures 2"
 BLOCK = 128  # pictures per checksum, and per job of a worker
+
+
+@dataclasses.dataclass(kw_only=True)
+class CacheDir(DataDir):
+    """The flags of every script that decodes pictures."""
+
+    # Pictures
+    cache_dir: Path = Path(os.environ.get("MVAE_CACHE_DIR") or "data/cache")  # folder of decoded pictures
+    workers: int = os.cpu_count() or 1  # number of processes that decode pictures
 
 
 class Entry(NamedTuple):
@@ -43,31 +54,21 @@ class Entry(NamedTuple):
 
 
 def listing(source: Path) -> dict[str, Entry]:
-    """Return the files of a folder or zip by name; folders inside a zip aren't part of a name.
-
-    Raises UserError if it can't be read.
-    """
+    """Return the files of a folder or zip by name; folders inside a zip aren't part of a name."""
+    if source.is_dir():
+        with os.scandir(source) as files:
+            stats = [(file.name, file.stat()) for file in files if file.is_file()]
+        return {name: Entry(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats}
     try:
-        if source.is_dir():
-            with os.scandir(source) as files:
-                stats = [(file.name, file.stat()) for file in files if file.is_file()]
-            return {name: Entry(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats}
         with zipfile.ZipFile(source) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]
-        entries = [Entry(member.filename, member.file_size, member.CRC) for member in members]
-        return {entry.member.split("/")[-1]: entry for entry in entries}
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"can't read {source}: {getattr(error, 'strerror', None) or error}") from None
+    except zipfile.BadZipFile as error:
+        raise UserError(f"can't read {source}: {error}") from None
+    return {Path(member.filename).name: Entry(member.filename, member.file_size, member.CRC) for member in members}
 
 
 def decoded(
-    source: Path,
-    entries: Sequence[Entry],
-    path: Path,
-    *,
-    mode: Literal["RGB", "L"] = "RGB",
-    size: int = 64,
-    workers: int = 1,
+    source: Path, entries: Sequence[Entry], path: Path, *, mode: Mode = "RGB", size: int = 64, workers: int = 1
 ) -> Tensor:
     """Return pictures of a folder or zip, (n, channels, size, size) uint8, memory-mapped from the cache file `path`.
 
@@ -78,8 +79,6 @@ def decoded(
     """
     if not entries:
         raise UserError(f"no pictures in {source}")
-    if not hasattr(os, "pread"):
-        raise UserError("decoding pictures into a cache needs Linux or macOS")
     layout = _Layout(entries, mode, size)
     try:
         if layout.broken(path) != []:
@@ -88,15 +87,15 @@ def decoded(
                 _build(source, path, layout, workers)
     except OSError as error:
         raise UserError(f"can't write decoded pictures to {path}: {error.strerror or error}: set --cache-dir") from None
-    shape = (len(entries), len(mode), size, size)
-    return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=torch.uint8).view(shape)
+    stored = torch.from_file(str(path), shared=False, size=layout.checksums, dtype=torch.uint8)
+    return stored.view(len(entries), len(mode), size, size)
 
 
 class _Layout:
     """The layout of the cache file of some pictures: their pixels, 4 bytes of CRC-32 per block, and a description."""
 
-    def __init__(self, entries: Sequence[Entry], mode: str, size: int):
-        self.mode, self.size = mode, size
+    def __init__(self, entries: Sequence[Entry], mode: Mode, size: int):
+        self.mode, self.size, self.n = mode, size, len(entries)
         names = [entry.member for entry in entries]
         self.blocks = [names[first : first + BLOCK] for first in range(0, len(names), BLOCK)]
         self.block_bytes = BLOCK * len(mode) * size * size  # the last block may be shorter
@@ -109,25 +108,16 @@ class _Layout:
 
     def broken(self, path: Path) -> list[int] | None:
         """Return the blocks with a wrong checksum; None if it doesn't exist or holds other pictures."""
-        if not path.exists():
+        if not path.exists() or path.stat().st_size != self.end + len(self.description):
             return None
-        with open(path, "rb") as file:
-            read = functools.partial(os.pread, file.fileno())
-            if read(len(self.description) + 1, self.end) != self.description:
-                return None
-
-            def is_broken(block: int) -> bool:
-                start = block * self.block_bytes
-                content = read(min(self.block_bytes, self.checksums - start), start)
-                return read(4, self.checksums + 4 * block) != _checksum(content)
-
-            with ThreadPoolExecutor() as threads:  # reading and summing release Python's lock
-                found = list(threads.map(is_broken, range(len(self.blocks))))
-        return [block for block, broken in enumerate(found) if broken]
-
-
-def _checksum(content: bytes) -> bytes:
-    return zlib.crc32(content).to_bytes(4, "little")  # an unwritten block is zeros, whose CRC-32 isn't zero
+        content = np.memmap(path, mode="r")
+        if content[self.end :].tobytes() != self.description:
+            return None
+        pictures, checksums = content[: self.checksums], content[self.checksums : self.end].view("<u4")
+        blocks = [pictures[start : start + self.block_bytes] for start in range(0, self.checksums, self.block_bytes)]
+        with ThreadPoolExecutor() as threads:  # reading and summing release Python's lock
+            found = list(threads.map(zlib.crc32, blocks))  # an unwritten block is zeros, whose CRC-32 isn't zero
+        return np.flatnonzero(found != checksums).tolist()
 
 
 def _build(source: Path, path: Path, layout: _Layout, workers: int) -> None:
@@ -149,25 +139,24 @@ def _build(source: Path, path: Path, layout: _Layout, workers: int) -> None:
             file.write(layout.description)
         todo = list(range(len(layout.blocks)))
     jobs = [(block, layout.blocks[block]) for block in todo]
-    n = sum(map(len, layout.blocks))
-    done = n - sum(len(names) for _, names in jobs)
-    log.info("decoding %d pictures of %s%s", n, source, f", {done} of which are done" * (done > 0))
+    done = layout.n - sum(len(names) for _, names in jobs)
+    log.info("decoding %d pictures of %s%s", layout.n, source, f", {done} of which are done" * (done > 0))
     results = in_parallel(functools.partial(_decode, source, layout.mode, layout.size), jobs, workers)
     with (
         open(partial, "r+b") as file,
-        tqdm(total=n, initial=done, leave=False, unit=" pictures", disable=None) as bar,
+        tqdm(total=layout.n, initial=done, leave=False, unit=" pictures", disable=None) as bar,
         contextlib.closing(results),
     ):
         for block, content in results:
             file.seek(block * layout.block_bytes)
             file.write(content)
             file.seek(layout.checksums + 4 * block)
-            file.write(_checksum(content))
+            file.write(zlib.crc32(content).to_bytes(4, "little"))
             bar.update(len(layout.blocks[block]))
     os.replace(partial, path)
 
 
-def _decode(source: Path, mode: str, size: int, job: tuple[int, Sequence[str]]) -> tuple[int, bytes]:
+def _decode(source: Path, mode: Mode, size: int, job: tuple[int, Sequence[str]]) -> tuple[int, bytes]:
     """Return a block's number and its pixels. Runs in a worker."""
     block, names = job
     parts = []

@@ -41,21 +41,17 @@ class Data:
     pairs: Tensor | None = None
 
     def __post_init__(self) -> None:
-        masks = {f"present[{name!r}]": here for name, here in (self.present or {}).items()}
-        masks |= {} if self.pairs is None else {"pairs": self.pairs}
-        stored = {f"tensors[{name!r}]": tensor for name, tensor in self.tensors.items()} | masks
-        for name, value in stored.items():
-            if not isinstance(value, Tensor) or value.dim() == 0:
-                raise UsageError(f"{name} must be a torch.Tensor with a row per example, got {type(value).__name__}")
-        for name, here in masks.items():
-            if here.dtype != torch.bool or here.dim() != 1:
-                found = f"{here.dtype} of shape {tuple(here.shape)}"
-                raise UsageError(f"{name} must be torch.bool of shape (examples,), got {found}")
-        if len({len(value) for value in stored.values()}) > 1:
-            found = ", ".join(f"{name} has {len(value)}" for name, value in stored.items())
-            raise UsageError(f"tensors must have the same number of examples: {found}")
-        if not self.tensors or not len(self):
-            raise UsageError("tensors must contain at least one example")
+        for name, x in self.tensors.items():
+            if not isinstance(x, Tensor) or x.dim() == 0:
+                found = type(x).__name__
+                raise UsageError(f"tensors[{name!r}] must be a torch.Tensor with a row per example, got {found}")
+        lengths = {name: len(x) for name, x in self.tensors.items()}
+        if len(set(lengths.values())) != 1 or not len(self):
+            raise UsageError(f"tensors must have the same number of examples, at least 1, got {lengths}")
+        for mask in [*(self.present or {}).values(), *([] if self.pairs is None else [self.pairs])]:
+            if mask.dtype != torch.bool or mask.shape != (len(self),):
+                found = f"{mask.dtype} of shape {tuple(mask.shape)}"
+                raise UsageError(f"presence and pairs must be torch.bool of shape ({len(self)},), got {found}")
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
@@ -101,8 +97,6 @@ class Data:
 
     def __getitem__(self, rows: slice | Tensor) -> "Data":
         """Return some of the examples, by a slice such as `data[:900]` or a tensor of indices."""
-        if not isinstance(rows, slice | Tensor):
-            raise UsageError(f"examples must be selected by a slice or a tensor, got {rows!r}")
         return self._map(lambda tensor: tensor[rows])
 
     def only(self, *names: str) -> "Data":

@@ -1,20 +1,22 @@
-"""Picture files of any format, mode, depth and size as pixels: upright, 8 bits per channel, resized and cropped."""
+"""Picture files of any mode, depth and size as pixels: upright, 8 bits per channel, resized and cropped."""
 
 import io
 from pathlib import Path
 from typing import Literal, cast
 
 import torch
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import UserError
 
-MOST_PIXELS = 50_000_000  # of a user's picture
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of users' pictures; PIL's others run more code
+MOST_PIXELS = 50_000_000
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PIL's others run more code
+
+Mode = Literal["RGB", "L"]
 
 
-def load_picture(path: Path, mode: Literal["RGB", "L"], size: int) -> Tensor:
+def load_picture(path: Path, mode: Mode, size: int) -> Tensor:
     """Read a picture file as (1, channels, size, size) in [0, 1], processed as training pictures are.
 
     Raises UserError if it can't be read or isn't a picture.
@@ -27,19 +29,25 @@ def load_picture(path: Path, mode: Literal["RGB", "L"], size: int) -> Tensor:
         raise UserError(f"can't read {path}: {reason}{detail}") from None
 
 
-def picture(content: bytes, mode: Literal["RGB", "L"], size: int) -> Tensor:
-    """Decode a file's content as `load_picture` does; raises ValueError for too many pixels, and PIL's errors."""
+def picture(content: bytes, mode: Mode, size: int) -> Tensor:
+    """Decode a file's content as `load_picture` does. Raises what `pixels` does."""
+    decoded = bytearray(pixels(content, mode, size))
+    return torch.frombuffer(decoded, dtype=torch.uint8).view(1, len(mode), size, size).float() / 255
+
+
+def pixels(content: bytes, mode: Mode, size: int) -> bytes:
+    """Return a picture file's pixels by channel, row, column, after torchvision's Resize(size) and CenterCrop(size).
+
+    Raises ValueError if it has too many pixels, and PIL's errors.
+    """
     with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
         if opened.width * opened.height > MOST_PIXELS:  # before it is decoded
             raise ValueError(f"{opened.width}x{opened.height} exceeds {MOST_PIXELS} pixels")
-        content = fitted(eight_bit(opened).convert(mode), size)
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(1, len(mode), size, size).float() / 255
-
-
-def pixels(content: bytes, mode: str, size: int) -> bytes:
-    """Return a picture file's pixels by channel, row, column, after torchvision's Resize(size) and CenterCrop(size)."""
-    with Image.open(io.BytesIO(content)) as opened:
-        return fitted(eight_bit(opened).convert(mode), size)
+        image = eight_bit(opened).convert(mode)
+    width, height = (int(size * side / min(image.size)) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    return b"".join(band.tobytes() for band in image.split())
 
 
 def eight_bit(opened: Image.Image) -> Image.Image:
@@ -50,8 +58,8 @@ def eight_bit(opened: Image.Image) -> Image.Image:
     """
     image = ImageOps.exif_transpose(opened)
     if image.mode[0] in "IF":
-        bits = opened.tag_v2.get(258, (1,)) if isinstance(opened, TiffImagePlugin.TiffImageFile) else (16,)
-        white = 1 if image.mode == "F" else 2 ** bits[0] - 1
+        bits = getattr(opened, "tag_v2", {}).get(258, (16,))[0]  # a TIFF's BitsPerSample; other formats have 16
+        white = 1 if image.mode == "F" else 2**bits - 1
         low, high = cast(tuple[float, float], image.getextrema())
         if not 0 <= low <= high <= white <= 65535:
             raise ValueError(f"pixels must be of 8 or 16 bits, or floats in [0, 1]; found {low:g} to {high:g}")
@@ -60,11 +68,3 @@ def eight_bit(opened: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
-
-
-def fitted(image: Image.Image, size: int) -> bytes:
-    """Resize and crop an image as torchvision's Resize(size) and CenterCrop(size); return its pixels by channel."""
-    width, height = (int(size * side / min(image.size)) for side in image.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-    return b"".join(band.tobytes() for band in image.split())

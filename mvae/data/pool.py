@@ -6,8 +6,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from typing import TypeVar
 
 from ..errors import UsageError, UserError
@@ -26,17 +27,12 @@ def in_parallel(function: Callable[[Job], Result], jobs: Sequence[Job], workers:
         raise UsageError(f"workers must be an integer >= 1, got {workers}")
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)  # the others import torch again
     pool = ProcessPoolExecutor(min(workers, len(jobs)) or 1, context, initializer=_start_worker)
-    running: set[Future[Result]] = set()
     todo = iter(jobs)
     try:
-        while True:
-            for job in todo:
-                running.add(pool.submit(function, job))
-                if len(running) >= 2 * workers:
-                    break
-            if not running:
-                return
+        running = {pool.submit(function, job) for job in islice(todo, 2 * workers)}
+        while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
+            running |= {pool.submit(function, job) for job in islice(todo, len(done))}
             for future in done:
                 yield future.result()
     except BrokenProcessPool:

@@ -286,10 +286,8 @@ def _over_and_over(rows: Tensor, n_batches: int, size: int, generator: torch.Gen
 def _limited(data: Data, present: dict[str, Tensor]) -> Data:
     """Return `data` in which a modality is present where it was and where `present` says so."""
     before = data.present or {}
-    here = {name: mask.to(data.stored_on) for name, mask in present.items()}
-    return dataclasses.replace(
-        data, present={**before, **{name: mask & before.get(name, mask) for name, mask in here.items()}}
-    )
+    here = {name: mask.to(data.stored_on) & before.get(name, True) for name, mask in present.items()}
+    return dataclasses.replace(data, present={**before, **here})
 
 
 def _taking_turns(order: Tensor, classes: Tensor) -> Tensor:
