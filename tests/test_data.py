@@ -6,6 +6,7 @@ import fcntl
 import gzip
 import hashlib
 import http.server
+import itertools
 import os
 import shutil
 import socketserver
@@ -40,16 +41,8 @@ def copied(digits_dir: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(digits_dir / "MNIST", tmp_path / "MNIST")) / "raw"
 
 
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    """An empty raw folder in the data folder tmp_path."""
-    folder = tmp_path / "MNIST" / "raw"
-    folder.mkdir(parents=True)
-    return folder
-
-
-def assert_damaged(raw: Path, name: str) -> None:
-    with pytest.raises(UserError, match=f"^{raw / name} .*delete it[^\n]*$"):
+def assert_damaged(raw: Path, remedy: str) -> None:
+    with pytest.raises(UserError, match=rf"^{raw / IMAGES}\.gz is damaged.*checksum is wrong; {remedy}[^\n]*$"):
         images_of(raw.parents[1])
 
 
@@ -78,49 +71,35 @@ def test_reading_writes_nothing(copied: Path) -> None:
     assert state() == before
 
 
-def other_byte(at: int) -> Callable[[bytes], bytes]:
-    return lambda content: content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
-
-
-def other_pixel(content: bytes) -> bytes:
-    return gzip.compress(gzip.decompress(content)[:-1] + b"\1")
-
-
 @pytest.mark.parametrize(
     "damage",
     [
         lambda content: b"",
         lambda content: content[: len(content) // 2],
-        lambda content: content[:-1],
-        *map(other_byte, [0, 3, 200, 2000]),
-        other_pixel,
+        lambda content: content[:2000] + bytes([content[2000] ^ 255]) + content[2001:],
+        lambda content: gzip.compress(gzip.decompress(content)[:-1] + b"\1"),  # another pixel
     ],
 )
 def test_damaged_packed_file_is_refused(copied: Path, damage: Callable[[bytes], bytes]) -> None:
     path = copied / f"{IMAGES}.gz"
     path.write_bytes(damage(path.read_bytes()))
-    assert_damaged(copied, path.name)
+    assert_damaged(copied, "replace it")
 
 
 def test_file_without_a_checksum_is_refused(copied: Path) -> None:
     (copied / CHECKSUMS).write_text("")
-    assert_damaged(copied, f"{IMAGES}.gz")
+    assert_damaged(copied, "replace it")
     (copied / CHECKSUMS).unlink()  # then the official ones count
-    assert_damaged(copied, f"{IMAGES}.gz")
+    assert_damaged(copied, "delete it to download it again; for your own data set, write its checksums into")
 
 
 def test_checksums_may_be_of_the_packed_files(copied: Path) -> None:
     lines = [f"{hashlib.md5(path.read_bytes()).hexdigest().upper()} *./{path.name}\n" for path in copied.glob("*.gz")]
     (copied / CHECKSUMS).write_text("".join(lines))
     assert len(images_of(copied.parents[1])) == 1200
-    (copied / CHECKSUMS).write_text(lines[0] + "a b c\n")
-    with pytest.raises(UserError, match=f"{CHECKSUMS}, line 2: must be 'MD5 NAME'"):
-        images_of(copied.parents[1])
 
 
-@pytest.mark.parametrize(
-    "name", ["{}-{}.idx{}-ubyte", "{0}-{1}-idx{2}-ubyte/{0}-{1}-idx{2}-ubyte", "../{}-{}-idx{}-ubyte"]
-)
+@pytest.mark.parametrize("name", ["{}-{}.idx{}-ubyte", "../{}-{}-idx{}-ubyte"])
 @pytest.mark.parametrize("packed", [True, False])
 def test_files_are_found_under_other_names(digits_dir: Path, copied: Path, name: str, packed: bool) -> None:
     for kind, rank in (("images", 3), ("labels", 1)):
@@ -128,69 +107,39 @@ def test_files_are_found_under_other_names(digits_dir: Path, copied: Path, name:
         content = old.read_bytes() if packed else gzip.decompress(old.read_bytes())
         new = copied / name.format("train", kind, rank)
         old.unlink()
-        new.parent.mkdir(exist_ok=True)
         new.write_bytes(content)  # whether it is packed is known by the content
         if not (new.parent / CHECKSUMS).exists():
             shutil.copy(copied / CHECKSUMS, new.parent)
     assert torch.equal(images_of(copied.parents[1]), images_of(digits_dir))
 
 
-def test_intact_copy_is_read_if_another_is_truncated(digits_dir: Path, copied: Path) -> None:
-    for path in copied.glob("*.gz"):
-        shutil.copy(path, path.with_suffix(""))
-        path.write_bytes(path.read_bytes()[:100])
-    assert torch.equal(images_of(copied.parents[1]), images_of(digits_dir))
-
-
 def idx_file(values: np.ndarray) -> bytes:
-    """Return an IDX file of bytes, or of 32-bit integers if the values are."""
-    kind, values = (0x0C, values) if values.dtype == np.int32 else (0x08, values.astype(np.uint8))
-    return bytes([0, 0, kind, values.ndim]) + np.array(values.shape, ">i4").tobytes() + values.tobytes()
-
-
-def write_set(raw: Path, images: bytes, labels: bytes) -> None:
-    """Write a training split with its checksums."""
-    contents = {IMAGES: images, LABELS: labels}
-    for name, content in contents.items():
-        (raw / name).write_bytes(content)
-    sums = [f"{hashlib.md5(content).hexdigest()}  {name}\n" for name, content in contents.items()]
-    (raw / CHECKSUMS).write_text("".join(sums))
+    return bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes() + values.astype(np.uint8).tobytes()
 
 
 @pytest.mark.parametrize(
     ("images", "labels", "said"),
     [
-        (np.zeros((5, 28, 28)), np.full(5, 26), "labels must be from 0 to 9, found 26"),
-        (np.zeros((5, 32, 32)), np.zeros(5), r"shape must be \(N, 28, 28\), found \(5, 32, 32\)"),
-        (np.zeros((5, 784)), np.zeros(5), r"shape must be \(N, 28, 28\), found \(5, 784\)"),
-        (np.zeros((5, 28, 28)), np.zeros((5, 1)), r"shape must be \(N,\), found \(5, 1\)"),
-        (np.zeros((5, 28, 28)), np.zeros(4), "5 pictures and 4 labels"),
-        (np.zeros((0, 28, 28)), np.zeros(0), "0 pictures"),
-        (np.zeros((5, 28, 28), np.int32), np.zeros(5), "must be bytes .*found type 0xc"),
+        (idx_file(np.zeros((5, 28, 28))), idx_file(np.full(5, 26)), "label from 0 to 9 per picture, found .* up to 26"),
+        (idx_file(np.zeros((5, 28, 28))), idx_file(np.zeros(4)), "found 5 pictures and 4 labels"),
+        (idx_file(np.zeros((0, 28, 28))), idx_file(np.zeros(0)), "found 0 pictures"),
+        (idx_file(np.zeros((5, 32, 32))), idx_file(np.zeros(5)), "must be an IDX file of bytes of shape .'N', 28, 28"),
+        (idx_file(np.zeros((5, 28, 28))), idx_file(np.zeros((5, 1))), "must be an IDX file of bytes of shape .'N',"),
+        (b"\0\0\x0c\x01\0\0\0\0", idx_file(np.zeros(0)), "must be an IDX file of bytes"),
+        (idx_file(np.zeros((5, 28, 28)))[:-1], idx_file(np.zeros(5)), "must be an IDX file"),
+        (b"", idx_file(np.zeros(5)), "must be an IDX file"),
     ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
-def test_data_that_do_not_fit_the_networks_are_refused(
-    raw: Path, images: np.ndarray, labels: np.ndarray, said: str
-) -> None:
-    write_set(raw, idx_file(images), idx_file(labels))
-    with pytest.raises(UserError, match=said) as caught:
-        images_of(raw.parents[1])
-    assert "delete" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        *(b"", b"\0\0\x08", b"\0\0\x08\x03\0\0", b"label,pixel\n7,0\n", b"\0\0\x08\0"),
-        idx_file(np.zeros((5, 28, 28)))[:-1],
-        idx_file(np.zeros((5, 28, 28))) + b"\0",
-        b"\0\0\x08\x03" + b"\xff" * 12,
-    ],
-    ids=str,
-)
-def test_incomplete_idx_file_is_refused(raw: Path, content: bytes) -> None:
-    write_set(raw, content, idx_file(np.zeros(5)))
-    assert_damaged(raw, IMAGES)
+def test_data_that_do_not_fit_the_networks_are_refused(tmp_path: Path, images: bytes, labels: bytes, said: str) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, content in ((IMAGES, images), (LABELS, labels)):
+        (raw / name).write_bytes(content)
+        with open(raw / CHECKSUMS, "a") as sums:
+            sums.write(f"{hashlib.md5(content).hexdigest()}  {name}\n")
+    with pytest.raises(UserError, match=said):
+        images_of(tmp_path)
 
 
 # The download, from a server on this machine
@@ -233,16 +182,13 @@ def served(digits_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield address
 
 
-@pytest.mark.usefixtures("served")
-def test_absent_files_are_downloaded(digits_dir: Path, tmp_path: Path) -> None:
-    assert torch.equal(images_of(tmp_path / "new"), images_of(digits_dir))
-    assert set(os.listdir(tmp_path / "new" / "MNIST" / "raw")) == {f"{IMAGES}.gz", f"{LABELS}.gz"}
-
-
-def test_next_mirror_is_tried(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_files_are_downloaded_from_the_first_mirror_that_has_them(
+    served: str, digits_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with mirror(Garbage) as broken:
         monkeypatch.setitem(idx.MIRRORS, "MNIST", (served + "no/such/folder/", broken, served))
-        assert len(load_idx(tmp_path, "MNIST", "t10k")[0]) == 300
+        assert torch.equal(images_of(tmp_path / "new"), images_of(digits_dir))
+    assert set(os.listdir(tmp_path / "new" / "MNIST" / "raw")) == {f"{IMAGES}.gz", f"{LABELS}.gz"}
 
 
 @pytest.mark.parametrize("failure", ["its checksum is wrong", "garbage", "No such file"])
@@ -316,7 +262,7 @@ def test_lock_ends_with_its_process(tmp_path: Path) -> None:
             assert waited == [True]
 
 
-@pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, 524])
+@pytest.mark.parametrize("error", [errno.ENOLCK, 524])
 def test_disk_without_locks_is_used_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: int
 ) -> None:
@@ -385,12 +331,9 @@ def test_validation_is_the_end_of_the_training_split_whatever_the_limit(limit: i
     train, validation = split(numbers(10), n_val=3, limit=limit)
     assert train.tensors["x"].tolist() == list(range(n))
     assert validation.tensors["x"].tolist() == [7, 8, 9]
-
-
-@pytest.mark.parametrize("n_val", [0, 10, 11])
-def test_split_that_leaves_a_part_empty_is_refused(n_val: int) -> None:
-    with pytest.raises(UsageError, match=f"n_val must be from 1 to 9.*got {n_val}"):
-        split(numbers(10), n_val=n_val, limit=None)
+    for n_val in (0, 10):
+        with pytest.raises(UsageError, match=f"n_val must be from 1 to 9.*got {n_val}"):
+            split(numbers(10), n_val=n_val, limit=None)
 
 
 @pytest.mark.parametrize(
@@ -398,10 +341,10 @@ def test_split_that_leaves_a_part_empty_is_refused(n_val: int) -> None:
     [
         ({"tensors": {"x": np.zeros(3)}}, r"tensors\['x'\] must be a torch.Tensor .*got ndarray"),
         ({"tensors": {"x": torch.zeros(3), "y": torch.zeros(())}}, r"tensors\['y'\] must be a torch.Tensor with a row"),
-        ({"tensors": {"x": torch.zeros(3), "y": torch.zeros(2)}}, "same number of examples: .*has 3, .*has 2"),
-        ({"tensors": {"x": torch.zeros(3)}, "present": {"x": torch.ones(3)}}, r"present\['x'\] must be torch.bool"),
-        ({"tensors": {"x": torch.zeros(0)}}, "at least one example"),
-        ({"tensors": {}}, "at least one example"),
+        ({"tensors": {"x": torch.zeros(3), "y": torch.zeros(2)}}, "same number of examples, at least 1, got .*3.*2"),
+        ({"tensors": {"x": torch.zeros(3)}, "present": {"x": torch.ones(3)}}, r"must be torch.bool of shape \(3,\)"),
+        ({"tensors": {"x": torch.zeros(0)}}, "at least 1"),
+        ({"tensors": {}}, "at least 1"),
     ],
 )
 def test_inconsistent_data_are_refused(fields: dict[str, Any], said: str) -> None:
@@ -426,11 +369,8 @@ def test_only_named_modalities_are_present_and_keep_their_masks() -> None:
 
     data = numbers(3, present={"a": mask, "c": ~mask}, pairs=mask, transform=transform).only("a", "b")
     assert data.present is not None
-    assert {name: here.tolist() for name, here in data.present.items()} == {
-        "a": mask.tolist(),
-        "b": [True] * 3,
-        "c": [False] * 3,
-    }
+    expected = {"a": mask.tolist(), "b": [True] * 3, "c": [False] * 3}
+    assert {name: here.tolist() for name, here in data.present.items()} == expected
     few, all_ = (numbers(3, present=present, transform=transform) for present in ({"b": mask}, None))
     assert few.only("a").checksum() == all_.only("a").checksum()  # whatever number of labels the other stage has
 
@@ -473,8 +413,7 @@ def test_order_depends_on_the_seed_alone_and_every_example_has_its_turn() -> Non
 
 
 def test_seeds_are_of_63_bits_and_differ() -> None:
-    grid: list[tuple[int, ...]] = [(a, b, c, d) for a in range(5) for b in range(5) for c in range(5) for d in range(5)]
-    grid += [(1, 23), (12, 3), (123,), (1, 2, 3), (1, 23, 0)]
+    grid = [*itertools.product(range(5), repeat=4), (1, 23), (12, 3), (123,), (1, 2, 3), (1, 23, 0)]
     seeds = [seed_of(*some) for some in grid]
     assert len(set(seeds)) == len(grid)
     assert seeds == [seed_of(*some) for some in grid]

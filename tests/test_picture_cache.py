@@ -1,5 +1,6 @@
 """Decoded pictures: equal to torchvision's, kept through kills, damage and changes; the worker pool; streamed data."""
 
+import dataclasses
 import fcntl
 import io
 import logging
@@ -26,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from helpers import ROOT, environment
+from helpers import environment
 
 DECODE = """
 import logging
@@ -170,17 +171,14 @@ def written(image: Image.Image, kind: str, **options: Any) -> io.BytesIO:
     [
         (written(Image.fromarray(LEVELS), "PNG"), GREY),
         (written(Image.fromarray(LEVELS), "TIFF"), GREY),
-        (written(Image.fromarray(LEVELS), "PPM"), GREY),
         (written(Image.fromarray(LEVELS), "PNG", transparency=7 * 257), np.where(GREY == 7, 255, GREY)),
         (written(Image.fromarray((GREY / 255).astype(np.float32)), "TIFF"), GREY),
         (written(Image.fromarray(GREY > 127), "PNG"), np.where(GREY > 127, 255, 0)),
         (written(Image.fromarray(GREY), "PNG", transparency=7), np.where(GREY == 7, 255, GREY)),
         (written(Image.fromarray(GREY).convert("P"), "PNG"), GREY),
-        (written(Image.fromarray(GREY).convert("P"), "PNG", transparency=7), np.where(GREY == 7, 255, GREY)),
         (written(Image.fromarray(GREY).convert("P"), "GIF", transparency=7), np.where(GREY == 7, 255, GREY)),
         (written(LA, "PNG"), ON_WHITE),
         (written(LA.convert("RGBA"), "PNG"), ON_WHITE),
-        (written(LA.convert("RGBA"), "TIFF"), ON_WHITE),
         (written(Image.fromarray(GREY).convert("RGB").convert("CMYK"), "TIFF"), GREY),
         (written(Image.fromarray(GREY).convert("RGB"), "BMP"), GREY),
     ],
@@ -196,9 +194,7 @@ def test_every_mode_and_depth_gives_the_right_eight_bits(
     np.testing.assert_array_equal(np.frombuffer(pixels, np.uint8).reshape(-1, 16, 16)[-1], expected)
 
 
-@pytest.mark.parametrize(
-    "values", [GREY.astype(np.float32), GREY.astype(np.int32), -(GREY / 255).astype(np.float32)], ids=["F", "I", "<0"]
-)
+@pytest.mark.parametrize("values", [GREY.astype(np.float32), -(GREY / 255).astype(np.float32)], ids=["> 1", "< 0"])
 def test_numbers_in_an_unknown_range_are_refused(tmp_path: Path, values: np.ndarray) -> None:
     Image.fromarray(values).save(tmp_path / "a.tif")
     said = "pixels must be of 8 or 16 bits, or floats in .0, 1.; found"
@@ -208,30 +204,14 @@ def test_numbers_in_an_unknown_range_are_refused(tmp_path: Path, values: np.ndar
         load(tmp_path, tmp_path / "cache")
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("levels", [GREY, LEVELS], ids=["8 bits", "16 bits"])
-def test_exif_orientation_is_applied(levels: np.ndarray, orientation: int) -> None:
-    # The stored array by the EXIF tag, made from the upright one.
-    stored = {
-        1: GREY, 2: GREY[:, ::-1], 3: GREY[::-1, ::-1], 4: GREY[::-1],
-        5: GREY.T, 6: np.rot90(GREY), 7: GREY[::-1, ::-1].T, 8: np.rot90(GREY, -1),
-    }[orientation]  # fmt: skip
+@pytest.mark.parametrize(("orientation", "turns"), [(3, 2), (6, 1), (8, -1)])
+def test_exif_orientation_is_applied(levels: np.ndarray, orientation: int, turns: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image = Image.fromarray(np.ascontiguousarray(stored * (levels[0, 1] // GREY[0, 1])).astype(levels.dtype))
-    file = written(image, "PNG", exif=exif)
+    file = written(Image.fromarray(np.ascontiguousarray(np.rot90(levels, turns))), "PNG", exif=exif)
     found = np.frombuffer(pictures.pixels(file.getvalue(), "L", 16), np.uint8).reshape(16, 16)
     np.testing.assert_array_equal(found, GREY)
-
-
-def test_real_pictures_are_those_of_torchvision(tmp_path: Path) -> None:
-    folder = Path(os.environ.get("MVAE_DATA_DIR", ROOT / "data"), "celeba", "img_align_celeba")
-    if not folder.is_dir():
-        pytest.skip(f"real CelebA is not in {folder}: set MVAE_DATA_DIR")
-    entries = sorted(entries_of(folder))[::100]
-    found = cache.decoded(folder, entries, tmp_path / "cache", workers=2)
-    for picture, entry in zip(found, entries, strict=True):
-        assert torch.equal(picture, reference(folder / entry.member)), entry.member
 
 
 def test_pictures_come_in_the_order_of_the_entries_whatever_the_workers(folder: Path, tmp_path: Path) -> None:
@@ -243,9 +223,8 @@ def test_pictures_come_in_the_order_of_the_entries_whatever_the_workers(folder: 
     assert torch.equal(one, five)
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_zip_gives_what_its_folder_gives(folder: Path, tmp_path: Path, method: int) -> None:
-    with zipfile.ZipFile(tmp_path / "pictures.zip", "w", method) as archive:
+def test_zip_gives_what_its_folder_gives(folder: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(folder.iterdir(), reverse=True):
             archive.write(path, f"pictures/{path.name}")
     assert torch.equal(load(tmp_path / "pictures.zip", tmp_path / "a"), load(folder, tmp_path / "b", workers=2))
@@ -267,11 +246,7 @@ def test_existing_file_is_read_and_not_written(folder: Path, tmp_path: Path, cap
     assert os.listdir(tmp_path / "new") == ["cache"]
 
 
-def touch(path: Path) -> None:
-    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
-
-
-@pytest.mark.parametrize("edit", [touch, Path.unlink, lambda path: draw(path, 24, 20, 12345)])
+@pytest.mark.parametrize("edit", [lambda path: os.utime(path, ns=(0, 1)), Path.unlink])
 @pytest.mark.parametrize("partial", [False, True])
 def test_changed_source_is_decoded_again(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, edit: Callable[[Path], object], partial: bool
@@ -287,24 +262,16 @@ def test_changed_source_is_decoded_again(
     assert torch.equal(old, before)  # whoever has mapped them keeps them
 
 
-def test_changed_member_of_a_zip_and_another_mode_or_size_are_decoded_again(folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "pictures.zip"
-    for name, mode, size in (("0", "RGB", 64), ("1", "RGB", 64), ("1", "L", 64), ("1", "RGB", 32)):
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.write(folder / f"00{name}.jpg", "000.jpg")
-        found = load(path, tmp_path / "cache", mode=mode, size=size)
-        assert torch.equal(found[0], reference(folder / f"00{name}.jpg", mode, size))
-
-
-def other_byte(at: int) -> Callable[[bytes], bytes]:
-    return lambda content: content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
+def test_another_mode_or_size_is_decoded_again(folder: Path, tmp_path: Path) -> None:
+    for mode, size in (("RGB", 64), ("L", 64), ("RGB", 32)):
+        found = load(folder, tmp_path / "cache", mode=mode, size=size)
+        assert torch.equal(found[0], reference(folder / "000.jpg", mode, size))
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (other_byte(0), "is damaged: decoding 1 of 3 blocks again"),
-        (other_byte(300 * 3 * 64 * 64 - 1), "is damaged: decoding 1 of 3 blocks again"),
+        (lambda content: bytes([content[0] ^ 4]) + content[1:], "is damaged: decoding 1 of 3 blocks again"),
         (lambda content: content[:-1], "decoding all"),
         (lambda content: b"", "decoding all"),
     ],
@@ -375,22 +342,12 @@ def test_two_builds_at_once_decode_once(many: Path, whole: bytes, tmp_path: Path
 # Errors
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("kept", [0.0, 0.99])
 def test_truncated_picture_is_named(folder: Path, tmp_path: Path, kept: float) -> None:
     content = (folder / "200.jpg").read_bytes()
     (folder / "200.jpg").write_bytes(content[: int(kept * len(content))])
     assert_refused(folder, tmp_path / "cache", folder / "200.jpg", "is damaged or not a picture", "replace it")
     assert not (tmp_path / "cache").exists()
-
-
-def test_damaged_member_of_a_zip_is_named(folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "pictures.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.write(folder / "200.jpg", "in/200.jpg")
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    assert_refused(path, tmp_path / "cache", path / "in" / "200.jpg", "is damaged")
 
 
 def test_blocks_decoded_before_a_damaged_picture_are_kept(
@@ -422,51 +379,42 @@ def end_by(signal_: int) -> int:
     return signal_
 
 
-def double(number: int) -> int:
-    return 2 * number
-
-
-def test_jobs_run_in_parallel() -> None:
-    assert sorted(in_parallel(double, range(50), 3)) == list(range(0, 100, 2))
-    assert list(in_parallel(double, [], 3)) == []
-
-
-def test_killed_worker_is_reported_and_interrupts_are_ignored() -> None:
+def test_jobs_run_in_parallel_and_a_killed_worker_is_reported() -> None:
+    assert sorted(in_parallel(abs, range(-50, 0), 3)) == list(range(1, 51))
+    assert list(in_parallel(abs, [], 3)) == []
+    assert list(in_parallel(end_by, [signal.SIGINT], 1)) == [signal.SIGINT]  # interrupts are the parent's
     with pytest.raises(UserError, match="worker process was killed: rerun the command to continue"):
-        list(in_parallel(end_by, [signal.SIGINT, signal.SIGKILL], 1))
-    assert list(in_parallel(end_by, [signal.SIGINT], 1)) == [signal.SIGINT]
+        list(in_parallel(end_by, [signal.SIGKILL], 1))
 
 
 # Data that are mapped, or too large for the device
 
 
+@pytest.fixture
 def mapped(folder: Path, tmp_path: Path) -> Data:
     pictures = load(folder, tmp_path / "cache")
     return Data(tensors={"image": pictures}, present={"image": torch.arange(len(pictures)) % 2 == 0})
 
 
-def test_slices_share_memory_and_data_move_to_a_device_with_room(folder: Path, tmp_path: Path) -> None:
-    data = mapped(folder, tmp_path)
-    some = data[100:200].to(torch.device("cpu"))
-    assert some.tensors["image"].data_ptr() == data.tensors["image"][100].data_ptr()
-    there = data.to(torch.device("meta"))
+def test_slices_share_memory_and_data_move_to_a_device_with_room(mapped: Data) -> None:
+    some = mapped[100:200].to(torch.device("cpu"))
+    assert some.tensors["image"].data_ptr() == mapped.tensors["image"][100].data_ptr()
+    there = mapped.to(torch.device("meta"))
     assert there.tensors["image"].is_meta
     assert there.streamed_to is None
 
 
-def test_data_stays_where_a_gpu_lacks_room(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = mapped(folder, tmp_path)
-    n_bytes = data.tensors["image"].nbytes
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * n_bytes - 2, 10 * n_bytes))
-    there = data.to(torch.device("cuda", 0))
-    assert there.device == torch.device("cuda", 0)
-    assert there.tensors["image"].data_ptr() == data.tensors["image"].data_ptr()
-    assert there[10:].device == there.device
+def test_data_stays_where_a_gpu_lacks_room(mapped: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = mapped.tensors["image"]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * image.nbytes - 2, 10 * image.nbytes))
+    there = mapped.to(torch.device("cuda", 0))
+    assert there.device == there[10:].device == torch.device("cuda", 0)
+    assert there.tensors["image"].data_ptr() == image.data_ptr()
     assert there.to(torch.device("cpu")).device == torch.device("cpu")
 
 
-def test_streamed_batch_is_copied_to_the_device(folder: Path, tmp_path: Path) -> None:
-    data = Data(**{**vars(mapped(folder, tmp_path)), "streamed_to": torch.device("meta")})
+def test_streamed_batch_is_copied_to_the_device(mapped: Data) -> None:
+    data = dataclasses.replace(mapped, streamed_to=torch.device("meta"))
     for rows in (permuted_rows(data, 7, 0)[0], consecutive_rows(data, 7)[0]):
         batch, present = data.batch(rows)
         assert rows.device == torch.device("cpu")
