@@ -201,7 +201,7 @@ def test_regression_has_its_own_weights_for_each_place_of_a_label() -> None:
 
 
 def test_the_most_confident_are_those_without_a_label_of_the_highest_probability() -> None:
-    probabilities = torch.rand(N, 4, 10, generator=torch.Generator().manual_seed(0)).softmax(dim=-1)
+    probabilities = (4 * torch.rand(N, 4, 10, generator=torch.Generator().manual_seed(0))).softmax(dim=-1)
     known = torch.arange(N) < 100
     chosen = most_confident(probabilities, known, 0.25)
     assert chosen.sum() == 50
