@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 
 import fashionmnist.datasets as fashion
 from mnist.datasets import Source, examples
-from mnist.datasets import test_data as mnist_test_data
 from mnist.model import build_model
 from mvae import Quantity, evaluate
 from mvae.estimators import Estimate
@@ -35,7 +35,6 @@ from helpers import (
     assert_same_run,
     command,
     environment,
-    run,
     run_warm,
     small_data,
     small_model,
@@ -54,8 +53,12 @@ def test_train_writes_its_files_from_any_folder_and_without_a_cuda_device(
     assert_refused(trained.process, 0, "--cuda: no CUDA device is available to torch; using the CPU")
     files = {"checkpoint.pth.tar", "model_best.pth.tar", "stats.jsonl", "tensorboard"}
     assert {path.name for path in trained.out_dir.iterdir()} - {".lock"} == files
+    settings = checkpoint.load(trained.out_dir / checkpoint.BEST, "mnist")["settings"]
+    expected = {"lambda_text": 10, "n_val": 200, "binarize": False, "out_dir": "trained"}
+    assert expected.items() <= settings.items()
     flags = ["--out-dir", tmp_path, "--epochs", "3", *SHORT]
-    assert_ended(run("mnist/train.py", *flags, cwd=ROOT / "mnist", env=environment(MVAE_DATA_DIR=str(digits_dir))))
+    env = environment(MVAE_DATA_DIR=str(digits_dir))
+    assert_ended(run_warm("mnist/train.py", *flags, cwd=ROOT / "mnist", env=env))
     assert_same_run(tmp_path, trained.out_dir)
 
 
@@ -68,20 +71,18 @@ def test_stats_have_each_epochs_numbers(trained: Trained) -> None:
     numbers = {f"{term}/{number}" for term in TERMS for number in ("elbo", "kl")} | {"loss"}
     numbers |= {f"{term}/log_prob/{name}" for term, names in TERMS.items() for name in names}
     names = {f"{part}/{name}" for part in ("train", "validation") for name in numbers}
+    names |= {"epoch", "beta", "lr", "seconds", "examples_per_second", "validation/label_accuracy"}
     for record in records:
-        others = {"epoch", "beta", "lr", "seconds", "examples_per_second", "validation/label_accuracy"}
-        assert set(record) == names | others
-        assert all(isinstance(value, int | float) for value in record.values())
+        assert set(record) == names
         assert record["seconds"] * record["examples_per_second"] == pytest.approx(1000)
-        for term in [f"{part}/{name}" for part in ("train", "validation") for name in TERMS]:
-            log_probs = [value for name, value in record.items() if name.startswith(f"{term}/log_prob/")]
-            assert record[f"{term}/elbo"] == pytest.approx(sum(log_probs) - record[f"{term}/kl"], rel=1e-6)
         # The validation loss has the weights, and β = 1.
-        validation = {name.partition("/")[2]: value for name, value in record.items() if name.startswith("validation/")}
+        validation = {name: value for name, value in record.items() if name.startswith("validation/")}
         kl, image, text = (
             sum(value for name, value in validation.items() if name.endswith(end)) for end in ("/kl", "/image", "/text")
         )
         assert record["validation/loss"] == pytest.approx(kl - image - 10 * text, rel=1e-5)
+        elbos = sum(value for name, value in validation.items() if name.endswith("/elbo"))
+        assert elbos == pytest.approx(image + text - kl, rel=1e-5)
 
 
 def test_tensorboard_has_the_scalars_and_pictures_of_each_epoch(trained: Trained) -> None:
@@ -97,19 +98,12 @@ def test_tensorboard_has_the_scalars_and_pictures_of_each_epoch(trained: Trained
     assert [picture.step for picture in events.Images("latents/image")] == [1, 2, 3]
 
 
-def test_checkpoint_records_the_flags(trained: Trained) -> None:
-    settings = checkpoint.load(trained.out_dir / checkpoint.BEST, "mnist")["settings"]
-    expected = {"lambda_text": 10, "n_latents": 64, "n_val": 200, "binarize": False, "reconstruct": "given"}
-    assert expected.items() <= settings.items()
-    assert settings["out_dir"] == "trained"
-
-
 def test_train_on_real_mnist(mnist_dir: Path, tmp_path: Path) -> None:
-    flags = ["--out-dir", tmp_path, "--limit", "2000", "--n-val", "500", "--epochs", "1", "--annealing-epochs", "1"]
+    flags = ["--out-dir", tmp_path, "--limit", "1000", "--n-val", "500", "--epochs", "1", "--annealing-epochs", "1"]
     flags += ["--reconstruct", "text", "--lambda-text", "50.", "--precision", "bf16"]
     assert_ended(run_warm("mnist/train.py", "--data-dir", mnist_dir, *flags, cwd=tmp_path))
     (record,) = stats(tmp_path)
-    assert record["seconds"] * record["examples_per_second"] == pytest.approx(2000)
+    assert record["seconds"] * record["examples_per_second"] == pytest.approx(1000)
     assert -784 * 0.6931 < record["validation/image/log_prob/image"] < -60  # nats: 784 ln 2
     assert record["validation/image/log_prob/text"] < 0
 
@@ -203,12 +197,8 @@ def test_loglike_writes_and_prints_every_quantity_with_every_proposal(estimated:
         assert row["n_examples"] == 60
         assert row["mean"] < 0 < row["standard_error"]
         assert row["log_weight_variance"] > 0
-        (line,) = (
-            line
-            for line in done.stdout.splitlines()
-            if line.startswith(f"{row['quantity']} ") and f" {row['proposal']} " in line
-        )
-        assert f"{row['mean']:.3f} ± {row['standard_error']:.3f}" in line
+        printed = f"^{re.escape(row['quantity'])} .*{re.escape(row['proposal'])} .*"
+        assert re.search(f"{printed}{row['mean']:.3f} ± {row['standard_error']:.3f}", done.stdout, re.MULTILINE)
     (accuracy,) = numbers["measures"].values()
     assert 0 <= accuracy["mean"] <= 1
     assert done.stdout.startswith("Test log-likelihood in nats: mean ± standard error over 60 examples, 20 importance")
@@ -244,26 +234,23 @@ def test_two_processes_of_torchrun_find_the_same_numbers(
     assert done.stdout.count("log-likelihood in nats") == 1
 
 
-@pytest.mark.parametrize("ending", ["csv", "npz"])
-def test_per_example_file_has_each_ones_estimates(ending: str, tmp_path: Path) -> None:
+def test_per_example_file_has_each_ones_estimates(tmp_path: Path) -> None:
     """The second example lacks the label, and the fourth has nothing."""
     log_p = torch.tensor([-1.5, -2.25, -4], dtype=torch.float64)
     keys = (Quantity(("image",)), ("image",)), (Quantity(("text",), given=("image",)), ())
     estimates = dict(zip(keys, (Estimate(log_p, -log_p), Estimate(log_p[:2] - 1, log_p[:2] + 9)), strict=True))
     numbers = dict(zip(keys, (torch.tensor([0, 1, 2]), torch.tensor([0, 2])), strict=True))
-    path = tmp_path / f"each.{ending}"
-    write_per_example(Evaluation(estimates, {}, {}, numbers), path)
-    names = ["log p(image)", "log p(text | image)"], ["q(z | image)", "p(z)"]
-    if ending == "csv":
-        header, *rows = csv.reader(path.read_text().splitlines())
-        assert header == ["example", *(f"{quantity}, {under}" for quantity, under in zip(*names, strict=True))]
-        assert rows == [["0", "-1.5", "-2.5"], ["1", "-2.25", ""], ["2", "-4.0", "-3.25"]]
-    else:
-        found = np.load(path)
-        np.testing.assert_array_equal(found["log_p"], [[-1.5, -2.5], [-2.25, math.nan], [-4, -3.25]])
-        np.testing.assert_array_equal(found["log_weight_variance"], [[1.5, 7.5], [2.25, math.nan], [4, 6.75]])
-        assert found["example"].tolist() == [0, 1, 2]
-        assert (found["quantity"].tolist(), found["proposal"].tolist()) == names
+    for name in ("each.csv", "each.npz"):
+        write_per_example(Evaluation(estimates, {}, {}, numbers), tmp_path / name)
+    header, *rows = csv.reader((tmp_path / "each.csv").read_text().splitlines())
+    assert header == ["example", "log p(image), q(z | image)", "log p(text | image), p(z)"]
+    assert rows == [["0", "-1.5", "-2.5"], ["1", "-2.25", ""], ["2", "-4.0", "-3.25"]]
+    found = np.load(tmp_path / "each.npz")
+    np.testing.assert_array_equal(found["log_p"], [[-1.5, -2.5], [-2.25, math.nan], [-4, -3.25]])
+    np.testing.assert_array_equal(found["log_weight_variance"], [[1.5, 7.5], [2.25, math.nan], [4, 6.75]])
+    assert found["example"].tolist() == [0, 1, 2]
+    assert found["quantity"].tolist() == ["log p(image)", "log p(text | image)"]
+    assert found["proposal"].tolist() == ["q(z | image)", "p(z)"]
 
 
 def test_loglike_reads_the_split_examples_draws_and_seed_asked_for(
@@ -300,20 +287,17 @@ def test_loglike_says_how_many_examples_a_number_is_of_if_they_lack_modalities(
     assert measure == "a measure: 1.0000 ± 0.0000, over 4 examples"
 
 
-def test_a_model_of_binary_pictures_is_trained_and_scored_on_binary_pixels(
-    trained: Trained, digits_dir: Path, tmp_path: Path, estimated: Numbers
-) -> None:
+def test_a_model_of_binary_pictures_is_scored_on_binary_pixels(digits_dir: Path, tmp_path: Path) -> None:
     flags = ["--data-dir", digits_dir, "--out-dir", tmp_path, "--epochs", "1", "--binarize", *SHORT]
     assert_ended(run_warm("mnist/train.py", *flags, cwd=tmp_path))
     path = tmp_path / checkpoint.BEST
     found = means(estimate(path, digits_dir, tmp_path)[0])
     model, _ = checkpoint.load_model(path, "mnist", build_model, torch.device("cpu"))
-    key = Quantity(("image",)), ("image",)
-    parts = [mnist_test_data(digits_dir, binarize=binarize)[:60] for binarize in (True, False)]
-    scores = [evaluate(model, part, quantities={key[0]: [key[1]]}, n_samples=20) for part in parts]
-    binary, grey = (score.estimates[key].log_p.mean().item() for score in scores)
-    assert found["log p(image)", "q(z | image)"] == pytest.approx(binary, rel=1e-6)
-    assert abs(binary - grey) > 0.1
+    key, settings = (Quantity(("image",)), ("image",)), {"n_val": 200, "binarize": True}
+    binary = examples("test", Source(data_dir=digits_dir), settings)[:60]
+    assert set(binary.batch(torch.arange(60))[0]["image"].unique().tolist()) == {0, 1}
+    score = evaluate(model, binary, quantities={key[0]: [key[1]]}, n_samples=20).estimates[key]
+    assert found["log p(image)", "q(z | image)"] == pytest.approx(score.log_p.mean().item(), rel=1e-6)
 
 
 PEAK = """
