@@ -1,6 +1,5 @@
 """Vision: its networks, its six modalities from four folders of pictures, and the scripts as a user runs them."""
 
-import copy
 import functools
 import json
 import logging
@@ -8,10 +7,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from mvae import MVAE
-from mvae.data.pictures import load_picture
 from mvae.errors import UserError
-from mvae.layers import FaceEncoder, FoldConvTranspose2d
+from mvae.layers import FoldConvTranspose2d
 from mvae.run import checkpoint
 from vision import datasets
 from vision.model import build_model
@@ -98,38 +95,18 @@ def n_parameters(module: nn.Module) -> int:
 # model.py
 
 
-@pytest.fixture(scope="module")
-def model() -> MVAE:
-    torch.manual_seed(0)
-    return build_model(250).eval()
-
-
-def test_networks_have_the_papers_sizes_and_differ_in_their_channels_only(model: MVAE) -> None:
-    assert n_parameters(FaceEncoder(3, 100)) == 4_070_472
+def test_networks_have_the_papers_sizes_and_differ_in_their_channels_only() -> None:
+    model = build_model(250).eval()
     counts = [n_parameters(model.encoders[name]) for name in MODALITIES]
     assert counts == [4_224_372, *[4_224_372 - 2 * 16 * 32] * 3, 4_224_372, 4_224_372]
-    folds = [
-        name for name in MODALITIES if any(isinstance(m, FoldConvTranspose2d) for m in model.decoders[name].modules())
-    ]
-    assert folds == ["gray", "edge", "mask"]
-
-
-def test_batch_norm_takes_all_terms_together(model: MVAE) -> None:
-    z = torch.randn(2, 2, 250)
-    for name in MODALITIES:
-        likelihood = copy.deepcopy(model.likelihood(name)).train()
-        expected = copy.deepcopy(likelihood.decoder)(z.flatten(0, 1))
-        torch.testing.assert_close(likelihood.decode(z).flatten(0, 1), expected)
-
-
-@torch.no_grad()
-def test_networks_give_a_posterior_and_six_pictures(model: MVAE) -> None:
     channels = {name: 1 if name in ("gray", "edge", "mask") else 3 for name in MODALITIES}
-    mu, logvar = model.posterior({name: torch.rand(2, n, 64, 64) for name, n in channels.items()})
-    assert mu.shape == logvar.shape == (2, 250)
-    assert {name: model.likelihood(name).mean(mu).shape for name in model.modalities} == {
-        name: (2, n, 64, 64) for name, n in channels.items()
-    }
+    with torch.no_grad():
+        mu, _ = model.posterior({name: torch.rand(2, n, 64, 64) for name, n in channels.items()})
+        found = {name: model.likelihood(name).mean(mu).shape for name in model.modalities}
+    assert found == {name: (2, n, 64, 64) for name, n in channels.items()}
+    decoders = {name: model.decoders[name].modules() for name in MODALITIES}
+    folds = [name for name in decoders if any(isinstance(layer, FoldConvTranspose2d) for layer in decoders[name])]
+    assert folds == ["gray", "edge", "mask"]
 
 
 # datasets.py: the batch
@@ -138,40 +115,24 @@ def test_networks_give_a_posterior_and_six_pictures(model: MVAE) -> None:
 @pytest.fixture(scope="module")
 def rows() -> dict[str, Tensor]:
     """Twenty stored examples of random pixels."""
-    rng = torch.Generator().manual_seed(0)
-    return {
-        kind: torch.randint(256, (20, 3 if kind == "image" else 1, 64, 64), dtype=torch.uint8, generator=rng)
-        for kind in FOLDERS
-    }
+    rng, sizes = torch.Generator().manual_seed(0), {kind: 3 if kind == "image" else 1 for kind in FOLDERS}
+    return {kind: torch.randint(256, (20, n, 64, 64), dtype=torch.uint8, generator=rng) for kind, n in sizes.items()}
 
 
 def test_the_watermark_and_the_black_half_are_what_pil_pastes(rows: dict[str, Tensor]) -> None:
-    mark = Image.open(datasets.WATERMARK)
-    pictures = {
-        name: as_bytes(x) for name, x in datasets.six(rows).items() if name in ("image", "watermark", "obscured")
-    }
-    for image, watermark, obscured in zip(*(pictures[n] for n in ("image", "watermark", "obscured")), strict=True):
+    mark, before = Image.open(datasets.WATERMARK), rows["image"].clone()
+    batch = datasets.six(rows)
+    assert tuple(batch) == datasets.MODALITIES == MODALITIES
+    assert torch.equal(rows["image"], before)
+    pictures = [as_bytes(batch[name]) for name in ("image", "watermark", "obscured")]
+    for image, watermark, obscured in zip(*pictures, strict=True):
         pasted = Image.fromarray(image)
         pasted.paste(mark, (0, 0), mark)
         assert (watermark == np.asarray(pasted)).all()
+        assert 0.05 < np.mean(watermark != image) < 0.6
         pasted = Image.fromarray(image)
         pasted.paste((0, 0, 0), (32, 0, 64, 64))
         assert (obscured == np.asarray(pasted)).all()
-
-
-def test_the_watermark_is_visible(rows: dict[str, Tensor]) -> None:
-    batch = datasets.six(rows)
-    differ = (batch["watermark"] != batch["image"]).flatten(2).float().mean(dim=(1, 2))
-    assert ((differ > 0.05) & (differ < 0.6)).all()
-    assert (batch["watermark"][..., 32:] > 0).float().mean() > 0.9
-
-
-def test_a_batch_has_six_floats_and_leaves_the_rows_unchanged(rows: dict[str, Tensor]) -> None:
-    before = {kind: tensor.clone() for kind, tensor in rows.items()}
-    batch = datasets.six(rows)
-    assert tuple(batch) == datasets.MODALITIES == MODALITIES
-    assert {tensor.dtype for tensor in batch.values()} == {torch.float32}
-    assert all(torch.equal(rows[kind], before[kind]) for kind in rows)
 
 
 # datasets.py: the folders
@@ -186,10 +147,6 @@ def test_pictures_are_the_files_and_masks_are_white_on_black(drawn: Path) -> Non
         for kind in ("gray", "edge"):
             assert (as_bytes(batch[kind])[i, ..., 0] == read(data / FOLDERS[kind] / name)).all()
         assert (as_bytes(batch["mask"])[i, ..., 0] == 255 - read(data / "mask" / name)).all()
-
-
-def test_limit_takes_the_first_of_the_training_split(drawn: Path) -> None:
-    data = drawn / "data"
     train, validation = datasets.training_data(source(data), limit=5)
     assert (len(train), len(validation)) == (5, 4)
     assert (as_bytes(train.batch(torch.tensor([4]))[0]["image"])[0] == read(data / "images" / NAMES[4])).all()
@@ -204,17 +161,17 @@ def members(found: tuple) -> list[list[str]]:
     return [names[0][end - n : end] for n, end in zip(counts, ends, strict=True)]
 
 
-@pytest.mark.parametrize(
-    ("where", "suffix"), [("data", ".png"), ("elsewhere/celeba", ".png"), ("elsewhere/CelebA/Eval", ".jpg")]
-)
-def test_the_official_list_splits_the_pictures(drawn: Path, copied: Path, where: str, suffix: str) -> None:
+def test_the_official_list_splits_the_pictures(drawn: Path, copied: Path) -> None:
     """It names .jpg files; the pictures may be those of the PNG release."""
-    path = copied.parent / where / "list_eval_partition.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text((drawn / "data" / path.name).read_text().replace(".png", suffix))
-    found = datasets.find(source(copied, copied.parent / "elsewhere"))
-    assert members(found) == [NAMES[:104], NAMES[104:108], NAMES[108:]]
-    assert found.partition == path
+    text = (drawn / "data" / "list_eval_partition.txt").read_text()
+    for where, suffix in (("elsewhere/CelebA/Eval", ".jpg"), ("elsewhere/celeba", ".png"), ("data", ".png")):
+        path = copied.parent / where / "list_eval_partition.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.replace(".png", suffix))
+        found = datasets.find(source(copied, copied.parent / "elsewhere"))
+        assert members(found) == [NAMES[:104], NAMES[104:108], NAMES[108:]]
+        assert found.partition == path
+        path.unlink()
 
 
 def test_without_the_list_names_split_the_pictures(copied: Path) -> None:
@@ -229,14 +186,10 @@ def test_without_the_list_names_split_the_pictures(copied: Path) -> None:
 def test_pictures_that_a_folder_lacks_are_counted_in_one_warning(
     copied: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (copied / "grayscale" / NAMES[3]).unlink()
-    (copied / "mask" / NAMES[3]).unlink()
-    (copied / "mask" / NAMES[7]).unlink()
-    (copied / "images" / NAMES[9]).unlink()
-    found = datasets.find(source(copied))
-    assert sorted(name for part in members(found) for name in part) == [
-        name for i, name in enumerate(NAMES) if i not in (3, 7, 9)
-    ]
+    for folder, i in (("grayscale", 3), ("mask", 3), ("mask", 7), ("images", 9)):
+        (copied / folder / NAMES[i]).unlink()
+    found = members(datasets.find(source(copied)))
+    assert {name for part in found for name in part} == {*NAMES} - {NAMES[i] for i in (3, 7, 9)}
     (record,) = caplog.records
     assert (record.name, record.levelno) == ("mvae.vision", logging.WARNING)
     said = record.getMessage()
@@ -254,30 +207,19 @@ def test_datasets_as_a_command_counts_and_decodes_the_pictures(copied: Path, run
     assert len(list((copied / "cache").glob("*.pictures"))) == 4
 
 
-@pytest.mark.parametrize(
-    ("lost", "said"),
-    [
-        ("images", "no pictures in {data}/images: put the faces there, or pass --image-dir"),
-        ("edge", "no pictures in {data}/edge: run `python setup.py edge {data}/images {data}/edge`"),
-        ("mask", "no pictures in {data}/mask: run `python setup.py mask {data}/images {data}/mask`"),
-    ],
-)
-@pytest.mark.parametrize("empty", [False, True])
-def test_a_folder_without_pictures_is_refused_with_the_remedy(copied: Path, lost: str, said: str, empty: bool) -> None:
-    shutil.rmtree(copied / lost)
-    if empty:
-        (copied / lost).mkdir()
-    with pytest.raises(UserError) as caught:
-        datasets.find(source(copied))
-    assert str(caught.value).startswith(said.format(data=copied))
-
-
-@pytest.mark.parametrize(("left", "said"), [(0, "--edge-dir"), (1, "0 for")])
-def test_too_few_pictures_for_three_splits_are_refused(copied: Path, left: int, said: str) -> None:
-    for name in NAMES[left:]:
-        (copied / "edge" / name).unlink()
-    Image.new("L", (64, 64)).save(copied / "edge" / "other.png")
-    with pytest.raises(UserError, match=said):
+def test_a_folder_without_pictures_is_refused_with_the_remedy(copied: Path) -> None:
+    for lost, remedy in (
+        ("mask", f"run `python setup.py mask {copied}/images {copied}/mask`"),
+        ("edge", f"run `python setup.py edge {copied}/images {copied}/edge`"),
+        ("images", "put the faces there, or pass --image-dir"),
+    ):
+        for name in NAMES:
+            (copied / lost / name).unlink()
+        with pytest.raises(UserError, match=f"^no pictures in {copied}/{lost}: {remedy}"):
+            datasets.find(source(copied))
+    for kind in FOLDERS.values():  # one picture makes no three splits
+        Image.new("L", (64, 64)).save(copied / kind / NAMES[0])
+    with pytest.raises(UserError, match="0 for"):
         datasets.find(source(copied))
 
 
@@ -312,67 +254,39 @@ def test_sample_draws_from_the_prior(sample: RunHere, tmp_path: Path) -> None:
     sizes = {path.stem: read(path).shape[1::-1] for path in (tmp_path / "samples").iterdir()}
     sheet = {"contact_sheet": (6 * CELL + 2, HEADER + 3 * CELL + 2)}
     assert sizes == dict.fromkeys(MODALITIES, (3 * 66 + 2, 66 + 2)) | sheet
+    refused = sample("--condition-file", "absent.png", "--condition-type", "edge")
+    assert_refused(refused, 1, "can't read absent.png")
 
 
 def test_sample_shows_the_conditions_next_to_the_six(sample: RunHere, drawn: Path, tmp_path: Path) -> None:
-    data = drawn / "data"
-    arguments = ["--condition-file", data / "images" / NAMES[0], "--condition-type", "watermark"]
-    arguments += ["--condition-file", data / "edge" / NAMES[0], "--condition-type", "edge", "--n-samples", 2]
-    assert_ended(sample(*arguments))
-    given, (columns, rows) = shown(tmp_path, 2)
-    assert columns >= 8  # and a text
-    assert rows == 2
-    assert (given[0][..., 0] == read(data / "edge" / NAMES[0])).all()  # in the modalities' order
-    assert (given[1] == read(data / "images" / NAMES[0])).all()
-    header = read(tmp_path / "samples" / "contact_sheet.png")[:HEADER, -8 * CELL :].max(axis=(0, 2))
-    assert (header.reshape(8, CELL).max(axis=1) > 100).all()
-
-
-def test_two_conditions_of_one_type_are_two_rows(sample: RunHere, drawn: Path, tmp_path: Path) -> None:
-    arguments = [word for name in NAMES[:2] for word in ("--condition-file", drawn / "data" / "edge" / name)]
-    assert_ended(sample(*arguments, *["--condition-type", "edge"] * 2, "--n-samples", 1))
-    with Image.open(tmp_path / "samples" / "image.png") as grid:
-        assert grid.height == 2 * 66 + 2
-        assert json.loads(grid.info["mvae"])["given"] == [f"edge {name}" for name in NAMES[:2]]
-
-
-def test_condition_of_any_size_and_mode_becomes_its_modality(sample: RunHere, drawn: Path, tmp_path: Path) -> None:
     """Red becomes its luminance; the obscured isn't made half black; a mask on white is inverted, which is logged."""
+    data = drawn / "data"
     Image.new("RGBA", (300, 100), (255, 0, 0, 255)).save(tmp_path / "wide.png")
     Image.new("L", (10, 40), 51).save(tmp_path / "small.jpg")
-    mask = drawn / "data" / "mask" / NAMES[110]
-    arguments = []
-    for file, kind in (("wide.png", "gray"), ("small.jpg", "obscured"), (mask, "mask")):
+    image, edge, mask = data / "images" / NAMES[0], data / "edge" / NAMES[0], data / "mask" / NAMES[110]
+    arguments: list[object] = ["--n-samples", 2]
+    files = {"watermark": image, "edge": edge, "gray": "wide.png", "obscured": "small.jpg", "mask": mask}
+    for kind, file in files.items():
         arguments += ["--condition-file", file, "--condition-type", kind]
-    done = sample(*arguments, "--n-samples", 1)
+    done = sample(*arguments)
     assert_ended(done)
-    (gray, inverted, obscured), _ = shown(tmp_path, 3)
-    assert (gray == 76).all()
-    assert (obscured == 51).all()
-    assert (inverted == 255 - read(mask)[..., None]).all()
     assert f"{mask} has a light background" in done.stdout
+    given, (columns, rows) = shown(tmp_path, 5)
+    assert columns > 5 + 6  # and a text
+    assert rows == 2
+    expected = [np.array(76), read(edge)[..., None], 255 - read(mask)[..., None], np.array(51), read(image)]
+    for found, picture in zip(given, expected, strict=True):  # in the modalities' order
+        assert (found == picture).all()
+    header = read(tmp_path / "samples" / "contact_sheet.png")[:HEADER, -11 * CELL :].max(axis=(0, 2))
+    assert (header.reshape(11, CELL).max(axis=1) > 100).all()
 
 
-def test_conditions_have_the_range_of_the_data(drawn: Path) -> None:
-    path = drawn / "data" / "images" / NAMES[110]
-    data = datasets.examples("test", source(drawn / "data"), {})
-    torch.testing.assert_close(load_picture(path, "RGB", 64), data.batch(torch.tensor([2]))[0]["image"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--condition-type", "edge"], "0 files and types edge"),
-        (["--condition-file", "a.png", "--condition-file", "b.png", "--condition-type", "edge"], "2 files"),
-        (["--condition-file", "a.png", "--condition-type", "sketch"], ", ".join(MODALITIES)),
-    ],
-)
-def test_each_condition_needs_a_type_of_the_six(arguments: list[str], said: str, tmp_path: Path) -> None:
-    assert_refused(run_warm("vision/sample.py", "model.pth.tar", *arguments, cwd=tmp_path), 2, said)
-
-
-def test_a_condition_that_cannot_be_read_is_named(sample: RunHere) -> None:
-    assert_refused(sample("--condition-file", "absent.png", "--condition-type", "edge"), 1, "can't read absent.png")
+def test_each_condition_needs_a_type_of_the_six(tmp_path: Path) -> None:
+    files = ["--condition-file", "a.png", "--condition-file", "b.png"]
+    refused = run_warm("vision/sample.py", "model.pth.tar", *files, "--condition-type", "edge", cwd=tmp_path)
+    assert_refused(refused, 2, "2 files")
+    refused = run_warm("vision/sample.py", "model.pth.tar", *files[:2], "--condition-type", "sketch", cwd=tmp_path)
+    assert_refused(refused, 2, ", ".join(MODALITIES))
 
 
 def test_loglike_writes_every_quantity(trained: Path, drawn: Path, tmp_path: Path) -> None:
