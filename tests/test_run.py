@@ -1,8 +1,10 @@
 """Run, the plumbing of the open loop: what a step does, what an epoch measures, records and prints."""
 
+import itertools
 import math
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import SmallEncoder, run_small, same, small_data, small_model, stats
+from helpers import run_small, same, small_data, small_model, stats
 
 
 def weights(out_dir: Path, name: str = checkpoint.LATEST) -> dict[str, Tensor]:
@@ -32,9 +34,15 @@ def value(model: MVAE, batch: Batch) -> Tensor:
 
 
 def test_a_run_takes_the_steps_of_a_plain_loop(tmp_path: Path) -> None:
-    """With random subsets, and β and learning rates that change at each step."""
+    """With random subsets, β and rates that change at each step, groups of weights, and a metric that draws."""
     train, beta, rate = small_data(24, seed=0), schedules.linear(3), schedules.warmed_up(1, schedules.late(3))
-    run = run_small(tmp_path, train=train, epochs=3, seed=5, n_subsets=2, beta=beta, rate=rate)
+    metrics = {"noisy": lambda model, batch: torch.randn(len(batch["label"]))}
+
+    def groups(weights: Iterable[Tensor], lr: float, fused: bool) -> torch.optim.Optimizer:
+        return torch.optim.Adam([{"params": [weight]} for weight in weights], lr, fused=fused)
+
+    how: dict[str, Any] = {"epochs": 3, "seed": 5, "n_subsets": 2, "beta": beta, "rate": rate, "optimizer": groups}
+    run = run_small(tmp_path, train=train, metrics=metrics, **how)
 
     objective = Objective(small_model())
     optimizer = torch.optim.Adam(objective.parameters(), fused=True)
@@ -86,27 +94,16 @@ def test_a_loop_that_leaves_something_out_is_refused(forgotten: str, tmp_path: P
         loop(tmp_path, forgotten=forgotten)
 
 
-class WatchedEncoder(SmallEncoder):
-    """An encoder that remembers in which mode it ran."""
-
-    def __init__(self, n_inputs: int):
-        super().__init__(n_inputs)
-        self.modes: list[bool] = []
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self.modes.append(self.training)
-        return super().forward(x)
-
-
 @pytest.mark.parametrize("kind", ["new", "loaded", "frozen"])
 def test_networks_are_trained_in_training_mode_and_validated_in_evaluation_mode(kind: str, tmp_path: Path) -> None:
     """A loaded model is in evaluation mode as a whole; a part that alone is in it is frozen, and stays so."""
-    model = small_model()
-    model.encoders["label"] = encoder = WatchedEncoder(1)
+    model, modes = small_model(), list[bool]()
+    encoder = model.encoders["label"]
+    encoder.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     {"new": model.train, "loaded": model.eval, "frozen": encoder.eval}[kind]()
     run_small(tmp_path, model=model, batch_size=12)
-    modes = [mode for mode, after in zip(encoder.modes, [*encoder.modes[1:], None], strict=True) if mode != after]
-    assert modes == ([False] if kind == "frozen" else [False, True, False, True, False])
+    expected = [False] if kind == "frozen" else [False, True, False, True, False]
+    assert [mode for mode, _ in itertools.groupby(modes)] == expected
     assert model.encoders["image"].training
 
 
@@ -122,14 +119,6 @@ def test_bf16_is_close_to_fp32(present: dict[str, Tensor] | None, tmp_path: Path
     )
     for loss in ("train/loss", "validation/loss"):
         assert single[loss] != half[loss] == pytest.approx(single[loss], rel=0.02)
-
-
-def test_a_modality_that_no_example_has_leaves_no_numbers(tmp_path: Path) -> None:
-    train = small_data(24, seed=0, present={"image": torch.zeros(24, dtype=torch.bool)})
-    (record,) = run_small(tmp_path, train=train, precision="bf16", epochs=1).history
-    numbers = {name.removeprefix("train/") for name in record if name.startswith("train/")}
-    assert {"joint/log_prob/attrs", "attrs/elbo", "label/kl"} < numbers
-    assert not {name for name in numbers if "image" in name}
 
 
 def test_a_compiled_run_has_the_losses_of_a_plain_one(tmp_path: Path) -> None:
@@ -167,13 +156,9 @@ def test_validation_draws_the_same_noise_in_each_epoch_and_other_noise_for_anoth
     ]
     assert all(first == second for first, second in found)
     assert len({first for first, _ in found}) == 3
-
-
-def test_validation_and_metrics_leave_training_unchanged(tmp_path: Path) -> None:
-    noisy = {"noisy": lambda model, batch: torch.randn(len(batch["label"]))}
-    run_small(tmp_path / "one")
-    run_small(tmp_path / "other", validation=small_data(7, seed=2), metrics=noisy)
-    assert same(weights(tmp_path / "one"), weights(tmp_path / "other"))
+    objective = Objective(small_model())
+    torch.manual_seed(seed_of(0, 0, 0))
+    assert found[0][0] == pytest.approx(objective(twice.batch(six)[0], 1.0)[0].item())
 
 
 @pytest.mark.parametrize(
@@ -204,22 +189,19 @@ def test_a_metric_that_is_not_finite_is_null_and_warned_of(tmp_path: Path, caplo
     assert len(run_small(tmp_path, metrics=metrics, epochs=3, resume=True).history) == 3
 
 
-@pytest.mark.parametrize("select", ["loss", "joint"])
-def test_the_best_model_has_the_least_loss_or_the_greatest_joint_elbo(select: str, tmp_path: Path) -> None:
-    """The learning rate is so high that the loss falls and rises."""
-    how: dict[str, Any] = {"lr": 0.2, "seed": 2, "beta": schedules.constant(), "weights": {"label": 10.0}}
-    run = run_small(tmp_path / "run", **how, select=select, epochs=9)
+@pytest.mark.parametrize(("select", "best"), [("loss", 4), ("joint", 3)])
+def test_the_best_model_has_the_least_loss_or_the_greatest_joint_elbo(select: str, best: int, tmp_path: Path) -> None:
+    """The learning rate is so high that the loss falls and rises. The run is resumed after its best epoch."""
+    how: dict[str, Any] = {"lr": 0.3, "seed": 11, "beta": schedules.constant(), "weights": {"label": 10.0}}
+    run_small(tmp_path, **how, select=select, epochs=best)
+    then = weights(tmp_path)
+    run = run_small(tmp_path, **how, select=select, epochs=5, resume=True)
     losses = [record["validation/loss"] for record in run.history]
     scores = {"loss": losses, "joint": [-record["validation/joint/elbo"] for record in run.history]}
-    best = int(np.argmin(scores[select])) + 1
-    assert 1 < best < 9
-    assert np.argmin(scores["loss"]) != np.argmin(scores["joint"])
-    content = checkpoint.load(tmp_path / "run" / checkpoint.BEST, "small")
+    assert [int(np.argmin(scores[name])) + 1 for name in ("loss", "joint")] == [4, 3]
+    content = checkpoint.load(tmp_path / checkpoint.BEST, "small")
     assert (content["epoch"], content["validation_loss"], run.best_epoch) == (best, losses[best - 1], best)
-    run_small(tmp_path / "shorter", **how, select=select, epochs=best)
-    assert same(content["model"], weights(tmp_path / "shorter"))
-    assert run_small(tmp_path / "shorter", **how, select=select, epochs=9, resume=True).best_epoch == best
-    assert same(content["model"], weights(tmp_path / "shorter", checkpoint.BEST))
+    assert same(content["model"], then)
 
 
 # Reports
@@ -270,8 +252,7 @@ def normed_model() -> MVAE:
         ({"optimizer": lambda *_, **__: torch.optim.SGD(small_model().parameters(), 1)}, "build the optimizer from"),
         ({"terms": [Term(("image",), ("image",))], "select": "joint"}, "select joint needs a term"),
         ({"validation": small_data(10, seed=1, present={"label": torch.arange(10) < 0}), "select": "joint"}, "every"),
-        ({"metrics": {"loss": value}}, "must not be named 'loss' or contain '/', got loss"),
-        ({"metrics": {"joint/elbo": value}}, "got joint/elbo"),
+        ({"metrics": {"loss": value, "x/y": value}}, "must not be named 'loss' or contain '/', got loss, x/y"),
         ({"model": normed_model(), "batch_size": 1}, r"at least 2 examples per process \(.*batch norm\), got 1, 24"),
         ({"train": small_data(24, seed=0, pairs=torch.arange(24) < 3), "pairs_per_batch": 2}, "pairs_per_batch needs"),
     ],
@@ -286,22 +267,16 @@ def test_a_wrong_call_is_refused(how: dict[str, Any], said: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        *[({name: 0}, f"{name} must be an integer >= 1, got 0") for name in ("epochs", "n_latents", "batch_size")],
-        *[({name: 0}, f"{name} must be an integer >= 1, got 0") for name in ("iw_samples", "log_interval", "limit")],
-        ({"epochs": 10**30, "n_paired": 0}, "epochs must be an integer >= 1"),
-        ({"annealing_epochs": -1}, "annealing_epochs must be >= 0, got -1"),
+        ({"epochs": 0}, "epochs must be an integer >= 1, got 0"),
         ({"weight_decay": math.nan}, "weight_decay must be >= 0, got nan"),
         ({"lr": 0}, "lr must be > 0, got 0"),
-        ({"lr": math.inf}, "lr must be > 0, got inf"),
         ({"seed": 2**63}, "seed must be an integer from 0"),
         ({"threads": 10**6}, "threads must be from 1 to 1024"),
         ({"paired_fraction": 1.5}, r"paired_fraction must be in \(0, 1\]"),
         ({"paired_fraction": 0.5, "n_paired": 5}, "without n_paired"),
         ({"unpaired": "both"}, "unpaired needs n_paired or paired_fraction"),
-        ({"images_first": -1}, "images_first must be an integer >= 0, got -1"),
         ({"images_first": 1, "self_labels": 2}, "self_labels must be from 0 to 1, got 2"),
         ({"self_labels": 0.5}, "self_labels and images_dir need images_first"),
-        ({"images_dir": Path("images")}, "self_labels and images_dir need images_first"),
     ],
     ids=lambda x: "" if isinstance(x, str) else " ".join(map(str, x.items())),
 )
