@@ -15,7 +15,7 @@ import pytest
 from helpers import assert_ended, assert_refused, assert_same_run, run_warm, same, start_warm, stats
 
 WEAK = ["--preset", "weak", "--limit", 100, "--n-val", 100, "--batch-size", 20, "--n-latents", 4, "--n-paired", 40]
-WEAK += ["--images-first", 2, "--epochs", 2, "--log-interval", 1, "--save-every", 1e-9]
+WEAK += ["--images-first", 2, "--epochs", 2, "--log-interval", 1, "--save-every", 1e-9, "--precision", "auto"]
 """A run of two times two epochs of five steps."""
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ..errors import UsageError
-from .device import Machine
+from .device import Machine, resolve
 from .resume import saved_state
 
 
@@ -50,6 +50,8 @@ class Training(Machine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.precision == "auto":  # what it means here is what a resumed run is compared with
+            self.precision = resolve(self.precision, self.device())
         for name in ("epochs", "n_latents", "iw_samples", "batch_size", "log_interval", "limit", "n_paired"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= 10**9:

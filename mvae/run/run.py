@@ -18,7 +18,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -91,8 +90,7 @@ class Run:
         if config.select == JOINT and JOINT not in objective.names:
             raise UsageError("select joint needs a term whose inputs are all modalities")
         self.device = config.device()
-        self.precision = resolve(config.precision, self.device)
-        self.config = replace(config, precision=self.precision)
+        self.config, self.precision = config, resolve(config.precision, self.device)
         self.name, self.out_dir = name, config.out_dir
         self.bare, self.model, self.optimizer = objective.to(self.device), objective.model, optimizer
         if not self.model.training:
