@@ -94,6 +94,12 @@ def test_file_that_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
         assert said in refusal(path)
 
 
+def test_digest_tells_shapes_types_and_names_apart() -> None:
+    zero = torch.zeros(2, 2)
+    contents = [{"a": zero}, {"b": zero}, {"a": zero.view(4)}, {"a": zero.int()}, {"a": [zero]}, {"a": 0}, {"a": False}]
+    assert len({checkpoint.digest(content) for content in contents}) == len(contents)
+
+
 def test_missing_file_folder_and_other_experiment_are_refused(saved: Path) -> None:
     assert "no checkpoint" in refusal(saved.with_name("absent"))
     assert "can't read" in refusal(saved.parent)
