@@ -1,7 +1,7 @@
 """Train the MVAE on CelebA faces and 18 attributes, each a modality.
 
-It maximises the ELBO of all, the ELBO of each modality alone, and the ELBOs of --approx-m random subsets. The images
-are decoded once, into --cache-dir.
+It maximises the joint ELBO, the ELBO of each modality alone, and the ELBOs of --approx-m random subsets. The JPEGs are
+decoded once, into --cache-dir.
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from mvae.data import supervision
 from mvae.run import checkpoint, metrics, schedules
 from mvae.run.config import TwoStages
 
-import torch
+import torch  # after mvae, which sets how OpenMP's threads wait
 
 from datasets import ATTRIBUTES, MODALITIES, NAME, Source, training_data
 from model import build_model
@@ -28,7 +28,7 @@ class Config(TwoStages, Source):
     lambda_attrs: float = 10  # weight of each log p(attribute | z)
     approx_m: int = 1  # ELBO terms of random subsets, drawn at each step
     attr_missing: float = 0  # probability that an attribute of an example is missing
-    reconstruct: Literal["given", "all", "image", "attrs"] = "given"  # what each term reconstructs beyond its inputs
+    reconstruct: Literal["given", "all", "image", "attrs"] = "given"  # extra reconstruction targets of each term
 
 
 PAPER = Config(n_latents=100, batch_size=100, epochs=100, annealing_epochs=20, lr=1e-4)
@@ -42,15 +42,15 @@ PRESETS = {
 }
 
 
-def fit(config: Config, objective: Objective, train: Data, validation: Data, measure: dict, done: int = 0) -> None:
-    """Train for `config.epochs`. done: epochs of an earlier stage, which β counts."""
+def fit(config: Config, objective: Objective, train: Data, validation: Data, measure: dict, before: int = 0) -> None:
+    """Train for `config.epochs`. before: epochs of an earlier stage; the schedule of β continues after them."""
     optimizer = torch.optim.AdamW(objective.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
     beta = schedules.held(config.beta_hold, schedules.linear(config.annealing_epochs))
     rate = schedules.warmed_up(config.warmup_epochs, schedules.named(config.lr_schedule, config.epochs))
     with Run(NAME, objective, optimizer, config) as run:
         for _ in run.epochs(config.epochs):
             for batch, present in run.batches(train, config.batch_size, config.pairs):
-                run.set(lr=config.lr * rate(run.t), beta=beta(run.t + done))
+                run.set(lr=config.lr * rate(run.t), beta=beta(run.t + before))
                 subsets = run.random_subsets(config.approx_m)
                 loss, parts = run.objective(batch, run.beta, subsets, present)
                 run.backward(loss, parts)
@@ -73,7 +73,7 @@ def main() -> None:
     if config.images_first:
         terms = [Term(IMAGE, IMAGE, iw="image")]
         images = Objective(model, terms, weights={"image": config.lambda_image}, iw_samples=config.iw_samples)
-        first = replace(config.first_stage(NAME), approx_m=0)
+        first = replace(config.first_stage(NAME), approx_m=0)  # one modality has no subsets
         fit(first, images, train.only("image"), validation.only("image"), {})
         if config.self_labels:
             train = supervision.self_labelled(
@@ -85,7 +85,7 @@ def main() -> None:
     terms = [Term(MODALITIES, MODALITIES, iw="image"), *singles]
     objective = Objective(model, terms, weights=λ, iw_samples=config.iw_samples, subset=Term((), also, iw="image"))
     measure = {"attribute_accuracy": metrics.attribute_accuracy(ATTRIBUTES)}
-    fit(config, objective, train, validation, measure, done=config.images_first)
+    fit(config, objective, train, validation, measure, before=config.images_first)
 
 
 if __name__ == "__main__":

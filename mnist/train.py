@@ -1,4 +1,4 @@
-"""Train the MVAE on MNIST digits and their labels: maximise ELBO(image, text) + ELBO(image) + ELBO(text)."""
+"""Train the MVAE on MNIST: maximise ELBO(image, text) + ELBO(image) + ELBO(text). See also minimal.py at the top."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -8,7 +8,7 @@ from mvae.data import supervision
 from mvae.run import checkpoint, metrics, schedules
 from mvae.run.config import TwoStages
 
-import torch
+import torch  # after mvae, which sets how OpenMP's threads wait
 
 from datasets import NAME, Source, training_data
 from model import build_model
@@ -22,7 +22,7 @@ class Config(TwoStages, Source):
     # MNIST
     lambda_image: float = 1  # weight of log p(image | z)
     lambda_text: float = 10  # weight of log p(text | z)
-    reconstruct: Literal["given", "all", "image", "text"] = "given"  # what each term reconstructs beyond its inputs
+    reconstruct: Literal["given", "all", "image", "text"] = "given"  # extra reconstruction targets of each term
     binarize: bool = False  # draw each pixel from Bernoulli(grey value): BinaryMNIST
     n_val: int = 5000  # training examples held out for validation
 
@@ -40,15 +40,15 @@ PRESETS = {
 }
 
 
-def fit(config: Config, objective: Objective, train: Data, validation: Data, measure: dict, done: int = 0) -> None:
-    """Train for `config.epochs`. done: epochs of an earlier stage, which β counts."""
+def fit(config: Config, objective: Objective, train: Data, validation: Data, measure: dict, before: int = 0) -> None:
+    """Train for `config.epochs`. before: epochs of an earlier stage; the schedule of β continues after them."""
     optimizer = torch.optim.AdamW(objective.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
     beta = schedules.held(config.beta_hold, schedules.linear(config.annealing_epochs))
     rate = schedules.warmed_up(config.warmup_epochs, schedules.named(config.lr_schedule, config.epochs))
     with Run(NAME, objective, optimizer, config) as run:
         for _ in run.epochs(config.epochs):
             for batch, present in run.batches(train, config.batch_size, config.pairs):
-                run.set(lr=config.lr * rate(run.t), beta=beta(run.t + done))
+                run.set(lr=config.lr * rate(run.t), beta=beta(run.t + before))
                 loss, parts = run.objective(batch, run.beta, present=present)
                 run.backward(loss, parts)
                 run.step()
@@ -77,7 +77,7 @@ def main() -> None:
     terms = [Term(BOTH, BOTH + also, iw="image"), Term(IMAGE, IMAGE + also, iw="image"), Term(TEXT, TEXT + also)]
     objective = Objective(model, terms, weights=λ, iw_samples=config.iw_samples)
     measure = {"label_accuracy": metrics.label_accuracy("text")}
-    fit(config, objective, train, validation, measure, done=config.images_first)
+    fit(config, objective, train, validation, measure, before=config.images_first)
 
 
 if __name__ == "__main__":

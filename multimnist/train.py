@@ -8,7 +8,7 @@ from mvae.data import supervision
 from mvae.run import checkpoint, metrics, schedules
 from mvae.run.config import TwoStages
 
-import torch
+import torch  # after mvae, which sets how OpenMP's threads wait
 
 from datasets import NAME, Source, prepare, training_data
 from model import build_model
@@ -22,7 +22,7 @@ class Config(TwoStages, Source):
     # MultiMNIST
     lambda_image: float = 1  # weight of log p(image | z)
     lambda_text: float = 10  # weight of log p(text | z)
-    reconstruct: Literal["given", "all", "image", "text"] = "given"  # what each term reconstructs beyond its inputs
+    reconstruct: Literal["given", "all", "image", "text"] = "given"  # extra reconstruction targets of each term
     n_val: int = 5000  # training canvases held out for validation
 
 
@@ -47,16 +47,16 @@ PRESETS = {
 
 
 def fit(
-    config: Config, objective: Objective, train: Data, validation: Data, measure: dict, recipe: dict, done: int = 0
+    config: Config, objective: Objective, train: Data, validation: Data, measure: dict, recipe: dict, before: int = 0
 ) -> None:
-    """Train for `config.epochs`. recipe: of the canvases. done: epochs of an earlier stage, which β counts."""
+    """Train for `config.epochs`. recipe: of the canvases. before: epochs of an earlier stage, which β counts."""
     optimizer = torch.optim.AdamW(objective.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
     beta = schedules.held(config.beta_hold, schedules.linear(config.annealing_epochs))
     rate = schedules.warmed_up(config.warmup_epochs, schedules.named(config.lr_schedule, config.epochs))
     with Run(NAME, objective, optimizer, config, facts={"canvases": recipe}) as run:
         for _ in run.epochs(config.epochs):
             for batch, present in run.batches(train, config.batch_size, config.pairs):
-                run.set(lr=config.lr * rate(run.t), beta=beta(run.t + done))
+                run.set(lr=config.lr * rate(run.t), beta=beta(run.t + before))
                 loss, parts = run.objective(batch, run.beta, present=present)
                 run.backward(loss, parts)
                 run.step()
@@ -86,7 +86,7 @@ def main() -> None:
     terms = [Term(BOTH, BOTH + also, iw="image"), Term(IMAGE, IMAGE + also, iw="image"), Term(TEXT, TEXT + also)]
     objective = Objective(model, terms, weights=λ, iw_samples=config.iw_samples)
     measure = {"text_accuracy": metrics.label_accuracy("text")}
-    fit(config, objective, train, validation, measure, recipe, done=config.images_first)
+    fit(config, objective, train, validation, measure, recipe, before=config.images_first)
 
 
 if __name__ == "__main__":

@@ -356,7 +356,7 @@ def test_best_model_without_a_state_is_not_overwritten(straight: Path, tmp_path:
 def test_epochs_of_a_run_whose_rate_ends_with_them_do_not_change(tmp_path: Path) -> None:
     run_small(tmp_path, lr_schedule="late")
     for epochs in (1, 3):
-        said = f"is of a run over 2 epochs, not {epochs}.*lr_schedule late.*--init {tmp_path}"
+        said = f"is of a run of 2 epochs, not {epochs}.*lr_schedule late.*--init {tmp_path}"
         assert_run_refused(tmp_path, said, lr_schedule="late", epochs=epochs, resume=True)
 
 

@@ -108,8 +108,8 @@ def test_what_does_not_follow_a_first_stage_is_refused_before_anything_is_writte
     shared = ["--images-dir", straight / "images", "--out-dir", tmp_path / "new"]
     own = ["--out-dir", straight]
     cases: list[tuple[list[object], str]] = [
-        ([*shared, "--images-first", 1], "is of a run over 2 epochs, not 1, and other runs share it"),
-        ([*shared, "--images-first", 3, "--lr-schedule", "constant"], "over 2 epochs, not 3, and other runs share it"),
+        ([*shared, "--images-first", 1], "is of a run of 2 epochs, not 1, and other runs share it"),
+        ([*shared, "--images-first", 3, "--lr-schedule", "constant"], "of 2 epochs, not 3, and other runs share it"),
         ([*shared, "--seed", 1], "seed was 0, now 1"),
         ([*shared, "--lambda-image", 2], "lambda_image was 1, now 2"),
         ([*own, "--resume", "--images-first", 3], "images_first was 2, now 3"),

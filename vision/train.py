@@ -13,7 +13,7 @@ from mvae.data import supervision
 from mvae.run import checkpoint, schedules
 from mvae.run.config import Training
 
-import torch
+import torch  # after mvae, which sets how OpenMP's threads wait
 
 from datasets import MODALITIES, NAME, Source, training_data
 from model import build_model
@@ -32,7 +32,7 @@ class Config(Training, Source):
     lambda_watermark: float = 1  # weight of log p(watermark | z)
     approx_m: int = 0  # ELBO terms of random subsets, drawn at each step
     missing: float = 0  # probability that an image of an example is missing
-    reconstruct: tuple[Target, ...] = ("all",)  # what each term reconstructs beyond its inputs
+    reconstruct: tuple[Target, ...] = ("all",)  # extra reconstruction targets of each term
 
 
 PAPER = Config(n_latents=250, batch_size=50, epochs=100, annealing_epochs=20, lr=1e-4)

@@ -11,7 +11,7 @@ from .resume import saved_state
 
 @dataclass(kw_only=True)
 class Training(Machine):
-    """Fields of a run. An experiment's Config adds its own; its presets are instances."""
+    """Training options. An experiment's Config adds its own; its presets are instances."""
 
     # Run
     epochs: int = 500  # passes over the training data
@@ -35,10 +35,10 @@ class Training(Machine):
     weight_decay: float = 0  # AdamW's weight decay
 
     # Weak supervision
-    n_paired: int | None = None  # examples that keep all modalities; the others keep the image
+    n_paired: int | None = None  # complete examples; the others keep the image only
     paired_fraction: float | None = None  # the same as a fraction of the examples
-    unpaired: Literal["image", "both"] = "image"  # what the others keep; both: half of them all but the image
-    pairs_per_batch: int | None = None  # least number of complete examples in a batch (default: a third of the batch)
+    unpaired: Literal["image", "both"] = "image"  # what the others keep; both: half the image, half the rest
+    pairs_per_batch: int | None = None  # least number of complete examples per batch (default: a third)
 
     # Rarely needed
     select: Literal["loss", "joint"] = "loss"  # best model by validation loss, or by the joint term's ELBO
@@ -50,7 +50,7 @@ class Training(Machine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.precision == "auto":  # what it means here is what a resumed run is compared with
+        if self.precision == "auto":  # resolved now, so that a resumed run compares the actual type
             self.precision = resolve(self.precision, self.device())
         for name in ("epochs", "n_latents", "iw_samples", "batch_size", "log_interval", "limit", "n_paired"):
             value = getattr(self, name)
@@ -88,7 +88,7 @@ class TwoStages(Training):
     # Weak supervision
     images_first: int = 0  # epochs of a first stage on the images alone
     images_dir: Path | None = None  # folder of the first stage, to share between runs (default: images/ in --out-dir)
-    self_labels: float = 0  # fraction of unlabelled examples that get a label after it, most confident first
+    self_labels: float = 0  # fraction of unlabelled examples to pseudo-label after it, most confident first
     self_labels_by: Literal["neighbours", "regression"] = "neighbours"  # how those are found from the latents
 
     def __post_init__(self) -> None:
@@ -103,8 +103,8 @@ class TwoStages(Training):
     def first_stage(self, name: str) -> Self:
         """Return the Config of the first stage, after checking that the second can follow it.
 
-        Whatever concerns labels has its default in it, so that runs which differ in that can share a folder. Raises
-        UsageError as `resume.saved_state` does, or for self_labels without n_paired or paired_fraction.
+        Options that concern labels have their defaults in it, so that runs which differ in them can share a folder.
+        Raises UsageError as `resume.saved_state` does, or for self_labels without n_paired or paired_fraction.
         """
         saved_state(self, name)
         if self.self_labels and not self.paired:

@@ -20,7 +20,7 @@ from .distributed import is_first
 log = logging.getLogger(__name__)
 
 MAY_CHANGE = {"cuda", "threads", "workers", "log_interval", "save_every", "resume", "wait", "allow_missing"}
-"""Fields of a Config that may differ when a run is resumed, as may folders. The data are compared themselves."""
+"""Fields of a Config that may differ when a run is resumed, as may paths; the data are compared by a checksum."""
 
 DIVERGED = "diverged.txt"
 """The file that a run leaves if it diverged."""
@@ -63,7 +63,7 @@ def _compare(content: dict[str, Any], config: Any, path: Path) -> None:
     if saved["epochs"] != now["epochs"] and (now["wait"] or now["lr_schedule"] != "constant"):
         why = "other runs share it" if now["wait"] else f"its lr_schedule {now['lr_schedule']} ends with them"
         raise UsageError(
-            f"{path} is of a run over {saved['epochs']} epochs, not {now['epochs']}, and {why}: "
+            f"{path} is of a run of {saved['epochs']} epochs, not {now['epochs']}, and {why}: "
             f"to train longer, start a new run with --init {path} and another --out-dir"
         )
     compared = [

@@ -59,11 +59,11 @@ class Stopped(UserError):
 class Run:
     """A training run: its place in the loop, its files, and the processes that share it.
 
-    epoch: counts from 1. done: the number of this step in it, of n_steps. t: epochs done when this step ends.
-    beta: a tensor; lr: a float. history: the epochs' records, as in stats.jsonl. rank: this process's, of torchrun's.
+    epoch: counts from 1. done: the step's number in it, of n_steps. t: fractional epochs, including this step.
+    beta: a tensor; lr: a float. history: the epochs' records, as in stats.jsonl. rank: of this process.
 
     Args:
-        name: experiment, which the checkpoints record; another experiment's is refused.
+        name: experiment's name; resuming another experiment's checkpoint is refused.
         objective: is moved to the device. Modules in evaluation mode stay there, unless the whole model is.
         optimizer: of the objective's parameters.
         facts: plain values to record in addition to the Config.
@@ -98,18 +98,18 @@ class Run:
         self.settings, self.facts = cli.plain(self.config), {**(facts or {}), **facts_of(objective, optimizer)}
         self.epoch, self.done, self.n_steps, self.n_epochs = 1, 0, 0, 0
         self.t, self.lr, self.beta_now, self.seconds = 0.0, optimizer.param_groups[0]["lr"], 1.0, 0.0
-        self.beta = torch.ones((), device=self.device)  # a compiled step would take each new number for a new program
+        self.beta = torch.ones((), device=self.device)  # a new float at each step would recompile
         self.start = self.best = math.inf  # the loss of the first step, and the best epoch's score
         self.history: list[dict[str, Any]] = []
         self.sums = torch.zeros(0).double()  # of this epoch's steps, as Totals.vector
         self.terms: tuple[str, ...] = ()  # of those sums
         self.last: Tensor | None = None  # the last step's sums, or those of the first bad step
-        self.pending = False  # gradients that no step has used
+        self.pending = False  # gradients since the last step
         self.saved: dict[str, Any] | None = None  # the checkpoint's facts, kept states and optimizer
         self.kept: dict[str, Any] = {}
         self.saved_at = time.monotonic()
         self._data: dict[str, tuple[Data, Data]] = {}  # for training and validation: as given, and on the device
-        self._subsets: tuple[int, Tensor] | None = None
+        self._subsets: tuple[tuple[int, int], Tensor] | None = None
 
     def __enter__(self) -> "Run":
         with ExitStack() as stack:
@@ -120,7 +120,7 @@ class Run:
             # Under torchrun a second signal comes from torchrun itself.
             self.caught: Caught = stack.enter_context(catching(held=self.processes.world > 1))
             self._resume()
-            if self.rank == 0:  # a folder that can't be written is better known before the first step
+            if self.rank == 0:  # fails before the first step if the folder can't be written
                 self.reports = stack.enter_context(closing(Reports(self.model, self.out_dir, self.history)))
             self._stack = stack.pop_all()
         return self
@@ -192,10 +192,10 @@ class Run:
 
     def random_subsets(self, k: int) -> Tensor:
         """Return this step's k random subsets of modalities, bool (k, modalities), on the device."""
-        if self._subsets is None or self._subsets[0] != self.epoch:  # an epoch's at once, so that no step copies
+        if self._subsets is None or self._subsets[0] != (self.epoch, k):  # an epoch's at once, so that no step copies
             rngs = [np.random.default_rng(seed_of(self.config.seed, self.epoch, step)) for step in range(self.n_steps)]
             masks = torch.stack([random_subsets(len(self.model.modalities), k, rng) for rng in rngs])
-            self._subsets = self.epoch, masks.to(self.device)
+            self._subsets = (self.epoch, k), masks.to(self.device)
         return self._subsets[1][self.done - 1]
 
     def objective(
@@ -207,7 +207,7 @@ class Run:
     ) -> tuple[Tensor, Totals]:
         """Return the loss, the negative sum of the ELBO terms, and its parts; see `Objective.forward`.
 
-        It is compiled, in the precision, and shared between processes as the Config asks.
+        With autocast, torch.compile and DistributedDataParallel as the Config says.
         """
         noise, world = None, self.processes.world
         if world > 1:  # each process takes its examples' share of the noise that one alone would draw
@@ -227,8 +227,8 @@ class Run:
     def backward(self, loss: Tensor, parts: Totals) -> None:
         """Add the gradient of the loss, and the parts to the epoch's sums.
 
-        On a CPU it raises UserError if a part isn't finite. On a GPU that is found before a save, since looking makes
-        the step wait.
+        On a CPU it raises UserError if a part isn't finite. On a GPU that is checked before a save only, to avoid a
+        synchronisation in each step.
         """
         # The gradient of the whole batch's mean: DistributedDataParallel averages over the processes.
         (loss * self.share).backward()
@@ -290,7 +290,7 @@ class Run:
         self._say(line(record, self.n_epochs, self.bare.names, best=best))
 
     def save(self, *, best: bool = False) -> None:
-        """Save the state, and before it the best model if this is it. Raises UserError if the state isn't good."""
+        """Save the state; if it is the best, save the model first. Raises UserError if the state isn't good."""
         self._check_good()
         self.sums = self.processes.sum_in_first(self.sums)
         with self.caught.hold():
@@ -344,10 +344,10 @@ class Run:
 
     def _check_fact(self, name: str, what: str) -> None:
         if self.saved and self.saved["facts"][name] != self.facts[name]:
-            raise UsageError(f"the run in {self.out_dir} has other {what}: use another out_dir")
+            raise UsageError(f"the run in {self.out_dir} was started with other {what}: use another out_dir")
 
     def _on_device(self, data: Data, batch_size: int, use: str) -> Data:
-        """Return the data for "training" or "validation" on the device. At first sight, check that everything fits."""
+        """Return the data for "training" or "validation" on the device. On first use, check that everything fits."""
         if use not in self._data or self._data[use][0] is not data:
             if use == "training":
                 self._begin(data, batch_size)
@@ -413,7 +413,7 @@ class Run:
             raise Stopped(f"stopped in {where}; the state is saved: continue with --resume", int(number))
 
     def _score(self, record: Mapping[str, Any]) -> float:
-        """Return what is least in the epoch of the best model."""
+        """Return the score that selects the best model; lower is better."""
         joint = self.config.select == JOINT
         return -record[f"validation/{JOINT}/elbo"] if joint else record["validation/loss"]
 

@@ -15,7 +15,7 @@ from .distributed import Processes
 from .metrics import Metric
 
 LIMIT = 100
-"""A run diverges if its loss is this many times that of its first step (or 100 nats, if that is less)."""
+"""A run has diverged if its loss exceeds this many times the first step's, or 100 nats if that is larger."""
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def measured(
     """Return the means over `data` at β = 1 of the objective's parts and of the metrics, in evaluation mode.
 
     z is drawn with the same seed each time. A metric's mean is over the examples that have all modalities. Each process
-    takes its share of the batches, and all call `between` after each round of them.
+    takes its share of the batches, and all call `between` after every `world` batches.
     """
     model, device = objective.model, data.device
     n_numbers = 2 + 2 * len(objective.terms) * (len(model.modalities) + 1)
@@ -98,7 +98,7 @@ def check_means(found: Mapping[str, float], start: float) -> None:
 def check_loss(what: str, loss: float, start: float) -> None:
     """Raise UserError if a loss has diverged."""
     if loss > LIMIT * max(abs(start), 100.0):
-        raise UserError(f"diverged: {what} {loss:.3g}, after {start:.3g} in the first step")
+        raise UserError(f"diverged: {what} {loss:.3g} (first step: {start:.3g})")
 
 
 def _some(names: list[str]) -> str:

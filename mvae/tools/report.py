@@ -41,7 +41,7 @@ class Loglike(Tool):
     precision: Literal["fp32", "bf16", "auto"] = "fp32"  # of the networks; auto: bf16 if the processor supports it
 
     # Output
-    json: Path | None = None  # file for the numbers
+    json: Path | None = None  # file to write the results to, as JSON
     per_example: Path | None = None  # .csv or .npz file for each example's log p
 
     def __post_init__(self) -> None:
@@ -121,7 +121,7 @@ def report(found: Evaluation, measures: Mapping[str, Tensor], config: Loglike, t
         write_atomically(config.json, (json.dumps(content, indent=2) + "\n").encode())
     if config.per_example:
         write_per_example(found, config.per_example)
-    # If examples lack modalities, each quantity has its own examples, whose number gets a column.
+    # If examples lack modalities, quantities are over different examples, so their number gets a column.
     own = any(row["n_examples"] != n for row in rows)
     over = f"those of {n} examples that have its modalities" if own else f"{n} examples"
     head = f"{config.split.capitalize()} log-likelihood in nats: mean ± standard error over {over}, {config.n_samples}"
