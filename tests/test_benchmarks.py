@@ -9,7 +9,7 @@ from synthetic import __main__ as synthetic
 
 import pytest
 
-from helpers import ROOT, assert_ended, environment, run, script
+from helpers import ROOT, assert_ended, environment, run, run_warm, script
 
 
 @pytest.fixture
@@ -42,14 +42,14 @@ def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:
 def test_methods_learn_from_few_labels_and_are_not_run_again(tmp_path: Path) -> None:
     synthetic.main(["digits", str(tmp_path / "data"), "--train", "5300", "--test", "100"])
     words = ["mnist", "--n", 2000, "--seeds", 0, "--methods", "dropout", "logistic", "--data-dir", "data"]
-    assert_ended(run("benchmarks/weak_supervision.py", *words, cwd=tmp_path))
+    assert_ended(run_warm("benchmarks/weak_supervision.py", *words, cwd=tmp_path))
     for method in ("dropout", "logistic"):
         path = tmp_path / "results" / "weak" / f"mnist-{method}-2000-0.json"
         found = json.loads(path.read_text())
         assert (found["n"], found["seed"], found["n_examples"]) == (2000, 0, 100)
         assert 0.5 < found["measures"]["accuracy"]["mean"] <= 1
         path.write_text("stays")
-    assert_ended(run("benchmarks/weak_supervision.py", *words, cwd=tmp_path))
+    assert_ended(run_warm("benchmarks/weak_supervision.py", *words, cwd=tmp_path))
     assert path.read_text() == "stays"
 
 

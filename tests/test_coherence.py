@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import Trained, assert_ended, assert_refused, run
+from helpers import Trained, assert_ended, assert_refused, run_warm
 
 
 class ToParameter(nn.Module):
@@ -150,16 +150,16 @@ def test_the_command_writes_what_it_prints_and_keeps_its_classifier(
 ) -> None:
     arguments = ["mnist", best, "--data-dir", digits_dir, "--n-pictures", 5, "--n-prior", 20]
     arguments += ["--classifier", "classifier.pth.tar", "--json", "found.json"]
-    first = run("benchmarks/coherence.py", *arguments, cwd=tmp_path)
+    first = run_warm("benchmarks/coherence.py", *arguments, cwd=tmp_path)
     assert_ended(first)
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["classifier"]["n_examples"], found["n_pictures_per_label"]) == (200, 5)
     for name, value in found["measures"].items():
         assert f"{name}: {value['mean']:.4f} ± {value['standard_error']:.4f}" in first.stdout
-    again = run("benchmarks/coherence.py", *arguments, "--classifier-epochs", 9, cwd=tmp_path)
+    again = run_warm("benchmarks/coherence.py", *arguments, "--classifier-epochs", 9, cwd=tmp_path)
     assert again.stdout == first.stdout
 
 
 def test_another_experiments_checkpoint_is_refused(best: Path, tmp_path: Path) -> None:
-    done = run("benchmarks/coherence.py", "fashionmnist", best, cwd=tmp_path)
+    done = run_warm("benchmarks/coherence.py", "fashionmnist", best, cwd=tmp_path)
     assert_refused(done, 1, "a checkpoint of 'mnist', not of 'fashionmnist'")

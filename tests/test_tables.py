@@ -13,7 +13,7 @@ from mvae.errors import UserError
 import pytest
 from PIL import Image, ImageChops
 
-from helpers import ROOT, assert_ended, assert_refused, run
+from helpers import ROOT, assert_ended, assert_refused, run_warm
 
 TRAINED = {"validation_loss": 200.0, "training_seconds": 1500.0}
 IMAGE, BOTH, LABEL = "q(z | image)", "q(z | image, text)", "accuracy of the label predicted from the image"
@@ -117,11 +117,11 @@ def rows_of(root: Path, modules: Any, name: str) -> list[list[str]]:
 
 
 def tables(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run("benchmarks/tables.py", "--root", root, *arguments, cwd=root)
+    return run_warm("benchmarks/tables.py", "--root", root, *arguments, cwd=root)
 
 
 def test_the_repositorys_tables_are_those_of_its_results() -> None:
-    assert_ended(run("benchmarks/tables.py", "--check", cwd=ROOT))
+    assert_ended(run_warm("benchmarks/tables.py", "--check", cwd=ROOT))
 
 
 def test_a_table_that_differs_from_its_results_is_found(root: Path) -> None:
@@ -233,10 +233,10 @@ def test_plots_are_drawn_from_the_results(root: Path) -> None:
     curves.write_text("\n".join(lines))
     also = json.loads((root / "results" / "weak" / "mnist-weak-100-0.json").read_text())
     write(root / "results" / "weak" / "mnist-weak-500-0.json", {**also, "n": 500})
-    assert_ended(run("benchmarks/plots.py", "--root", root, cwd=root))
+    assert_ended(run_warm("benchmarks/plots.py", "--root", root, cwd=root))
     for name in ("curves", "weak"):
         with Image.open(root / "static" / f"plot_{name}.png") as picture:
             red, _, blue = picture.convert("RGB").split()
             assert sum(ImageChops.difference(red, blue).histogram()[60:]) > 200  # coloured pixels, not only axes
     curves.write_text("{")
-    assert_refused(run("benchmarks/plots.py", "--root", root, cwd=root), 1, "curves-mnist-fast-0.jsonl")
+    assert_refused(run_warm("benchmarks/plots.py", "--root", root, cwd=root), 1, "curves-mnist-fast-0.jsonl")
