@@ -95,7 +95,7 @@ def batches(data: Data) -> Iterator[dict[str, Tensor]]:
 
 def means(model: MVAE, data: Data) -> Tensor:
     """Return the means of q(z | image)."""
-    return torch.cat([model.posterior({"image": batch["image"]})[0] for batch in batches(data)])
+    return torch.cat([model.fused({"image": batch["image"]})[0] for batch in batches(data)])
 
 
 @torch.no_grad()
@@ -181,7 +181,7 @@ def logistic(task: Task) -> Tensor:
 @torch.no_grad()
 def m1(task: Task) -> Tensor:
     model, (x, y) = task.first_stage(), task.labelled(task.train)
-    known = torch.cat([model.posterior({"image": part})[0] for part in x.split(1000)])
+    known = torch.cat([model.fused({"image": part})[0] for part in x.split(1000)])
     return by_regression(torch.cat([known, means(model, task.test)]), y, task.kind)
 
 

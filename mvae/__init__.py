@@ -12,7 +12,7 @@ if not OPENMP.keys() & os.environ.keys():
 from .data.dataset import Data  # noqa: E402
 from .errors import UsageError, UserError  # noqa: E402
 from .estimators import log_likelihood  # noqa: E402
-from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood  # noqa: E402
+from .likelihoods import Bernoulli, Categorical, Distribution, Gaussian, Likelihood  # noqa: E402
 from .model import MVAE, Batch  # noqa: E402
 from .objective import Objective, Term, random_subsets  # noqa: E402
 from .run.checkpoint import load_model  # noqa: E402
@@ -26,6 +26,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Data",
+    "Distribution",
     "Gaussian",
     "Likelihood",
     "Objective",

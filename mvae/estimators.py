@@ -85,7 +85,7 @@ def estimate_and_predict(
     n_draws, n, _ = noise.shape
     scored = tuple(name for name in model.modalities if any(name in target for target in targets))
     if proposal:
-        mu, logvar = model.posterior({name: batch[name] for name in proposal})
+        mu, logvar = model.fused({name: batch[name] for name in proposal})
     else:
         mu = logvar = torch.zeros_like(noise[0])
     parts: dict[Modalities, list[Estimate]] = {target: [] for target in targets}

@@ -4,16 +4,17 @@ Every likelihood has the same three methods, on latents `z` of shape (..., batch
     log_prob(z, x)  nats of each example (..., batch), summed over the dimensions of x (batch, *event).
     mean(z)         the expected x, or the probabilities of a label, (..., batch, *event).
     sample(z)       a draw of x, (..., batch, *event).
-For another kind of modality, such as a sequence, write a subclass of Likelihood with these methods, and with `check` if
-not every x is valid.
+`Distribution` makes one from any distribution of torch.distributions. For another kind of modality, such as a sequence,
+write a subclass of Likelihood with these methods, and with `check` if not every x is valid.
 """
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributions, nn
 from torch.nn import functional as F
 
 from .errors import UsageError
@@ -145,10 +146,11 @@ class Categorical(Likelihood):
         return torch.distributions.Categorical(logits=self.decode(z) / temperature).sample()
 
     def check(self, x: Tensor, z: Tensor) -> None:
-        *shape, classes = self.mean(z).shape
-        check_shape(x, torch.Size(shape))
-        if x.dtype != torch.int64:
-            raise UsageError(f"must be torch.int64 class numbers for a Categorical likelihood, got {x.dtype}")
+        shape = self.mean(z).shape
+        if x.dtype != torch.int64 or x.shape != shape[:-1]:
+            found = f"{x.dtype} of {tuple(x.shape)}" + ": use argmax(dim=1)" * (x.shape == shape)
+            raise UsageError(f"must be class numbers, torch.int64 of {tuple(shape[:-1])}, got {found}")
+        classes = shape[-1]
         low, high = x.aminmax()
         if low < 0 or high >= classes:
             raise UsageError(f"labels must be from 0 to {classes - 1}, got {low} to {high}")
@@ -157,20 +159,26 @@ class Categorical(Likelihood):
 class Gaussian(Likelihood):
     """Independent Gaussian values; the decoder returns their means.
 
-    std: the standard deviation of all of them, in the unit of x. Raises UsageError unless it is > 0.
+    std: standard deviation in the unit of x, a number > 0. As an nn.Parameter, of shape () or one that broadcasts to x,
+        it is learned, on a log scale from its values. Raises UsageError for anything else.
     """
 
-    def __init__(self, decoder: nn.Module, std: float = 1.0):
+    def __init__(self, decoder: nn.Module, std: float | nn.Parameter = 1.0):
         super().__init__(decoder)
-        if not 0 < std < math.inf:
-            raise UsageError(f"std must be > 0, got {std}")
-        self.std = std
+        if not isinstance(std, nn.Parameter) and not (isinstance(std, int | float) and 0 < std < math.inf):
+            raise UsageError(f"std must be a number > 0, or an nn.Parameter to learn it, got {std}")
+        self.log_std = nn.Parameter(std.detach().log()) if isinstance(std, nn.Parameter) else math.log(std)
+
+    @property
+    def std(self) -> float | Tensor:
+        """The standard deviation."""
+        return self.log_std.exp() if isinstance(self.log_std, Tensor) else math.exp(self.log_std)
 
     def log_prob(self, z: Tensor, x: Tensor) -> Tensor:
         mean = self.decode(z)
         check_shape(x, mean.shape[z.dim() - 2 :])
         error = (x.expand_as(mean) - mean) / self.std
-        nats = 0.5 * error.square() + math.log(self.std) + 0.5 * math.log(2 * math.pi)
+        nats = 0.5 * error.square() + self.log_std + 0.5 * math.log(2 * math.pi)
         return -nats.reshape(*z.shape[:-1], -1).sum(dim=-1)
 
     def mean(self, z: Tensor) -> Tensor:
@@ -184,3 +192,36 @@ class Gaussian(Likelihood):
         check_shape(x, self.mean(z).shape)
         if not x.is_floating_point():
             raise UsageError(f"must be floats for a Gaussian likelihood, got {x.dtype}")
+        if not x.abs().max() < 1e15:  # its square must be finite
+            raise UsageError(f"values must be finite, and best of a size around 1, got {x.abs().max():g}")
+
+
+class Distribution(Likelihood):
+    """Independent values of any distribution in torch.distributions.
+
+    of: from the decoder's output (..., batch, *event) to a distribution over x (..., batch, *event), such as
+        `lambda out: Poisson(out.exp())`, or `lambda out: Normal(out[..., 0], out[..., 1].exp())`.
+    """
+
+    def __init__(self, decoder: nn.Module, of: Callable[[Tensor], distributions.Distribution]):
+        super().__init__(decoder)
+        self.of = of
+
+    def log_prob(self, z: Tensor, x: Tensor) -> Tensor:
+        nats = self.of(self.decode(z)).log_prob(x)
+        return nats.reshape(*z.shape[:-1], -1).sum(dim=-1)
+
+    def mean(self, z: Tensor) -> Tensor:
+        return self.of(self.decode(z)).mean
+
+    def sample(self, z: Tensor, temperature: float = 1.0) -> Tensor:
+        p = self.of(self.decode(z))
+        if temperature != 1:
+            raise UsageError(f"temperature must be 1 for a {type(p).__name__}, got {temperature}")
+        return p.sample()
+
+    def check(self, x: Tensor, z: Tensor) -> None:
+        p = self.of(self.decode(z))
+        check_shape(x, p.mean.shape)
+        if not p.support.check(x).all():
+            raise UsageError(f"values must be valid for a {type(p).__name__}, got {x.min():g} to {x.max():g}")

@@ -113,9 +113,14 @@ class MVAE(nn.Module):
         """Return q(z | the modalities in `batch`): mu, logvar, each (batch, latents); of none the prior, (1, latents).
 
         `present`, bool (batch,) by modality, says which examples have it (default: all); an absent row may hold any
-        value. Raises UsageError for unknown names, and rows or masks that don't fit each other.
+        value. Raises UsageError for unknown names and whatever `check` refuses.
         """
-        self.check_names(*batch)
+        if batch:
+            self.check(batch, present, tuple(batch))
+        return self.fused(batch, present)
+
+    def fused(self, batch: Batch, present: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Return what `posterior` does, for data that have been checked."""
         if not batch:
             mu, logvar = next(self.parameters()).new_zeros(2, 1, self.n_latents)
             return mu, logvar
@@ -134,6 +139,9 @@ class MVAE(nn.Module):
 
     def mean(self, z: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """Return E[x | z], or a label's probabilities, of the modalities named, each (..., batch, *event)."""
+        self.check_names(*names)
+        if z.dim() < 2 or z.shape[-1] != self.n_latents:
+            raise UsageError(f"z must have shape (..., batch, {self.n_latents}), got {tuple(z.shape)}")
         return {name: self.likelihood(name).mean(z) for name in names}
 
     def log_prob(self, z: Tensor, batch: Batch, decoded: Sequence[Sequence[str]], mask: Tensor | None = None) -> Tensor:
@@ -185,6 +193,11 @@ class MVAE(nn.Module):
         lacking = [name for name in names if name not in batch]
         if lacking:
             raise UsageError(f"the batch lacks {lacking[0]}: it has {', '.join(batch)}")
+        self.check_names(*names)
+        for name in names:
+            x = batch[name]
+            if not isinstance(x, Tensor) or x.dim() == 0 or x.layout != torch.strided:
+                raise UsageError(f"{name}: must be a dense torch.Tensor with a row per example, got {x!r:.60}")
         here = self.presence({name: batch[name] for name in names}, present)
         with evaluating(self):
             for name, rows in zip(self.modalities, here, strict=True):
@@ -200,9 +213,9 @@ class MVAE(nn.Module):
             if nats.shape != x.shape[:1]:
                 raise UsageError(f"log_prob must have shape {(len(x),)}, got {tuple(nats.shape)}")
             network = "encoder"
-            for part in self.encoders[name](x):
-                if part.shape != z.shape:
-                    raise UsageError(f"the encoder must return mu, logvar of {tuple(z.shape)}, got {tuple(part.shape)}")
+            found = [tuple(part.shape) for part in self.encoders[name](x)]
+            if found != [z.shape, z.shape]:
+                raise UsageError(f"the encoder must return mu, logvar of {tuple(z.shape)}, got {found}")
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
         except Exception as error:  # a network fails in many ways on data that it isn't made for

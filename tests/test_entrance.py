@@ -54,14 +54,14 @@ def categorical(encoder: nn.Module | None = None) -> MVAE:
 SIX, GREY = torch.zeros(8, 6), torch.rand(8, 6, generator=torch.Generator().manual_seed(0))
 UNFIT = {
     "wide": (gaussian(SmallEncoder(1)), torch.zeros(8, 1), r"must have the decoder's shape \(8, 6\), got \(8, 1\)"),
-    "one-hot": (categorical(SmallEncoder(3)), torch.zeros(8, 3).long(), r"\(8,\), got \(8, 3\)"),
+    "one-hot": (categorical(SmallEncoder(3)), torch.zeros(8, 3).long(), r"of \(8,\), got .* of \(8, 3\): use argmax"),
     "0 to 255": (bernoulli(), 255 * GREY, "values must be from 0 to 1, got .*divide .* by 255"),
     "standardised": (bernoulli(), GREY - 0.5, "values must be from 0 to 1, got -0.*don't standardise"),
     "uint8": (bernoulli(), SIX.byte(), "must be floats from 0 to 1.*got torch.uint8"),
     "whole": (gaussian(), SIX.long(), "must be floats.*got torch.int64"),
-    "floats": (categorical(), torch.zeros(8), "must be torch.int64 class numbers.*got torch.float32"),
+    "floats": (categorical(), torch.zeros(8), "must be class numbers, torch.int64 of .*got torch.float32"),
     "unsummed": (one(Unsummed(nn.Linear(2, 6))), SIX, r"log_prob must have shape \(8,\), got \(8, 6\)"),
-    "4": (gaussian(Bare(lambda x: (x[:, :4], x[:, :4]))), SIX, r"must return mu, logvar of \(8, 2\), got \(8, 4\)"),
+    "4": (gaussian(Bare(lambda x: (x[:, :4], x[:, :4]))), SIX, r"must return mu, logvar of \(8, 2\), got .*\(8, 4\)"),
     "decoder": (one(Gaussian(nn.Linear(3, 6))), SIX, "the likelihood fails on torch.float32"),
     "float64": (gaussian(Bare(nn.Linear(6, 4))), SIX.double(), "encoder fails on torch.float64 .*are torch.float32"),
 }

@@ -197,7 +197,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("name", "event"), [("one", ()), ("six", (6,))])
-def test_poisson_is_torchs_and_trains(name: str, event: tuple[int, ...], names: dict[str, Any]) -> None:
+def test_poisson_trains(name: str, event: tuple[int, ...], names: dict[str, Any]) -> None:
     torch.manual_seed(0)
     likelihood, z, x = names[name], torch.randn(2, 5, 8), torch.randint(9, (5, *event)).float()
     expected = torch.distributions.Poisson(likelihood.mean(z)).log_prob(x).reshape(2, 5, -1).sum(dim=-1)

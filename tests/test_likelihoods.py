@@ -2,8 +2,9 @@
 
 import itertools
 import math
+from typing import Any
 
-from mvae import Bernoulli, Categorical, Gaussian, Likelihood, UsageError
+from mvae import Bernoulli, Categorical, Distribution, Gaussian, Likelihood, UsageError
 
 import pytest
 import torch
@@ -90,8 +91,56 @@ def test_scores_are_float32_or_better() -> None:
 
 def test_standard_deviation_must_be_positive() -> None:
     for std in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(UsageError, match="std must be > 0"):
+        with pytest.raises(UsageError, match="std must be a number > 0"):
             Gaussian(nn.Identity(), std=std)
+
+
+def test_a_standard_deviation_is_learned() -> None:
+    """The best one for data of a standard deviation 0.1 around the mean is 0.1; each value may have its own."""
+    torch.manual_seed(0)
+    z = 0.1 * torch.tensor([1.0, 3.0]) * torch.randn(5000, 2)
+    for initial, expected in ((torch.tensor(1.0), z.square().mean().sqrt()), (torch.ones(2), z.std(dim=0))):
+        found = Gaussian(nn.Identity(), std=nn.Parameter(initial))
+        optimizer = torch.optim.LBFGS(found.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+        def loss(found: Gaussian = found, optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            value = -found.log_prob(z, torch.zeros_like(z)).mean()
+            value.backward()
+            return value
+
+        optimizer.step(loss)  # type: ignore[arg-type]
+        torch.testing.assert_close(torch.as_tensor(found.std), expected, rtol=1e-2, atol=0)
+        nats = torch.distributions.Normal(z, found.std).log_prob(torch.zeros_like(z)).sum(dim=1)
+        torch.testing.assert_close(found.log_prob(z, torch.zeros_like(z)), nats)
+
+
+OF = {
+    "Laplace": (lambda out: torch.distributions.Laplace(out, 0.5), torch.randn(7, 2), None),
+    "Normal": (lambda out: torch.distributions.Normal(out[..., :1], out[..., 1:].exp()), torch.randn(7, 1), None),
+    "Poisson": (lambda out: torch.distributions.Poisson(out.exp()), torch.ones(7, 2), -torch.ones(7, 2)),
+    "NegativeBinomial": (lambda out: torch.distributions.NegativeBinomial(5.0, logits=out), torch.ones(7, 2), None),
+    "ContinuousBernoulli": (
+        lambda out: torch.distributions.ContinuousBernoulli(logits=out),
+        torch.rand(7, 2),
+        torch.full((7, 2), 1.5),
+    ),
+}
+
+
+@pytest.mark.parametrize(("of", "x", "wrong"), OF.values(), ids=OF)
+def test_a_likelihood_has_any_distribution_of_torchs(of: Any, x: Tensor, wrong: Tensor | None) -> None:
+    found, z = Distribution(nn.Linear(LATENTS, 2), of), torch.randn(3, 7, LATENTS)
+    p = of(found.decoder(z))
+    torch.testing.assert_close(found.log_prob(z, x), p.log_prob(x).sum(dim=2))
+    torch.testing.assert_close(found.mean(z), p.mean)
+    assert found.sample(z).shape == p.mean.shape
+    found.check(x, z[0])
+    for bad in (x[:, :0], *([] if wrong is None else [wrong])):
+        with pytest.raises(UsageError, match="must"):
+            found.check(bad, z[0])
+    with pytest.raises(UsageError, match="temperature must be 1 for a"):
+        found.sample(z, temperature=0.5)
 
 
 # sample

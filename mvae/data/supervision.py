@@ -147,7 +147,7 @@ def self_labelled(model: MVAE, train: Data, labels: Sequence[str], *, share: flo
     with torch.no_grad(), evaluating(model):
         for rows in consecutive_rows(there, 1000):
             batch, _ = there.batch(rows)
-            means.append(model.posterior({image: batch[image]})[0])
+            means.append(model.fused({image: batch[image]})[0])
             batches.append({name: batch[name] for name in few})
     found = {name: torch.cat([batch[name] for batch in batches]).cpu() for name in few}
     here = {name: present[name].cpu().clone() for name in few}

@@ -53,7 +53,7 @@ def reconstructions(model: MVAE, batch: Batch) -> dict[str, Tensor]:
     draws, grids = [], {}
     with evaluating(model):
         for given in givens:
-            mu, logvar = model.posterior({name: batch[name] for name in given})
+            mu, logvar = model.fused({name: batch[name] for name in given})
             draws.append(draw(mu, logvar, torch.randn_like(mu)))
         for name in model.modalities:
             if is_picture(batch[name]):
@@ -74,7 +74,7 @@ def given_labels(model: MVAE, batch: Batch, most: int = 10) -> dict[tuple[str, s
     grids = {}
     with evaluating(model):
         for label in (name for name in model.modalities if batch[name].dim() <= 2):
-            mu, logvar = model.posterior({label: batch[label].unique(dim=0)[:most]})
+            mu, logvar = model.fused({label: batch[label].unique(dim=0)[:most]})
             z = draw(mu.unsqueeze(1), logvar.unsqueeze(1), noise)  # (values, draws, latents)
             for name, mean in model.mean(z, drawn).items():
                 grids[label, name] = grid(mean.flatten(0, 1), COLUMNS).cpu()

@@ -19,7 +19,7 @@ def label_accuracy(name: str, given: Sequence[str] = ("image",)) -> Metric:
     """
 
     def metric(model: MVAE, batch: Batch) -> Tensor:
-        mu, _ = model.posterior({other: batch[other] for other in given})
+        mu, _ = model.fused({other: batch[other] for other in given})
         right = model.mean(mu, [name])[name].argmax(dim=-1) == batch[name]
         return right.flatten(1).all(dim=1).float() if right.dim() > 1 else right.float()
 
@@ -30,7 +30,7 @@ def attribute_accuracy(names: Sequence[str], given: Sequence[str] = ("image",)) 
     """Return the fraction of binary attributes, over the modalities `names`, that the mean of q(z | given) predicts."""
 
     def metric(model: MVAE, batch: Batch) -> Tensor:
-        mu, _ = model.posterior({other: batch[other] for other in given})
+        mu, _ = model.fused({other: batch[other] for other in given})
         means = model.mean(mu, names)
         right = [((means[name] > 0.5) == batch[name].bool()).float().reshape(len(mu), -1) for name in names]
         return torch.cat(right, dim=1).mean(dim=1)

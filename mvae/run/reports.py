@@ -79,7 +79,7 @@ class Reports:
             self.writer.add_image(f"given_{label}/{name}", grid, epoch)
         first = model.modalities[0]
         with torch.no_grad(), evaluating(model):
-            mu, _ = model.posterior({first: some[first]})
+            mu, _ = model.fused({first: some[first]})
         classes = [name for name, x in some.items() if x.dim() == 1 and not x.is_floating_point()]
         of = some[classes[0]].cpu() if classes else torch.zeros(len(mu), dtype=torch.long)
         names = [str(value) for value in range(int(of.max()) + 1)] if classes else []

@@ -77,7 +77,7 @@ def embed(config: Embedding, folder: Experiment) -> None:
     sources = []
     for batch, some in tqdm(batches, total=-(-n // BATCH), leave=False, disable=None):
         sources += some
-        posterior = model.posterior({name: batch[name].to(device) for name in conditioned})
+        posterior = model.fused({name: batch[name].to(device) for name in conditioned})
         values = dict(zip(("mu", "logvar"), posterior, strict=True))
         values |= {name: kind.join(batch, name).byte() for name, kind in labelled.items()}
         for name, x in values.items():
