@@ -98,10 +98,10 @@ class MVAE(nn.Module):
         """
         found = []
         for name, here in zip(self.modalities, present.unbind(), strict=True):
-            expert = torch.zeros(2, len(here), self.n_latents, device=here.device)
+            expert = torch.zeros(2, here.shape[0], self.n_latents, device=here.device)  # len() would fix it in an export
             rows = rows_of(here) if name in batch else here[:0]
-            if len(rows):
-                with lone_example(self.encoders[name], len(rows)):
+            if rows.shape[0]:
+                with lone_example(self.encoders[name], rows.shape[0]):
                     mu, logvar = self.encoders[name](taken(batch[name], rows, here))
                 parts = (placed(float32_at_least(part), rows, here) for part in (mu, logvar))
                 expert = torch.stack([*parts])
@@ -233,9 +233,10 @@ def rows_of(here: Tensor) -> Tensor:
     """
     if not has_fixed_shapes(here.device):
         return here.nonzero().squeeze(1)
-    present_first = (~here).byte().argsort(stable=True)
+    rows = torch.arange(here.shape[0], device=here.device)
+    present_first = torch.where(here, rows, rows + here.shape[0]).argsort()  # a stable sort has no ONNX operator
     turn = ((~here).cumsum(0) - 1) % here.sum().clamp(min=1)
-    return torch.where(here, torch.arange(len(here), device=here.device), present_first[turn])
+    return torch.where(here, rows, present_first[turn])
 
 
 def taken(x: Tensor, rows: Tensor, here: Tensor) -> Tensor:
