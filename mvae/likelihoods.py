@@ -223,5 +223,5 @@ class Distribution(Likelihood):
     def check(self, x: Tensor, z: Tensor) -> None:
         p = self.of(self.decode(z))
         check_shape(x, p.mean.shape)
-        if not p.support.check(x).all():
+        if p.support is not None and not p.support.check(x).all():
             raise UsageError(f"values must be valid for a {type(p).__name__}, got {x.min():g} to {x.max():g}")

@@ -98,7 +98,7 @@ class MVAE(nn.Module):
         """
         found = []
         for name, here in zip(self.modalities, present.unbind(), strict=True):
-            expert = torch.zeros(2, here.shape[0], self.n_latents, device=here.device)  # len() would fix it in an export
+            expert = torch.zeros(2, here.shape[0], self.n_latents, device=here.device)  # len() is fixed in an export
             rows = rows_of(here) if name in batch else here[:0]
             if rows.shape[0]:
                 with lone_example(self.encoders[name], rows.shape[0]):
