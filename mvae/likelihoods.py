@@ -132,12 +132,16 @@ class _BernoulliScore(torch.autograd.Function):
 
 
 class Categorical(Likelihood):
-    """One of several classes; the decoder returns logits (rows, classes), x is (batch,) of class indices."""
+    """One of several classes, or one in each place of x, such as a pixel of a mask.
+
+    x: class numbers, int64 (batch, *event). The decoder returns logits, (rows, *event, classes).
+    """
 
     def log_prob(self, z: Tensor, x: Tensor) -> Tensor:
-        check_shape(x, z.shape[-2:-1])
         log_probs = self.decode(z).log_softmax(dim=-1)
-        return log_probs.gather(-1, x.expand(z.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+        check_shape(x, log_probs.shape[z.dim() - 2 : -1])
+        nats = log_probs.gather(-1, x.expand(log_probs.shape[:-1]).unsqueeze(-1))
+        return nats.reshape(*z.shape[:-1], -1).sum(dim=-1)
 
     def mean(self, z: Tensor) -> Tensor:
         return self.decode(z).softmax(dim=-1)
@@ -148,7 +152,7 @@ class Categorical(Likelihood):
     def check(self, x: Tensor, z: Tensor) -> None:
         shape = self.mean(z).shape
         if x.dtype != torch.int64 or x.shape != shape[:-1]:
-            found = f"{x.dtype} of {tuple(x.shape)}" + ": use argmax(dim=1)" * (x.shape == shape)
+            found = f"{x.dtype} of {tuple(x.shape)}" + ": use argmax(dim=-1)" * (x.shape == shape)
             raise UsageError(f"must be class numbers, torch.int64 of {tuple(shape[:-1])}, got {found}")
         classes = shape[-1]
         low, high = x.aminmax()

@@ -316,6 +316,11 @@ def test_binarized_held_out_pictures_are_drawn_once(digits_dir: Path, part: str)
     assert len(one) == {"validation": 200, "test": 300}[part]
     assert one.unique().tolist() == [0, 255]
     assert torch.equal(one, other)
+    grey = mnist.examples(part, config, {**settings, "binarize": False}).tensors["image"]
+    for low, high in ((1, 64), (64, 128), (128, 192), (192, 255)):  # drawn, not rounded
+        some = (low <= grey) & (grey < high)
+        error = (one[some].double() - grey[some]).mean() / 255
+        assert abs(error) < 4 * 0.5 / some.sum() ** 0.5
 
 
 # Data, its split and the order of batches
@@ -340,7 +345,10 @@ def test_validation_is_the_end_of_the_training_split_whatever_the_limit(limit: i
     ("fields", "said"),
     [
         ({"tensors": {"x": np.zeros(3)}}, r"tensors\['x'\] must be a torch.Tensor .*got ndarray"),
-        ({"tensors": {"x": torch.zeros(3), "y": torch.zeros(())}}, r"tensors\['y'\] must be a torch.Tensor with a row"),
+        (
+            {"tensors": {"x": torch.zeros(3), "y": torch.zeros(())}},
+            r"tensors\['y'\] must be a dense torch.Tensor with a row",
+        ),
         ({"tensors": {"x": torch.zeros(3), "y": torch.zeros(2)}}, "same number of examples, at least 1, got .*3.*2"),
         ({"tensors": {"x": torch.zeros(3)}, "present": {"x": torch.ones(3)}}, r"must be torch.bool of shape \(3,\)"),
         ({"tensors": {"x": torch.zeros(0)}}, "at least 1"),

@@ -6,12 +6,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mvae import MVAE, Bernoulli, Categorical, Data, Gaussian, Likelihood, Quantity, UsageError, evaluate, of_a_pair
+from mvae import (
+    MVAE,
+    Bernoulli,
+    Categorical,
+    Data,
+    Gaussian,
+    Likelihood,
+    Objective,
+    Quantity,
+    Run,
+    Training,
+    UsageError,
+    evaluate,
+    of_a_pair,
+)
+from mvae.data import dataset
+from mvae.data.supervision import share_pairs
 from mvae.run import checkpoint
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from helpers import SmallEncoder, at_call, run_small, small_data, small_model
 
@@ -142,7 +159,62 @@ def test_a_batch_that_lacks_a_modality_or_has_a_wrong_label_is_refused(data: Dat
         run_small(tmp_path, train=data)
 
 
+def test_a_large_set_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every third part of a tensor of 2 to 3 times the limit is looked at."""
+    values = torch.zeros(3 * 4096, dtype=torch.uint8)
+    whole = Data(tensors={"x": values}).checksum()
+    monkeypatch.setattr(dataset, "SAMPLED", 5000)
+    changed = values.clone()
+    changed[[4096, 8192]] = 9
+    same, other = Data(tensors={"x": values}), Data(tensors={"x": changed})
+    assert whole != same.checksum() == other.checksum()
+    assert other.extremes().tolist() == same.extremes().tolist() == [0]
+    changed[[0, 512 * 3]] = 9
+    assert same.checksum() != Data(tensors={"x": changed}).checksum()
+
+
+# What is given as data
+
+
+def test_a_dataset_of_torchs_is_read() -> None:
+    pairs = TensorDataset(GREY, torch.arange(8))
+    found = Data.from_dataset(pairs, ("x", "label"))
+    assert torch.equal(found.tensors["x"], GREY)
+    assert torch.equal(found.tensors["label"], torch.arange(8))
+    for wrong in (pairs, DataLoader(pairs), GREY):
+        with pytest.raises(UsageError, match=f"must be a dict by modality, got a {type(wrong).__name__}; see Data"):
+            Data(tensors=wrong)  # type: ignore[arg-type]
+
+
+def test_a_label_may_be_a_mask_of_classes() -> None:
+    """Of (4, 4) pixels with 3 classes; (batch, classes, 4, 4) logits must have the classes last."""
+    decoder = nn.Sequential(nn.Linear(2, 48), nn.Unflatten(1, (4, 4, 3)))
+    likelihood, z, x = Categorical(decoder), torch.randn(5, 7, 2), torch.randint(3, (7, 4, 4))
+    expected = torch.distributions.Categorical(logits=decoder(z.flatten(0, 1)).unflatten(0, (5, 7))).log_prob(x)
+    torch.testing.assert_close(likelihood.log_prob(z, x), expected.sum(dim=(2, 3)))
+    likelihood.check(x, z[0])
+    with pytest.raises(UsageError, match=r"class numbers, torch.int64 of \(7, 4, 4\), got torch.int64 of \(7, 16\)"):
+        likelihood.check(x.flatten(1), z[0])
+
+
+def test_validation_gets_at_most_a_fifth_of_few_labels(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "mvae")
+    data = Data(tensors={"x": torch.zeros(500, 2), "y": torch.arange(500) % 10})
+    for n_train, expected in ((300, "80 for training, 20 for validation"), (480, "96 for training, 4 for validation")):
+        train, validation = share_pairs(data[:n_train], data[n_train:], 100, ("x", "y"), seed=0)
+        assert f"complete examples: {expected}" in caplog.text
+        assert sum(int(part.present["y"].sum()) for part in (train, validation) if part.present) == 100
+    with pytest.raises(UsageError, match=r"complete examples must be from 2 to 500 .*got 0"):
+        share_pairs(data[:300], data[300:], 0.001, ("x", "y"), seed=0)
+
+
 # Where a model may run
+
+
+def test_an_optimizer_that_computes_the_loss_itself_is_refused(tmp_path: Path) -> None:
+    objective = Objective(small_model())
+    with pytest.raises(UsageError, match="LBFGS computes the loss several times a step"):
+        Run("small", objective, torch.optim.LBFGS(objective.parameters()), Training(out_dir=tmp_path))
 
 
 def test_a_run_may_be_in_a_thread(tmp_path: Path) -> None:

@@ -68,10 +68,10 @@ def test_either_side_is_kept_whatever_the_class() -> None:
 
 
 def test_pairs_are_shared_between_training_and_validation_data() -> None:
-    """In proportion, spread evenly over the classes."""
+    """In proportion, but at most a fifth for validation; spread evenly over the classes."""
     data = labelled()
     parts, same = (share_pairs(data[:180], data[180:], n, NAMES, unpaired="both", seed=0) for n in (50, 1 / 6))
-    for part, again, pairs, others in zip(parts, same, (30, 20), (75, 50), strict=True):
+    for part, again, pairs, others in zip(parts, same, (40, 10), (70, 55), strict=True):
         image, text = masks(part)
         assert part.checksum() == again.checksum()
         assert [int(some.sum()) for some in (image & text, image & ~text, text & ~image)] == [pairs, others, others]
@@ -79,6 +79,9 @@ def test_pairs_are_shared_between_training_and_validation_data() -> None:
     assert [part.present for part in share_pairs(data[:180], data[180:], None, NAMES, seed=0)] == [None, None]
     few = share_pairs(data[:280], data[280:], 2, NAMES, seed=0)
     assert [int(masks(part)[1].sum()) for part in few] == [1, 1]
+    for fraction, n in ((0.0119, 4), (0.0111, 3)):  # of 300, to the nearest
+        some = share_pairs(data[:180], data[180:], fraction, NAMES, seed=0)
+        assert sum(int(masks(part)[1].sum()) for part in some) == n
 
 
 def test_drop_takes_from_each_modality_independently_and_restores_nothing() -> None:
@@ -157,6 +160,18 @@ def test_graph_and_spread_labels_are_those_of_the_papers_formulas() -> None:
     np.testing.assert_allclose(spread(graph, labels, known, alpha=0.9), found, rtol=1e-6)
     places = torch.stack([truth, labels], dim=1)  # each spreads on its own
     np.testing.assert_allclose(spread(graph, places, known, alpha=0.9)[:, 1], found, rtol=1e-6)
+
+
+def test_labels_are_spread_over_ten_neighbours_200_times_with_α_099() -> None:
+    points, truth = two_moons()
+    labels, known = truth + (torch.arange(200) % 7 == 0), torch.arange(200) % 3 == 0
+    graph = plain_graph(points.double().numpy(), 10)
+    found = start = np.eye(3)[labels] * known.numpy()[:, None]
+    for _ in range(200):
+        found = 0.99 * graph @ found + 0.01 * start
+    found = found * start.sum(axis=0) / found.sum(axis=0)
+    found /= found.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(spread(neighbour_graph(points), labels, known), found, rtol=1e-6)
 
 
 def test_a_distant_point_and_unknown_labels_do_not_matter() -> None:
@@ -284,7 +299,7 @@ def test_what_cannot_be_is_refused() -> None:
         (lambda: share_pairs(data, data, 601, NAMES, seed=0), "from 2 to 600.*got 601"),
         (lambda: composed_rows(data, 20, 5, seed=0), "pairs_per_batch needs examples that lack a modality"),
         (lambda: composed_rows(few, 20, 20, seed=0), "pairs_per_batch must be smaller than batch_size, got 20 and 20"),
-        (lambda: neighbour_graph(points[:10]), "need more than 10 points, got 10"),
+        (lambda: neighbour_graph(points[:1]), "need 2 points or more, got 1"),
         (lambda: spread(neighbour_graph(points), none, none), "no example has a label"),
         (lambda: regressed(points, none, none), "no example has a label"),
     ]

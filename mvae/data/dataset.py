@@ -4,13 +4,17 @@ import dataclasses
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ..errors import UsageError, UserError
+
+SAMPLED = 2**30
+"""Bytes of a tensor beyond which a start looks at a sample of its rows: a large file takes seconds a gigabyte."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -41,10 +45,14 @@ class Data:
     pairs: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tensors, Mapping):
+            found = type(self.tensors).__name__
+            raise UsageError(f"tensors must be a dict by modality, got a {found}; see Data.from_dataset for a Dataset")
         for name, x in self.tensors.items():
-            if not isinstance(x, Tensor) or x.dim() == 0:
-                found = type(x).__name__
-                raise UsageError(f"tensors[{name!r}] must be a torch.Tensor with a row per example, got {found}")
+            if not isinstance(x, Tensor) or x.dim() == 0 or x.layout != torch.strided:
+                raise UsageError(
+                    f"tensors[{name!r}] must be a dense torch.Tensor with a row per example, got {x!r:.40}"
+                )
         lengths = {name: len(x) for name, x in self.tensors.items()}
         if len(set(lengths.values())) != 1 or not len(self):
             raise UsageError(f"tensors must have the same number of examples, at least 1, got {lengths}")
@@ -52,6 +60,13 @@ class Data:
             if mask.dtype != torch.bool or mask.shape != (len(self),):
                 found = f"{mask.dtype} of shape {tuple(mask.shape)}"
                 raise UsageError(f"presence and pairs must be torch.bool of shape ({len(self)},), got {found}")
+
+    @classmethod
+    def from_dataset(cls, dataset: Dataset, names: Sequence[str]) -> "Data":
+        """Read a torch Dataset into memory. Its examples are tuples of a tensor or number for each of `names`."""
+        columns = zip(*(dataset[i] for i in range(len(dataset))), strict=True)  # type: ignore[arg-type]
+        tensors = {name: torch.stack([*map(torch.as_tensor, x)]) for name, x in zip(names, columns, strict=True)}
+        return cls(tensors=tensors)
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
@@ -109,7 +124,7 @@ class Data:
     def extremes(self) -> Tensor:
         """Return the rows (n,) of the smallest and largest present value of each tensor; NaN counts as both.
 
-        If these examples are valid, so are all others, provided that `transform` is monotonic.
+        If these examples are valid, so are all others, provided that `transform` is monotonic. See also `SAMPLED`.
         """
         found = []
         for name, tensor in self.tensors.items():
@@ -117,20 +132,26 @@ class Data:
             rows = torch.arange(len(self), device=self.stored_on) if here is None else here.nonzero().flatten()
             if len(rows) and tensor[0].numel() and not tensor.is_complex():
                 wide = tensor.dtype in (torch.uint16, torch.uint32)  # torch has no aminmax of these
-                parts = (tensor[part].reshape(len(part), -1) for part in rows.split(512))
+                some = _sampled(rows, 512, tensor)
+                rows, parts = torch.cat(some), (tensor[part].reshape(len(part), -1) for part in some)
                 ends = [torch.stack((part.long() if wide else part).aminmax(dim=1)) for part in parts]
                 low, high = torch.cat(ends, dim=1).double()
                 found += [rows[low.argmin()], rows[high.argmax()]]
         return torch.stack(found).unique() if found else torch.arange(0, device=self.stored_on)
 
     def checksum(self) -> str:
-        """Return a CRC-32 of the names, types, shapes and values of `tensors`, `present` and `pairs`."""
+        """Return a CRC-32 of the names, types, shapes and values of all tensors and masks; see also `SAMPLED`."""
         found, pairs = 0, {} if self.pairs is None else {"pairs": self.pairs}
         for name, tensor in [*self.tensors.items(), *(self.present or {}).items(), *pairs.items()]:
             found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), found)
-            for part in tensor.split(4096):  # mapped files are read part by part
-                found = zlib.crc32(part.contiguous().cpu().flatten().view(torch.uint8).numpy(), found)
+            for part in _sampled(tensor, 4096, tensor):  # mapped files are read part by part
+                found = zlib.crc32(part.contiguous().cpu().flatten().view(torch.uint8).numpy().data, found)
         return f"{found:08x}"
+
+
+def _sampled(rows: Tensor, size: int, tensor: Tensor) -> list[Tensor]:
+    """Split `rows` into parts, and leave out all but every second, third, ... if the tensor exceeds `SAMPLED`."""
+    return list(rows.split(size)[:: 1 + tensor.nbytes // SAMPLED])
 
 
 def split(data: Data, n_val: int, limit: int | None) -> tuple[Data, Data]:

@@ -39,8 +39,9 @@ def share_pairs(
 ) -> tuple[Data, Data]:
     """Let only `paired` examples keep all modalities, in proportion of training and validation data.
 
-    So nothing that is counted or chosen knows more labels. They are spread evenly over the classes if a modality is a
-    class. paired: a number of examples, or a float, a fraction of them; None: all. Others: see `keep_pairs`.
+    So nothing that is counted or chosen knows more labels; validation has at most a fifth of them. They are spread
+    evenly over the classes if a modality is a class. paired: a number of examples, or a float, a fraction of them;
+    None: all. Others: see `keep_pairs`.
 
     Raises UsageError for fewer than two, or more than there are.
     """
@@ -50,7 +51,7 @@ def share_pairs(
     n = paired if isinstance(paired, int) else round(total * paired)
     if not 2 <= n <= total:
         raise UsageError(f"complete examples must be from 2 to {total} (training and validation data), got {n}")
-    held_out = min(max(1, round(n * len(validation) / total)), n - 1)
+    held_out = max(1, min(round(n * len(validation) / total), n // 5))
     log.info("complete examples: %d for training, %d for validation", n - held_out, held_out)
     parts = []
     for data, pairs, offset in ((train, n - held_out, 0), (validation, held_out, 1)):
@@ -156,6 +157,8 @@ def self_labelled(model: MVAE, train: Data, labels: Sequence[str], *, share: flo
     graph = neighbour_graph(points) if by == "neighbours" else None
     for name in few:
         known, some = here[name][seen], found[name][seen]
+        if not known.any():  # nothing to infer it from
+            continue
         probabilities = regressed(points, some, known) if graph is None else spread(graph, some, known)
         best = probabilities.argmax(dim=-1).to(some.dtype)
         added = most_confident(probabilities, known, share) & _possible(model, name, best, points.to(device)).cpu()
@@ -182,11 +185,13 @@ def neighbour_graph(points: Tensor, k: int = 10) -> sparse.csr_array:
 
     An edge weighs exp(-d² / 2σ²), where d is its length and σ the mean length; one that both ends have counts twice.
 
-    Raises UsageError for k points or fewer. points: (N, dimensions), such as the means of q(z | image).
+    points: (N, dimensions), such as the means of q(z | image); if k or fewer, all are neighbours. Raises UsageError for
+    a single one.
     """
     n = len(points)
-    if n <= k:
-        raise UsageError(f"need more than {k} points, got {n}")
+    if n < 2:
+        raise UsageError(f"need 2 points or more, got {n}")
+    k = min(k, n - 1)
     distances, ends = NearestNeighbors(n_neighbors=k).fit(points.double().numpy()).kneighbors()
     weights = np.exp(-(distances**2) / max(2 * distances.mean() ** 2, 1e-12))
     edges = (weights.ravel(), (np.arange(n).repeat(k), ends.ravel()))

@@ -87,6 +87,8 @@ class Run:
         owned = {id(weight) for weight in objective.parameters()}
         if not owned.issuperset(id(weight) for group in optimizer.param_groups for weight in group["params"]):
             raise UsageError("build the optimizer from objective.parameters()")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise UsageError("LBFGS computes the loss several times a step, which a Run can't: use another optimizer")
         if config.select == JOINT and JOINT not in objective.names:
             raise UsageError("select joint needs a term whose inputs are all modalities")
         self.device = config.device()
@@ -160,6 +162,7 @@ class Run:
     ) -> Iterator[tuple[dict[str, Tensor], Mapping[str, Tensor] | None]]:
         """Yield this epoch's batches that are not done yet, with the presence masks; this process's share of each.
 
+        An incomplete last batch is dropped: of 99 examples in batches of 50, each epoch leaves out another 49.
         Between two steps it saves the state when that is due, and stops if a signal has asked for it. pairs: see
         `mvae.data.supervision.composed_rows`.
         """
