@@ -169,7 +169,8 @@ class Gaussian(Likelihood):
 
     def __init__(self, decoder: nn.Module, std: float | nn.Parameter = 1.0):
         super().__init__(decoder)
-        if not isinstance(std, nn.Parameter) and not (isinstance(std, int | float) and 0 < std < math.inf):
+        learned = isinstance(std, nn.Parameter) and bool((std > 0).all())
+        if not learned and not (isinstance(std, int | float) and 0 < std < math.inf):
             raise UsageError(f"std must be a number > 0, or an nn.Parameter to learn it, got {std}")
         self.log_std = nn.Parameter(std.detach().log()) if isinstance(std, nn.Parameter) else math.log(std)
 

@@ -134,14 +134,19 @@ class MVAE(nn.Module):
         temperature: multiplies the variance of z.
         """
         mu, logvar = self.posterior(given)
+        if n < 1 or len(mu) != 1 or temperature <= 0:
+            got = f"n = {n}, {len(mu)} examples, temperature {temperature}"
+            raise UsageError(f"draw needs n >= 1, one example of what is given, and a temperature > 0, got {got}")
         noise = torch.randn(n, self.n_latents, device=device, dtype=mu.dtype)
         return experts.draw(mu, logvar, noise, temperature)
 
     def mean(self, z: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """Return E[x | z], or a label's probabilities, of the modalities named, each (..., batch, *event)."""
         self.check_names(*names)
-        if z.dim() < 2 or z.shape[-1] != self.n_latents:
-            raise UsageError(f"z must have shape (..., batch, {self.n_latents}), got {tuple(z.shape)}")
+        dtype = next(self.parameters()).dtype
+        if not isinstance(z, Tensor) or z.dim() < 2 or z.shape[-1] != self.n_latents or z.dtype != dtype:
+            found = f"{z.dtype} of {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+            raise UsageError(f"z must be {dtype} of (..., batch, {self.n_latents}), got {found}")
         return {name: self.likelihood(name).mean(z) for name in names}
 
     def log_prob(self, z: Tensor, batch: Batch, decoded: Sequence[Sequence[str]], mask: Tensor | None = None) -> Tensor:
@@ -195,9 +200,7 @@ class MVAE(nn.Module):
             raise UsageError(f"the batch lacks {lacking[0]}: it has {', '.join(batch)}")
         self.check_names(*names)
         for name in names:
-            x = batch[name]
-            if not isinstance(x, Tensor) or x.dim() == 0 or x.layout != torch.strided:
-                raise UsageError(f"{name}: must be a dense torch.Tensor with a row per example, got {x!r:.60}")
+            check_rows(name, batch[name])
         here = self.presence({name: batch[name] for name in names}, present)
         with evaluating(self):
             for name, rows in zip(self.modalities, here, strict=True):
@@ -223,6 +226,13 @@ class MVAE(nn.Module):
                 raise
             reason = f"{str(error).splitlines()[0]}; the weights are {weight.dtype}"
             raise UsageError(f"{name}: the {network} fails on {x.dtype} of {tuple(x.shape)}: {reason}") from error
+
+
+def check_rows(name: str, x: object) -> None:
+    """Raise UsageError, naming the value, unless it is a dense tensor with a row for each example."""
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.layout != torch.strided:
+        found = f"{x.layout} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise UsageError(f"{name} must be a dense torch.Tensor with a row per example, got {found}")
 
 
 def rows_of(here: Tensor) -> Tensor:

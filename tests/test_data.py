@@ -344,7 +344,7 @@ def test_validation_is_the_end_of_the_training_split_whatever_the_limit(limit: i
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"tensors": {"x": np.zeros(3)}}, r"tensors\['x'\] must be a dense torch.Tensor .*got array"),
+        ({"tensors": {"x": np.zeros(3)}}, r"tensors\['x'\] must be a dense torch.Tensor .*got ndarray"),
         (
             {"tensors": {"x": torch.zeros(3), "y": torch.zeros(())}},
             r"tensors\['y'\] must be a dense torch.Tensor with a row",

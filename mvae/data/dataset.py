@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import UsageError, UserError
+from ..model import check_rows
 
 SAMPLED = 2**30
 """Bytes of a tensor beyond which a start looks at a sample of its rows: a large file takes seconds a gigabyte."""
@@ -49,14 +50,12 @@ class Data:
             found = type(self.tensors).__name__
             raise UsageError(f"tensors must be a dict by modality, got a {found}; see Data.from_dataset for a Dataset")
         for name, x in self.tensors.items():
-            if not isinstance(x, Tensor) or x.dim() == 0 or x.layout != torch.strided:
-                raise UsageError(
-                    f"tensors[{name!r}] must be a dense torch.Tensor with a row per example, got {x!r:.40}"
-                )
+            check_rows(f"tensors[{name!r}]", x)
         lengths = {name: len(x) for name, x in self.tensors.items()}
         if len(set(lengths.values())) != 1 or not len(self):
             raise UsageError(f"tensors must have the same number of examples, at least 1, got {lengths}")
         for mask in [*(self.present or {}).values(), *([] if self.pairs is None else [self.pairs])]:
+            check_rows("presence and pairs", mask)
             if mask.dtype != torch.bool or mask.shape != (len(self),):
                 found = f"{mask.dtype} of shape {tuple(mask.shape)}"
                 raise UsageError(f"presence and pairs must be torch.bool of shape ({len(self)},), got {found}")
@@ -64,8 +63,13 @@ class Data:
     @classmethod
     def from_dataset(cls, dataset: Dataset, names: Sequence[str]) -> "Data":
         """Read a torch Dataset into memory. Its examples are tuples of a tensor or number for each of `names`."""
-        columns = zip(*(dataset[i] for i in range(len(dataset))), strict=True)  # type: ignore[arg-type]
-        tensors = {name: torch.stack([*map(torch.as_tensor, x)]) for name, x in zip(names, columns, strict=True)}
+        try:
+            columns = zip(*(dataset[i] for i in range(len(dataset))), strict=True)  # type: ignore[arg-type]
+            tensors = {name: torch.stack([*map(torch.as_tensor, x)]) for name, x in zip(names, columns, strict=True)}
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(
+                f"a Dataset's examples must be tuples of {len(names)} tensors or numbers: {error}"
+            ) from None
         return cls(tensors=tensors)
 
     def __len__(self) -> int:

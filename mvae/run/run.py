@@ -35,7 +35,6 @@ from . import checkpoint
 from .config import Training
 from .device import resolve
 from .distributed import Processes, parallel
-from .evaluate import listed
 from .metrics import Metric
 from .reports import Reports, line, progress
 from .resume import DIVERGED, facts_of, only_writer, saved_state
@@ -357,15 +356,21 @@ class Run:
             elif self.config.select == JOINT and data.present and not complete_examples(data.present).any():
                 raise UsageError("select joint needs validation examples with every modality")
             moved = data.to(self.device)
-            extremes = moved.extremes()
-            rows = torch.cat([consecutive_rows(moved, batch_size)[0], extremes]).unique()
+            first, extremes = consecutive_rows(moved, batch_size)[0], moved.extremes()
             try:
-                self.model.check(*moved.batch(rows))
-            except UsageError as error:
-                which = listed(["the first batch", *map(str, extremes.tolist())])
-                raise UsageError(f"{use} examples ({which}): {error}") from error.__cause__
+                self.model.check(*moved.batch(torch.cat([first, extremes]).unique()))
+            except UsageError:
+                self._refuse(moved, use, {**{f"example {row}": row for row in extremes}, "the first batch": first})
             self._data[use] = data, moved
         return self._data[use][1]
+
+    def _refuse(self, data: Data, use: str, parts: Mapping[str, Tensor]) -> None:
+        """Raise UsageError with the first of these parts of the data that doesn't fit the model."""
+        for which, rows in parts.items():
+            try:
+                self.model.check(*data.batch(rows.view(-1)))
+            except UsageError as error:
+                raise UsageError(f"{use} data, {which}: {error}") from error.__cause__
 
     def _begin(self, data: Data, batch_size: int) -> None:
         """Prepare to train on the data, and print what is trained, where and how."""
