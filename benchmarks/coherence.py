@@ -21,7 +21,7 @@ from mvae.data.celeba import ATTRIBUTES
 from mvae.data.dataset import consecutive_rows, permuted_rows
 from mvae.run import checkpoint, metrics
 from mvae.run.device import Machine
-from mvae.run.evaluate import mean_and_error
+from mvae.run.evaluate import mean_and_error, shown
 
 import torch
 from torch import Tensor, nn
@@ -191,7 +191,7 @@ def main() -> None:
         if at_best := metrics.balanced_accuracies(held_out, truth, ATTRIBUTES):
             about_classifier["balanced"] = torch.stack([*at_best.values()]).mean().item()
     for name, (mean, error) in [*found.items(), ("accuracy of the classifier on held-out pictures", accuracy)]:
-        print(f"{name}: {mean:.4f} ± {error:.4f}")
+        print(f"{name}: {shown(mean, error, 4)}")
     content |= {
         "experiment": config.experiment,
         "checkpoint": str(config.model),

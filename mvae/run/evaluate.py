@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class Evaluation(NamedTuple):
         of its joint's log weights.
     predictions: by modality, (n, *event), of the examples that have it and what it is predicted from; truth: the same
         modalities of the data.
-    examples: by quantity and proposal, (n,): the numbers of the examples that have the modalities of both.
+    examples: by quantity and proposal, (n,): the numbers in the data of the examples that have the modalities of both.
     """
 
     estimates: dict[tuple[Quantity, Modalities], Estimate]
@@ -77,6 +77,7 @@ def evaluate(
     precision: Precision = "fp32",
     max_rows: int | None = None,
     processes: Processes | None = None,
+    rows: range | None = None,
 ) -> Evaluation:
     """Estimate each quantity for the examples that have all its modalities.
 
@@ -90,6 +91,8 @@ def evaluate(
         max_rows: the most latents to decode in one call, which bounds the memory. By default as many as make 2^20
             values of the largest modality on a CPU (1,337 images of 28x28), to fit its cache; 2^26 on other devices.
         processes: share the batches; all return what one would.
+        rows: numbers of the examples to estimate; None: all. Parts of a data set add up to the whole, bit for bit: they
+            compute the whole's batches that hold any of their examples.
 
     Raises UsageError for an unknown modality, a quantity without a target, n_samples < 2, data that don't fit the
     model, or a quantity or prediction for which no example has all modalities.
@@ -112,12 +115,15 @@ def evaluate(
     if n_samples < 2:
         raise UsageError(f"n_samples must be >= 2, got {n_samples}")
     patterns = _patterns(data, used)
+    inside = torch.zeros(len(data), dtype=torch.bool)
+    inside[slice(None) if rows is None else slice(rows.start, rows.stop)] = True
+    asked_for = [(has, members[inside[members]]) for has, members in patterns if inside[members].any()]
     examples = {
-        which: _having({name for key in some for part in key for name in part}, patterns, which[0].name)
+        which: _having({name for key in some for part in key for name in part}, asked_for, which[0].name)
         for which, some in needed.items()
     }
     predictable = {
-        name: _having({name, *given}, patterns, f"{name} predicted from {listed(given)}")
+        name: _having({name, *given}, asked_for, f"{name} predicted from {listed(given)}")
         for name, given in predictions.items()
     }
     model.eval()
@@ -125,9 +131,9 @@ def evaluate(
     if not max_rows:
         max_rows = 2 ** (20 if data.device.type == "cpu" else 26) // max(x.numel() for x in example.values())
     extremes = data.extremes().cpu()
-    for has, rows in patterns:
+    for has, members in patterns:
         if has:
-            some = torch.cat([rows[:100], rows[torch.isin(rows, extremes)]]).unique()
+            some = torch.cat([members[:100], members[torch.isin(members, extremes)]]).unique()
             model.check(data.batch(some)[0], names=[name for name in model.modalities if name in has])
     # All results are allocated here and filled in the loop. Small tensors that outlive a batch would lie between the
     # large ones of the next: freed places then no longer fit, and the memory of the process grows with every batch.
@@ -138,11 +144,11 @@ def evaluate(
     means = model.mean(z, tuple(predictions))  # of one example, for their shapes
     predicted = {name: torch.zeros(n, *mean.shape[1:], dtype=mean.dtype) for name, mean in means.items()}
     size = max(1, max_rows // n_samples)
-    batches = [(has, rows) for has, rows_of_all in patterns for rows in rows_of_all.split(size)]
+    batches = [(has, some) for has, members in patterns for some in members.split(size) if inside[some].any()]
     mine = batches[processes.rank :: processes.world]
-    for has, rows in tqdm(mine, leave=False, disable=True if processes.rank else None):
-        batch, _ = data.batch(rows)
-        noise = torch.stack([_noise(n_samples, model.n_latents, seed, row) for row in rows.tolist()], dim=1)
+    for has, numbers in tqdm(mine, leave=False, disable=True if processes.rank else None):
+        batch, _ = data.batch(numbers)
+        noise = torch.stack([_noise(n_samples, model.n_latents, seed, row) for row in numbers.tolist()], dim=1)
         noise = noise.to(data.device, next(model.parameters()).dtype)
         for proposal in dict.fromkeys([*(proposal for proposal, _ in found), *predictions.values()]):
             targets = [target for other, target in found if other == proposal and has.issuperset(proposal + target)]
@@ -154,10 +160,10 @@ def evaluate(
                 some, means = estimate_and_predict(model, batch, proposal, targets, names, noise, max_rows)
             for target, estimate in some.items():
                 for whole, part in zip(found[proposal, target], estimate, strict=True):
-                    whole[rows] = part.cpu()
+                    whole[numbers] = part.cpu()
             for name, mean in means.items():
-                predicted[name][rows] = mean.cpu()
-                truth[name][rows] = batch[name].cpu()
+                predicted[name][numbers] = mean.cpu()
+                truth[name][numbers] = batch[name].cpu()
     # Each process has filled its own rows of zeros.
     found = {key: Estimate(*map(processes.sum, estimate)) for key, estimate in found.items()}
     predicted, truth = ({name: processes.sum(part) for name, part in parts.items()} for parts in (predicted, truth))
@@ -167,7 +173,7 @@ def evaluate(
         for condition in conditions:
             log_p = log_p - found[condition].log_p
         estimates[which] = Estimate(log_p[examples[which]], variance[examples[which]])
-    predicted, truth = ({name: part[name][rows] for name, rows in predictable.items()} for part in (predicted, truth))
+    predicted, truth = ({name: part[name][some] for name, some in predictable.items()} for part in (predicted, truth))
     return Evaluation(estimates, predicted, truth, examples)
 
 
@@ -202,6 +208,11 @@ def _noise(n_samples: int, n_latents: int, seed: int, row: int) -> Tensor:
     return torch.randn(n_samples, n_latents, generator=torch.Generator().manual_seed(seed_of(seed, row)))
 
 
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Return the mean of (n,) values and its standard error, std / sqrt(n) (NaN for a single value)."""
-    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+def mean_and_error(values: Tensor) -> tuple[float, Any]:
+    """Return the mean of (n,) values and its standard error, std / sqrt(n); None for a single value."""
+    return values.mean().item(), (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
+
+
+def shown(mean: float, error: float | None, digits: int) -> str:
+    """Return mean ± standard error as text."""
+    return f"{mean:.{digits}f} ± " + ("–" if error is None else f"{error:.{digits}f}")

@@ -1,4 +1,7 @@
-"""Log-likelihoods of a model: the flags of a loglike.py, what it prints, and its JSON and per-example files."""
+"""Log-likelihoods of a model: the flags of a loglike.py, what it prints, and its JSON and per-example files.
+
+As a command it joins the .npz files that parts of a split wrote: python -m mvae.tools.report PART...
+"""
 
 import csv
 import io
@@ -6,6 +9,7 @@ import json
 import math
 import os
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +21,20 @@ from torch import Tensor
 
 from .. import cli
 from ..data.dataset import Data
-from ..errors import UsageError
+from ..errors import UsageError, UserError
 from ..estimators import Modalities
 from ..files import whole, write_atomically
 from ..model import MVAE
 from ..run.checkpoint import load_model, origin
 from ..run.device import resolve
 from ..run.distributed import Processes, is_first
-from ..run.evaluate import Evaluation, Quantity, evaluate, listed, mean_and_error
+from ..run.evaluate import Evaluation, Quantity, evaluate, listed, mean_and_error, shown
+from ..run.signals import end_by_signals
 from .folder import Build, Examples, Tool, with_source
 
 STARTED = time.perf_counter()
+
+COLUMNS = ("quantity", "proposal")
 
 
 @dataclass(kw_only=True)
@@ -37,7 +44,8 @@ class Loglike(Tool):
     # Estimates
     n_samples: int = 1000  # importance samples per example
     split: Literal["test", "validation"] = "test"  # split to read
-    limit: int | None = None  # read the first N examples only
+    offset: int = 0  # number of the first example, to split the work; the estimates are those of the whole
+    limit: int | None = None  # number of examples (default: all from --offset on)
     precision: Literal["fp32", "bf16", "auto"] = "fp32"  # of the networks; auto: bf16 if the processor supports it
 
     # Output
@@ -46,21 +54,33 @@ class Loglike(Tool):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_counts(2, "n_samples", "limit")
+        self.check_counts(2, "n_samples")
+        self.check_counts(1, "limit")
+        self.check_counts(0, "offset")
         if self.per_example and self.per_example.suffix not in (".csv", ".npz"):
             raise UsageError(f"per_example must end in .csv or .npz, got {self.per_example}")
         self.check_outputs(self.json, self.per_example)
+
+    def rows(self, data: Data) -> range:
+        """Return the numbers of the examples to estimate. Raises UsageError if there are none."""
+        if self.offset >= len(data):
+            raise UsageError(f"offset must be below {len(data)}, the number of examples, got {self.offset}")
+        return range(len(data))[self.offset :][: self.limit]
 
 
 def load(
     description: str | None, experiment: str, source: type, build: Build, examples: Examples
 ) -> tuple[Loglike, MVAE, Data, dict[str, Any]]:
-    """Return the flags (with those of `source`), the model, the examples on its device, and what trained the model."""
+    """Return the flags (with those of `source`), the model, the split on its device, and what trained the model.
+
+    From here on the signals of batch systems end the script.
+    """
     config = cli.parse(description, with_source(Loglike, source))
+    end_by_signals()
     origin()  # the commit that the run began with
     device = config.device()
     model, trained = load_model(config.model_path, experiment, build, device)
-    return config, model, examples(config.split, config, trained["settings"])[: config.limit].to(device), trained
+    return config, model, examples(config.split, config, trained["settings"]).to(device), trained
 
 
 def estimate(
@@ -83,6 +103,7 @@ def estimate(
             seed=config.seed,
             precision=config.precision,
             processes=processes,
+            rows=config.rows(data),
         )
 
 
@@ -95,8 +116,7 @@ def report(found: Evaluation, measures: Mapping[str, Tensor], config: Loglike, t
         return
     rows: list[dict[str, Any]] = []
     for (quantity, proposal), one in found.estimates.items():
-        names = {"quantity": quantity.name, "proposal": _under(proposal)}
-        rows.append({**names, **_summary(one.log_p), "log_weight_variance": one.log_weight_variance.mean().item()})
+        rows.append(_row(quantity.name, _under(proposal), *one))
     others = {name: _summary(values) for name, values in measures.items()}
     n = len(torch.cat([*found.examples.values()]).unique())
     if config.json:
@@ -105,6 +125,7 @@ def report(found: Evaluation, measures: Mapping[str, Tensor], config: Loglike, t
             **origin(),
             "checkpoint": str(config.model_path),
             "split": config.split,
+            "offset": config.offset,
             "n_examples": n,
             "n_samples": config.n_samples,
             "seed": config.seed,
@@ -121,26 +142,37 @@ def report(found: Evaluation, measures: Mapping[str, Tensor], config: Loglike, t
         write_atomically(config.json, (json.dumps(content, indent=2) + "\n").encode())
     if config.per_example:
         write_per_example(found, config.per_example)
-    # If examples lack modalities, quantities are over different examples, so their number gets a column.
+    head = f"{config.split.capitalize()} log-likelihood"
+    own = _print(rows, n, head, f", {config.n_samples} importance samples")
+    for name, other in others.items():
+        text = f"{name}: {shown(other['mean'], other['standard_error'], 4)}"
+        print(text + f", over {other['n_examples']} examples" * own)
+
+
+def _row(quantity: str, proposal: str, log_p: Tensor, variance: Tensor) -> dict[str, Any]:
+    names = {"quantity": quantity, "proposal": proposal}
+    return {**names, **_summary(log_p), "log_weight_variance": variance.mean().item()}
+
+
+def _summary(values: Tensor) -> dict[str, Any]:
+    mean, error = mean_and_error(values)
+    return {"mean": mean, "standard_error": error, "n_examples": len(values)}
+
+
+def _print(rows: Sequence[Mapping[str, Any]], n: int, head: str, how: str = "") -> bool:
+    """Print a table of estimates. Return whether some are over fewer than the n examples, and so in a column."""
     own = any(row["n_examples"] != n for row in rows)
     over = f"those of {n} examples that have its modalities" if own else f"{n} examples"
-    head = f"{config.split.capitalize()} log-likelihood in nats: mean ± standard error over {over}, {config.n_samples}"
-    print(f"{head} importance samples,\nand the variance of the log importance weights (mean over examples).")
+    print(f"{head} in nats: mean ± standard error over {over}{how},")
+    print("and the variance of the log importance weights (mean over examples).")
     table = [("quantity", "proposal", "log-likelihood", "variance", "examples")]
     for row in rows:
-        value, variance = f"{row['mean']:.3f} ± {row['standard_error']:.3f}", f"{row['log_weight_variance']:.2f}"
+        value, variance = shown(row["mean"], row["standard_error"], 3), f"{row['log_weight_variance']:.2f}"
         table.append((row["quantity"], row["proposal"], value, variance, str(row["n_examples"])))
     left, right = (max(24, 2 + max(map(len, column))) for column in [*zip(*table, strict=True)][:2])
     for name, under, value, variance, examples in table:
         print(f"{name:{left}}{under:{right}}{value:>20}{variance:>12}" + f"{examples:>12}" * own)
-    for name, other in others.items():
-        text = f"{name}: {other['mean']:.4f} ± {other['standard_error']:.4f}"
-        print(text + f", over {other['n_examples']} examples" * own)
-
-
-def _summary(values: Tensor) -> dict[str, float]:
-    mean, error = mean_and_error(values)
-    return {"mean": mean, "standard_error": error, "n_examples": len(values)}
+    return own
 
 
 def write_per_example(found: Evaluation, path: Path) -> None:
@@ -170,3 +202,51 @@ def write_per_example(found: Evaluation, path: Path) -> None:
 
 def _under(proposal: tuple[str, ...]) -> str:
     return f"q(z | {listed(proposal)})" if proposal else "p(z)"
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """The flags of this module as a command."""
+
+    parts: tuple[Path, ...]  # .npz files of `loglike.py --per-example`
+    json: Path | None = None  # file to write the results to, as JSON
+
+
+def join(parts: Sequence[Path]) -> tuple[int, list[dict[str, Any]]]:
+    """Return the number of examples in the files, and the estimates over them all.
+
+    Raises UserError for a file that isn't one of `write_per_example`, other columns, or an example that is in two.
+    """
+    found = []
+    for path in parts:
+        try:
+            with np.load(path) as file:
+                found.append({name: file[name] for name in (*COLUMNS, "example", "log_p", "log_weight_variance")})
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+            raise UserError(f"{path} is missing, or not an .npz file of loglike.py --per-example") from None
+        if any(not np.array_equal(found[-1][name], found[0][name]) for name in COLUMNS):
+            raise UserError(f"{path} has other quantities or proposals than {parts[0]}")
+    example, log_p, variance = (
+        np.concatenate([part[name] for part in found]) for name in ("example", "log_p", "log_weight_variance")
+    )
+    numbers, order = np.unique(example, return_index=True)
+    if len(numbers) != len(example):
+        raise UserError(f"{len(example) - len(numbers)} examples are in more than one of the files")
+    rows = []
+    for i, names in enumerate(zip(*(found[0][name].tolist() for name in COLUMNS), strict=True)):
+        here = order[~np.isnan(log_p[order, i])]
+        rows.append(_row(names[0], names[1], torch.from_numpy(log_p[here, i]), torch.from_numpy(variance[here, i])))
+    return len(numbers), rows
+
+
+def main() -> None:
+    config = cli.parse(__doc__, Parts)
+    n, rows = join(config.parts)
+    if config.json:
+        content = {**origin(), "n_examples": n, "log_likelihood": rows}
+        write_atomically(config.json, (json.dumps(content, indent=2) + "\n").encode())
+    _print(rows, n, "Log-likelihood")
+
+
+if __name__ == "__main__":
+    cli.run(main)
