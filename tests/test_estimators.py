@@ -237,6 +237,18 @@ def test_bfloat16_changes_log_p_little_and_sums_are_float64() -> None:
     torch.testing.assert_close(found.log_p, expected.log_p, rtol=0.01, atol=0.01)
 
 
+def test_a_conditional_is_its_joint_less_what_is_given_and_has_the_joints_variance() -> None:
+    quantities = of_a_pair(("image",), ("label",))
+    found = evaluate(three_modal_model(), three_modalities(6, seed=0), quantities=quantities, n_samples=5).estimates
+    conditionals = [key for key in found if key[0].given]
+    assert len(conditionals) == 4
+    for quantity, proposal in conditionals:
+        joint = found[Quantity(("image", "label")), proposal]
+        given = found[Quantity(quantity.given), quantity.given_proposal]
+        assert torch.equal(found[quantity, proposal].log_p, joint.log_p - given.log_p)
+        assert torch.equal(found[quantity, proposal].log_weight_variance, joint.log_weight_variance)
+
+
 def test_examples_that_lack_modalities_are_left_out_of_their_quantities() -> None:
     model, whole = three_modal_model(), three_modalities(12, seed=0)
     image, label = torch.arange(12) % 3 != 0, torch.arange(12) < 7

@@ -209,6 +209,9 @@ def test_networks_have_the_papers_sizes_and_read_every_place_of_a_text() -> None
     texts = torch.stack([datasets.encode(text) for text in ("1773", "0773", "1073", "1703", "1770", "177")])
     mu, _ = model.encoders["text"](texts)
     assert (mu[1:] != mu[0]).any(dim=1).all()
+    encoder: Any = model.encoders["text"]
+    forward, backward = encoder.gru(encoder.embedding(texts))[0].chunk(2, dim=2)
+    torch.testing.assert_close(mu, encoder.mu(forward[:, -1] + backward[:, 0]))
 
 
 @torch.no_grad()
@@ -275,6 +278,11 @@ def test_draws_have_the_texts_probabilities(text_given_z: Any, probability: dict
     for text in sorted(probability, key=lambda text: probability[text])[-10:]:
         expected = probability[text]
         assert abs(drawn.count(text) / n - expected) < 4 * (expected * (1 - expected) / n) ** 0.5
+    firsts = [sum(p for text, p in probability.items() if text[:1] == digit) for digit in [*"0123456789", ""]]
+    squares = torch.tensor(firsts).square()
+    odds = squares / squares.sum()  # at a temperature of 1/2
+    found = text_given_z.sample(Z.expand(n, -1), temperature=0.5)[:, 0].bincount(minlength=11) / n
+    assert ((found - odds).abs() < 4 * (odds * (1 - odds) / n).sqrt() + 1 / n).all()
 
 
 @torch.no_grad()

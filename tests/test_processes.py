@@ -1,14 +1,18 @@
 """A run of several processes: it trains, reports and resumes as one process does, and a lost one is an error."""
 
+import itertools
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import mvae.run.run
 from mvae import MVAE, Data, Objective, Term, UsageError, UserError
 from mvae.data.dataset import permuted_rows, seed_of
 from mvae.model import Batch
@@ -68,18 +72,23 @@ def run_as(
     stop: tuple[int, int] | None = None,
     lost: int | None = None,
     seeds: tuple[int, int] = (0, 0),
+    hasty: int | None = None,
     **how: Any,
 ) -> None:
     """Be one process of a small run on a disk of its own; save what it has seen, drawn and made.
 
     stop: the rank of a process that gets SIGTERM, and the step; 0 is in the first validation. lost: the rank of one
-    that ends without a word in its third step. seeds: one of each process.
+    that ends without a word in its third step. seeds: one of each process. hasty: the rank of one whose clock advances
+    by an hour whenever it is read.
     """
     os.environ.update(variables)
     torch.set_num_threads(1)
     rank = int(variables.get("RANK", "0"))
     (folder / f"disk {rank}").mkdir(exist_ok=True)
     os.chdir(folder / f"disk {rank}")
+    if hasty == rank:
+        clock = itertools.count(step=3600).__next__
+        vars(mvae.run.run)["time"] = SimpleNamespace(monotonic=clock, perf_counter=time.perf_counter)
     seen: list[list[int]] = []
     drawn: list[int] = []
     records: list[Any] = []
@@ -177,6 +186,14 @@ def test_two_processes_of_which_one_gets_a_signal_stop_and_resume_as_one(
         assert process["refused"].startswith(f"Stopped: stopped in {place}; the state is saved")
     run_in(2, tmp_path, resume=True, n_subsets=1)
     assert_same_run(tmp_path / "disk 0/run", two[0], "small")
+
+
+@pytest.mark.parametrize("hasty", [0, 1])
+def test_two_processes_save_when_one_of_them_finds_it_due(hasty: int, two: Any, tmp_path: Path) -> None:
+    run_in(2, tmp_path / "lost", hasty=hasty, lost=1, n_subsets=1)
+    assert checkpoint.load(tmp_path / "lost/disk 0/run" / checkpoint.LATEST, "small")["done"] == 2
+    run_in(2, tmp_path / "whole", hasty=hasty, n_subsets=1)
+    assert_same_run(tmp_path / "whole/disk 0/run", two[0], "small")
 
 
 def test_two_processes_validate_the_model_that_is_saved(tmp_path: Path) -> None:

@@ -3,16 +3,20 @@
 import os
 import re
 import signal
+import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
+from mvae import Data, Objective, Term
 from mvae.run import checkpoint
 
 import numpy as np
 import pytest
+import torch
 
-from helpers import assert_ended, assert_refused, assert_same_run, run_warm, same, start_warm, stats
+from helpers import assert_ended, assert_refused, assert_same_run, run_warm, same, script, start_warm, stats
 
 WEAK = ["--preset", "weak", "--limit", 100, "--n-val", 100, "--batch-size", 20, "--n-latents", 4, "--n-paired", 40]
 WEAK += ["--images-first", 2, "--epochs", 2, "--log-interval", 1, "--save-every", 1e-9, "--precision", "auto"]
@@ -134,3 +138,27 @@ def test_the_second_stage_starts_from_the_first(straight: Path) -> None:
     assert not same(images["model"], all_["model"])
     assert images["settings"]["n_paired"] is None
     assert all_["settings"]["n_paired"] == 40
+
+
+@pytest.mark.parametrize("experiment", ["mnist", "fashionmnist", "multimnist", "celeba", "celeba19"])
+def test_the_first_stage_has_the_images_alone_with_their_weight_and_its_own_length(
+    experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--images-first", "3", "--epochs", "5", "--lambda-image", "7", "--iw-samples", "2", "--n-latents", "4"]
+    stages: list[Any] = []
+    with script(f"{experiment}/train.py") as train:
+        names = train.MODALITIES if experiment == "celeba19" else train.BOTH
+        data = Data(tensors={name: torch.zeros(9) for name in names})
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--out-dir", str(tmp_path)])
+        monkeypatch.setattr(train, "prepare", lambda *_: {}, raising=False)
+        monkeypatch.setattr(train, "training_data", lambda *_, **__: (data, data))
+        monkeypatch.setattr(train, "fit", lambda *some, before=0, **_: stages.append((*some[:4], before)))
+        train.main()
+    (first, objective, *parts, before), (second, _, *whole, after) = stages
+    assert (first.epochs, before, second.epochs, after) == (3, 0, 5, 3)
+    expected = Objective(objective.model, [Term(("image",), ("image",), "image")], weights={"image": 7}, iw_samples=2)
+    assert objective.checksum() == expected.checksum()
+    for part in parts:
+        assert {name: bool(here.any()) for name, here in part.present.items()} == {one: one == "image" for one in names}
+        assert part.present["image"].all()
+    assert [part.present for part in whole] == [None, None]

@@ -187,17 +187,18 @@ def test_a_distant_point_and_unknown_labels_do_not_matter() -> None:
         assert torch.equal(regressed(far, labels.masked_fill(~known, anything), known), regressed(far, labels, known))
 
 
-def test_regression_is_at_the_minimum_of_its_loss() -> None:
+@pytest.mark.parametrize("how", [{}, {"penalty": 2.0}])
+def test_regression_is_at_the_minimum_of_its_loss(how: dict[str, float]) -> None:
     """Where the gradient is 0, each weight is a sum of the known points times their errors."""
     generator = torch.Generator().manual_seed(0)
     points, labels = torch.randn(60, 5, generator=generator), torch.randint(3, (60,), generator=generator)
     known = torch.arange(60) < 40
-    found = regressed(points, labels, known, penalty=2.0)
+    found = regressed(points, labels, known, **how)
     assert found.shape == (60, 3)
     torch.testing.assert_close(found.sum(dim=-1), torch.ones(60).double())
     errors = found[known] - torch.nn.functional.one_hot(labels[known], 3)
     assert errors.sum(dim=0).abs().max() < 1e-2  # the biases have no penalty
-    weight = -points[known].T.double() @ errors / 2
+    weight = -points[known].T.double() @ errors / how.get("penalty", 1)
     for c in (1, 2):
         log_odds = (found[:, c] / found[:, 0]).log()
         expected = points.double() @ (weight[:, c] - weight[:, 0])
