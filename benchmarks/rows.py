@@ -396,6 +396,9 @@ METHODS = {
 }
 """The methods as the tables name them, in the tables' order."""
 
+PLOTTED = ("weak", "pca", "spread", "dropout", "paper")
+"""The methods that the plot shows."""
+
 AGAINST = ("pca", "favoured", "dropout", "m1")
 """The methods that `weak` is compared with, seed by seed."""
 
