@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from common import ROOT
-from rows import EXPERIMENTS, METHODS, accuracies, of_the_paper, weak_files
+from rows import EXPERIMENTS, METHODS, PLOTTED, accuracies, of_the_paper, weak_files
 
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9"]
 """Okabe and Ito's, which people with any kind of colour blindness can tell apart."""
@@ -143,7 +143,7 @@ def weak(root: Path) -> Figure | None:
     columns, rows = min(len(shown), 2), (len(shown) + 1) // 2
     size = (WIDTH, 3.4 * rows + 0.9)
     figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    drawn = [method for method in METHODS if any(len(by.get(method, ())) > 1 for _, _, by in shown)]
+    drawn = [method for method in PLOTTED if any(len(by.get(method, ())) > 1 for _, _, by in shown)]
     for panel in axes.flat[len(shown) :]:
         panel.remove()
     for panel, (experiment, measure, by_method) in zip(axes.flat, shown, strict=False):

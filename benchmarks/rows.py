@@ -386,6 +386,8 @@ METHODS = {
     "no_labels": "`--preset weak`, without self-labels",
     "paper": "the paper's terms, one stage",
     "spread": "label propagation on the VAE's means, transductive",
+    "pca": "label propagation on 50 principal components, transductive",
+    "pixels": "label propagation on pixels, transductive",
     "m1": "M1: VAE, logistic regression on its means",
     "dropout": "supervised, with dropout",
     "favoured": "supervised, with dropout, stopped early on all validation labels",
@@ -394,7 +396,10 @@ METHODS = {
 }
 """The methods as the tables name them, in the tables' order."""
 
-AGAINST = ("favoured", "dropout", "m1")
+PLOTTED = ("weak", "pca", "spread", "dropout", "paper")
+"""The methods that the plot shows."""
+
+AGAINST = ("pca", "favoured", "dropout", "m1")
 """The methods that `weak` is compared with, seed by seed."""
 
 Accuracies = dict[str, dict[str, dict[int, dict[int, float]]]]

@@ -4,8 +4,9 @@
 
 N of the examples keep their label, spread evenly over the classes if there are any; the others keep their image only. A
 fraction of the N validates. All methods have the same N labels and choose by the validating ones, except `favoured`,
-which also trains on those and stops by the labels of all validation examples. `spread` sees the test images without
-their labels. `no_hold`, `half` and `no_labels` are `weak` without one of its parts; rows.py describes all methods.
+which also trains on those and stops by the labels of all validation examples. `spread`, `pca` and `pixels` see the test
+images without their labels. `no_hold`, `half` and `no_labels` are `weak` without one of its parts; rows.py describes
+all methods.
 
 Each run writes results/weak/EXPERIMENT-METHOD-N-SEED.json, and is skipped if that exists.
 """
@@ -28,6 +29,7 @@ from mvae.run.checkpoint import BEST, LATEST
 from mvae.run.evaluate import mean_and_error
 
 import torch
+from sklearn.decomposition import PCA
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,8 +39,9 @@ from experiments import EXPERIMENTS as SETTINGS
 from recipes import call
 
 Method = Literal[
-    "weak", "spread", "m1", "supervised", "dropout", "favoured", "logistic", "paper", "no_hold", "half", "no_labels"
-]
+    "weak", "spread", "pca", "pixels", "m1", "supervised", "dropout", "favoured", "logistic", "paper",
+    "no_hold", "half", "no_labels",
+]  # fmt: skip
 SPLITS = ("train", "validation", "test")
 PAPER = ["--epochs", "12", "--annealing-epochs", "5", "--pairs-per-batch", "0"]
 
@@ -49,7 +52,7 @@ class Config(Where):
 
     n: tuple[int, ...] = (20, 100, 500, 2000, 10000, 60000)  # numbers of labelled examples
     seeds: tuple[int, ...] = (0, 1, 2)  # random seeds
-    methods: tuple[Method, ...] = get_args(Method)[:8]  # methods to run
+    methods: tuple[Method, ...] = get_args(Method)[:10]  # methods to run
     limit: int | None = None  # train on the first N examples only
     runs_dir: Path = Path("runs/weak")  # folder of the runs' own folders
 
@@ -193,26 +196,41 @@ def by_regression(points: Tensor, labels: Tensor, kind: Experiment) -> Tensor:
     return found[..., 1] if kind.binary else found.argmax(dim=-1)
 
 
-GRAPHS: dict[Path, Any] = {}
-"""The last graph of `spread_to_test`, by the first stage's folder: it serves all numbers of labels."""
+GRAPHS: dict[Any, Any] = {}
+"""The last graph of `spread_to_test`, which serves all numbers of labels."""
+
+
+def latents(task: Task) -> Tensor:
+    model = task.first_stage()
+    return torch.cat([means(model, data) for data in (task.train, task.test)])
+
+
+def pixels(task: Task) -> Tensor:
+    return torch.cat([batch["image"].flatten(1) for data in (task.train, task.test) for batch in batches(data)])
+
+
+def components(task: Task) -> Tensor:
+    return torch.from_numpy(PCA(50, svd_solver="covariance_eigh").fit_transform(pixels(task).numpy()))
 
 
 @torch.no_grad()
-def spread_to_test(task: Task) -> Tensor:
-    model, name = task.first_stage(), task.kind.label
-    if task.images_dir not in GRAPHS:
+def spread_to_test(task: Task, points: Callable[[Task], Tensor] = latents) -> Tensor:
+    name, key = task.kind.label, (points, task.images_dir if points is latents else None)
+    if key not in GRAPHS:
         GRAPHS.clear()
-        GRAPHS[task.images_dir] = neighbour_graph(torch.cat([means(model, data) for data in (task.train, task.test)]))
+        GRAPHS[key] = neighbour_graph(points(task))
     assert task.train.present is not None
     labels = torch.cat([task.train.tensors[name], task.test.tensors[name]])
     known = torch.cat([task.train.present[name], torch.zeros(len(task.test), dtype=torch.bool)])
-    found = spread(GRAPHS[task.images_dir], labels, known)[len(task.train) :]
+    found = spread(GRAPHS[key], labels, known)[len(task.train) :]
     return found[..., 1] if task.kind.binary else found.argmax(dim=-1)
 
 
 METHODS: dict[Method, Callable[[Task], Tensor]] = {
     "weak": weak,
     "spread": spread_to_test,
+    "pca": functools.partial(spread_to_test, points=components),
+    "pixels": functools.partial(spread_to_test, points=pixels),
     "m1": m1,
     "supervised": supervised,
     "dropout": functools.partial(supervised, dropout=0.5),
