@@ -13,6 +13,11 @@ from filelock import FileLock, Timeout
 
 from .errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 log = logging.getLogger(__name__)
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, 524}
@@ -34,20 +39,54 @@ def whole(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
     """
     check_writable(path)
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "xb") as file:
+        with _temporary(target) as file:
+            try:
                 yield file
+                file.flush()
                 if sync:
-                    file.flush()
                     os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+                if not fcntl:
+                    file.close()  # Windows doesn't rename an open file
+                os.replace(file.name, target)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(file.name)
+                raise
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from None
+
+
+def _temporary(target: Path) -> IO[bytes]:
+    """Open an empty file next to `target`. It is TARGET.partial, so that a file that a killed writer left is used up.
+
+    It is locked, also while it is renamed. If another writer holds it, or locks don't work, a random name is used.
+    """
+    path = f"{target}.partial"
+    with contextlib.suppress(OSError):
+        if fcntl:
+            file = open(path, "r+b", opener=_create)  # noqa: SIM115 (`whole` closes it)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # otherwise it was renamed meanwhile
+                    file.truncate()
+                    return file
+            except OSError as error:
+                if error.errno in NO_LOCKS:
+                    os.unlink(path)
+            file.close()
+    return open(f"{target}.{secrets.token_hex(4)}.partial", "xb")
+
+
+def _create(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+
+
+def check_readable(path: Path) -> None:
+    """Raise UserError unless this is a regular file: reading a pipe may never end."""
+    if not os.path.isfile(path):
+        raise UserError(f"can't read {path}: {'not a regular file' if os.path.exists(path) else 'no such file'}")
 
 
 def check_writable(path: Path) -> None:

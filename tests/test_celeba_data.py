@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mvae.data import celeba
+from mvae.data.cache import listing
 from mvae.data.celeba import Source
 from mvae.data.dataset import Data
 from mvae.errors import UserError
@@ -185,6 +186,37 @@ def test_other_layouts_are_found(drawn: Path, data_dir: Path, changes: list[Call
 def test_what_is_missing_is_named_with_where_it_goes(data_dir: Path, name: str) -> None:
     (data_dir / "celeba" / name).rename(data_dir / "elsewhere")
     assert_not_found(data_dir, f"lacks {name}", "mmlab.ie.cuhk.edu.hk/projects/CelebA.html", data_dir / "celeba")
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_files_that_are_no_pictures_are_skipped_and_counted(
+    images: Path, zipped: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for name in (".DS_Store", "._000001.jpg", "Thumbs.db"):
+        (images / name).write_bytes(b"junk")
+    (images / "broken.png").symlink_to("nowhere")
+    os.mkfifo(images / "fifo.png")
+    (images / "sub.png").mkdir()
+    source, skipped = images, 6
+    if zipped:
+        as_a_zip(images.parent)
+        source, skipped = images.with_suffix(".zip"), 3
+    assert sorted(listing(source)) == NAMES
+    assert caplog.messages == [f"skipped {skipped} of {N + skipped} entries of {source}, which aren't pictures"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"junk", "damaged or not a picture"), (None, "larger than 50,000,000 pixels")]
+)
+def test_error_of_a_worker_has_one_traceback(images: Path, content: bytes | None, said: str) -> None:
+    if content:
+        (images / NAMES[0]).write_bytes(content)
+    else:
+        Image.new("1", (20_000, 20_000)).save(images / NAMES[0], "PNG")
+    with pytest.raises(UserError, match=f"{NAMES[0]} is {said}: replace it") as caught:
+        examples(images.parents[1])
+    assert caught.value.__cause__ is None
 
 
 # Missing images

@@ -1,6 +1,7 @@
 """mvae.tools.embed: latents of a split or of files, in one .npz file; and their map."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -81,6 +82,24 @@ def test_files_and_folders_are_embedded(embed: Embed, tmp_path: Path) -> None:
     with torch.no_grad():
         mu, _ = small_model().eval().posterior({"image": CONTROLS["image"].read(paths[1])[0].x})
     np.testing.assert_allclose(found["mu"][1:2], mu, rtol=1e-5)
+
+
+def test_what_is_no_picture_in_a_folder_is_skipped_and_counted(
+    embed: Embed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "own"
+    (folder / "sub.png").mkdir(parents=True)
+    for name in (".DS_Store", "Thumbs.db"):
+        (folder / name).write_bytes(b"junk")
+    os.mkfifo(folder / "fifo.png")
+    (folder / "broken.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"no file to read in .*own: can't read"):
+        embed(files=(folder,))
+    Image.new("L", (9, 7)).save(folder / "a.png")
+    assert embed(files=(folder,))["file"].tolist() == [str(folder / "a.png")]
+    assert "skipped 5 of 6 files" in caplog.text
+    with pytest.raises(UserError, match=r"can't read .*fifo\.png: not a regular file"):
+        embed(files=(folder / "fifo.png",))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mvae import UsageError, UserError
+from mvae.data.dataset import DataDir
 from mvae.errors import is_out_of_memory
 from mvae.files import check_writable, whole, write_atomically
 from mvae.run.device import Machine
-from mvae.tools.folder import Tool
+from mvae.tools.folder import Tool, with_source
 
 import pytest
 import torch
@@ -161,10 +162,40 @@ def test_an_error_leaves_no_file(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("outputs", [["model"], ["x.csv", "./x.csv"], ["a/../model"]])
-def test_file_that_another_flag_names_is_not_overwritten(outputs: list[str]) -> None:
-    with pytest.raises(UsageError, match="is also read or written"):
-        Tool(model_path=Path("model")).check_outputs(None, *map(Path, outputs))
+def test_file_that_a_killed_writer_left_is_used_up(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    if not (pid := os.fork()):
+        with whole(path) as file:
+            file.write(b"half")
+            file.flush()
+            os._exit(9)
+    os.waitpid(pid, 0)
+    assert os.listdir(tmp_path) == ["file.partial"]
+    with whole(path) as file:
+        write_atomically(path, b"of another writer meanwhile")
+        file.write(b"new")
+    assert (os.listdir(tmp_path), path.read_bytes()) == (["file"], b"new")
+
+
+OUTPUTS = ["model", "link", "x.csv ./x.csv", "a/../model", "pictures/new.npz", "data/MNIST/labels.gz", "other.png"]
+OUTPUTS += ["run/checkpoint.pth.tar", "run/model_best.pth.tar", "run/stats.jsonl", ".lock", "run/tensorboard/events.1"]
+
+
+@pytest.mark.parametrize("outputs", OUTPUTS)
+def test_file_that_is_read_or_belongs_to_a_run_is_not_overwritten(
+    outputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "pictures", "data/MNIST"):
+        Path(folder).mkdir(parents=True)
+    Path("data/MNIST/labels.gz").touch()
+    Path("link").symlink_to("model")
+    Path("pictures/link.png").symlink_to("../other.png")
+    config: Any = with_source(Tool, DataDir)
+    tool = config(model_path=Path("model"), data_dir=Path("data"))
+    tool.check_outputs(Path("data/new.npz"), None, Path("run/results.json"), inputs=[Path("pictures")])
+    with pytest.raises(UsageError, match=r"is also read or written|is a file of a run"):
+        tool.check_outputs(None, *map(Path, outputs.split()), inputs=[Path("pictures")])
 
 
 # Machines

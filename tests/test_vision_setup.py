@@ -168,11 +168,27 @@ def test_damaged_pictures_are_named_and_counted_and_the_rest_is_done(pictures: P
         (source / name).write_bytes((pictures / name).read_bytes())
     (source / "cut.jpg").write_bytes((pictures / "2.jpg").read_bytes()[:-200])
     (source / "empty.png").touch()
+    Image.new("1", (20_000, 20_000)).save(source / "large.png")
+    (source / "sub.png").mkdir()
+    (source / "broken.png").symlink_to("nowhere")
+    os.mkfifo(source / "fifo.png")
+    for name in ("Thumbs.db", "._0.png"):
+        (source / name).write_bytes(b"junk")
     done = run_warm(SCRIPT, "grayscale", source, "grey", cwd=tmp_path)
     lines = sorted(done.stderr.splitlines())
-    assert (done.returncode, len(lines)) == (1, 3)
-    assert all(said in line for said, line in zip(("cut.jpg", "empty.png", "2 of 5"), lines, strict=True))
+    assert (done.returncode, len(lines)) == (1, 4)
+    expected = ("cut.jpg: damaged", "empty.png: damaged", "large.png: larger than 50,000,000 pixels", "3 of 6")
+    assert all(said in line for said, line in zip(expected, lines, strict=True))
+    assert "skipped 5 of 11 entries of" in done.stdout
     assert contents(tmp_path / "grey") == {name: (greys / name).read_bytes() for name in ("0.png", "2.jpg", "3.JPG")}
+
+
+def test_a_result_that_is_a_link_to_its_picture_is_not_overwritten(pictures: Path, tmp_path: Path):
+    (tmp_path / "0.png").symlink_to(pictures / "0.png")
+    for src, dst in ((pictures, tmp_path), (tmp_path, pictures)):
+        config = setup.Config(command="grayscale", src=src, dst=dst, overwrite=True)
+        with pytest.raises(UserError, match=r"0\.png is the same file as a picture of"):
+            setup.convert(config, None, src / "0.png")
 
 
 def test_a_mask_is_black_where_the_landmarks_regions_are(
@@ -232,9 +248,12 @@ def test_a_missing_predictor_is_refused_with_its_address(pictures: Path, tmp_pat
     assert not (tmp_path / "masks").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no predictor", b"BZh9 no archive"])
-def test_a_file_that_is_not_a_predictor_is_refused(content: bytes, tmp_path: Path):
-    (tmp_path / "a.dat").write_bytes(content)
+@pytest.mark.parametrize("content", [b"", b"no predictor", b"BZh9 no archive", None])
+def test_a_file_that_is_not_a_predictor_is_refused(content: bytes | None, tmp_path: Path):
+    if content is None:
+        os.mkfifo(tmp_path / "a.dat")
+    else:
+        (tmp_path / "a.dat").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.dat"), setup.predictor_file(tmp_path / "a.dat"):
         pass
 

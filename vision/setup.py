@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Literal
 
 from mvae import cli
-from mvae.data.pictures import eight_bit
+from mvae.data.pictures import eight_bit, fault, is_named_as_picture, open_picture
 from mvae.data.pool import in_parallel
 from mvae.errors import UsageError, UserError
-from mvae.files import write_atomically
+from mvae.files import check_readable, write_atomically
 
 import cv2
 import numpy as np
@@ -144,6 +144,8 @@ def predictor_file(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="mvae-") as folder:
         unpacked = path
         try:
+            if path.exists():
+                check_readable(path)
             content = path.read_bytes()
             if content.startswith(b"BZh"):
                 unpacked = Path(folder, PREDICTOR.name)
@@ -163,6 +165,7 @@ def predictor_file(path: Path) -> Iterator[Path]:
 def is_whole(path: Path) -> bool:
     """Return whether the file is a picture that can be read to its end."""
     try:
+        check_readable(path)
         with Image.open(path) as image:
             image.load()
     except Exception:  # PIL raises many kinds of error for a damaged file
@@ -178,11 +181,14 @@ def convert(config: Config, predictor: Path | None, source: Path) -> tuple[str, 
     destination = config.dst / source.name
     if not config.overwrite and is_whole(destination):
         return "kept", ""
+    written = destination.resolve()
+    if written == source.resolve() or written.parent == config.src.resolve():
+        raise UserError(f"{destination} is the same file as a picture of {config.src}: choose another dst")
     try:
-        with Image.open(source) as opened:
+        with open_picture(source) as opened:
             image = eight_bit(opened)
-    except Exception as error:  # as in is_whole
-        return "damaged", f"can't read {source}: {getattr(error, 'strerror', None) or error}"
+    except Exception as error:
+        return "damaged", f"can't read {source}: {fault(error)}"
     status = "made"
     if predictor:
         face = find_face(image)
@@ -221,9 +227,12 @@ def convert_all(config: Config, sources: Sequence[Path], predictor: Path | None 
 
 def list_pictures(folder: Path) -> list[Path]:
     """Return the pictures of a folder by name. Raises UserError if it has none."""
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS)
+    paths = sorted(folder.iterdir())
+    found = [path for path in paths if path.is_file() and is_named_as_picture(path.name, EXTENSIONS)]
     if not found:
         raise UserError(f"{folder} holds no pictures ({', '.join(EXTENSIONS)})")
+    if others := len(paths) - len(found):
+        print(f"skipped {others} of {len(paths)} entries of {folder}, which aren't pictures ({', '.join(EXTENSIONS)})")
     return found
 
 

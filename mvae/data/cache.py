@@ -20,14 +20,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import locked
 from .dataset import DataDir
-from .pictures import Mode, pixels
+from .pictures import Mode, fault, is_named_as_picture, pixels
 from .pool import in_parallel
 
 log = logging.getLogger(__name__)
@@ -54,17 +53,22 @@ class Entry(NamedTuple):
 
 
 def listing(source: Path) -> dict[str, Entry]:
-    """Return the files of a folder or zip by name; folders inside a zip aren't part of a name."""
+    """Return the pictures of a folder or zip by name; folders inside a zip aren't part of a name."""
     if source.is_dir():
         with os.scandir(source) as files:
-            stats = [(file.name, file.stat()) for file in files if file.is_file()]
-        return {name: Entry(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats}
-    try:
-        with zipfile.ZipFile(source) as archive:
-            members = [member for member in archive.infolist() if not member.is_dir()]
-    except zipfile.BadZipFile as error:
-        raise UserError(f"can't read {source}: {error}") from None
-    return {Path(member.filename).name: Entry(member.filename, member.file_size, member.CRC) for member in members}
+            stats = [(file.name, file.stat() if file.is_file() else None) for file in files]
+        entries = {name: stat and Entry(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats}
+    else:
+        try:
+            with zipfile.ZipFile(source) as archive:
+                members = [member for member in archive.infolist() if not member.is_dir()]
+        except zipfile.BadZipFile as error:
+            raise UserError(f"can't read {source}: {error}") from None
+        entries = {Path(one.filename).name: Entry(one.filename, one.file_size, one.CRC) for one in members}
+    found = {name: entry for name, entry in entries.items() if entry and is_named_as_picture(name)}
+    if others := len(entries) - len(found):
+        log.info("skipped %d of %d entries of %s, which aren't pictures", others, len(entries), source)
+    return found
 
 
 def decoded(
@@ -164,9 +168,8 @@ def _decode(source: Path, mode: Mode, size: int, job: tuple[int, Sequence[str]])
         try:
             content = _archive(source).read(name) if source.is_file() else Path(source, name).read_bytes()
             parts.append(pixels(content, mode, size))
-        except Exception as error:  # PIL raises errors of many kinds for a damaged file
-            reason = "" if isinstance(error, UnidentifiedImageError) else f" ({str(error)[:200]})"
-            raise UserError(f"{source}/{name} is damaged or not a picture{reason}: replace it") from None
+        except Exception as error:
+            raise UserError(f"{source}/{name} is {fault(error)}: replace it") from None
     return block, b"".join(parts)
 
 

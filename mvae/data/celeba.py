@@ -123,7 +123,7 @@ def _splits(config: Source) -> list[Data]:
 def _locate(data_dir: Path, names: Sequence[str]) -> Path:
     """Return the first of these files or folders that exists in one of `FOLDERS`. Raises UserError if none does."""
     paths = [data_dir / folder / name for folder in FOLDERS for name in names]
-    if path := next(filter(Path.exists, paths), None):
+    if path := next((path for path in paths if path.is_file() or path.is_dir()), None):
         return path
     raise UserError(
         f"CelebA in {data_dir} lacks {Path(names[0]).name}: download Align&Cropped Images, Anno and Eval from "

@@ -1,19 +1,29 @@
 """Picture files of any mode, depth and size as pixels: upright, 8 bits per channel, resized and cropped."""
 
 import io
+import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, cast
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import check_readable
 
 MOST_PIXELS = 50_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PIL's others run more code
 
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
 Mode = Literal["RGB", "L"]
+
+
+def is_named_as_picture(name: str, extensions: Collection[str] = EXTENSIONS) -> bool:
+    """Return whether a file in a folder of pictures is meant as one, by its name; not .DS_Store, ._1.jpg, Thumbs.db."""
+    return Path(name).suffix.lower() in extensions and not name.startswith(".")
 
 
 def load_picture(path: Path, mode: Mode, size: int) -> Tensor:
@@ -21,12 +31,19 @@ def load_picture(path: Path, mode: Mode, size: int) -> Tensor:
 
     Raises UserError if it can't be read or isn't a picture.
     """
+    check_readable(path)
     try:
         return picture(path.read_bytes(), mode, size)
-    except Exception as error:  # PIL raises errors of many kinds for a damaged file
-        reason = getattr(error, "strerror", None) or "not a picture, or damaged"
-        detail = f" ({str(error)[:200]})" if isinstance(error, ValueError) else ""
-        raise UserError(f"can't read {path}: {reason}{detail}") from None
+    except Exception as error:
+        raise UserError(f"can't read {path}: {fault(error)}") from None
+
+
+def fault(error: Exception) -> str:
+    """Return what is wrong with a picture file, from what reading it raised: PIL's errors are of many kinds."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f"larger than {MOST_PIXELS:,} pixels"
+    reason = "" if isinstance(error, UnidentifiedImageError) else f" ({str(error)[:200]})"
+    return getattr(error, "strerror", None) or f"damaged or not a picture{reason}"
 
 
 def picture(content: bytes, mode: Mode, size: int) -> Tensor:
@@ -38,16 +55,23 @@ def picture(content: bytes, mode: Mode, size: int) -> Tensor:
 def pixels(content: bytes, mode: Mode, size: int) -> bytes:
     """Return a picture file's pixels by channel, row, column, after torchvision's Resize(size) and CenterCrop(size).
 
-    Raises ValueError if it has too many pixels, and PIL's errors.
+    Raises what `open_picture` and `eight_bit` do.
     """
-    with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-        if opened.width * opened.height > MOST_PIXELS:  # before it is decoded
-            raise ValueError(f"{opened.width}x{opened.height} exceeds {MOST_PIXELS} pixels")
+    with open_picture(io.BytesIO(content)) as opened:
         image = eight_bit(opened).convert(mode)
     width, height = (int(size * side / min(image.size)) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
     return b"".join(band.tobytes() for band in image.split())
+
+
+def open_picture(file: Path | io.BytesIO) -> Image.Image:
+    """Open a picture, which isn't decoded yet. Raises PIL's errors, also if it is too large."""
+    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+        opened = Image.open(file, formats=FORMATS)
+    if opened.width * opened.height > MOST_PIXELS:
+        raise Image.DecompressionBombError
+    return opened
 
 
 def eight_bit(opened: Image.Image) -> Image.Image:

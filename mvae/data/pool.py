@@ -34,7 +34,10 @@ def in_parallel(function: Callable[[Job], Result], jobs: Sequence[Job], workers:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             running |= {pool.submit(function, job) for job in islice(todo, len(done))}
             for future in done:
-                yield future.result()
+                try:
+                    yield future.result()
+                except UserError as error:
+                    raise error from None  # without the worker's traceback
     except BrokenProcessPool:
         raise UserError(
             "a worker process was killed: rerun the command to continue, with fewer --workers if memory is short"

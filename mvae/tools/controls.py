@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ..data.pictures import load_picture
 from ..errors import UsageError
+from ..files import check_readable
 
 log = logging.getLogger(__name__)
 
@@ -193,6 +194,7 @@ class Vector(Kind):
 
     def read(self, path: Path) -> list[Value]:
         """Read a .npy file, or a text file of numbers separated by commas: a value, or one in each row."""
+        check_readable(path)
         return self._parsed(
             str(path), lambda: np.load(path) if path.suffix == ".npy" else np.loadtxt(path, delimiter=",")
         )
@@ -227,7 +229,7 @@ def described_by(controls: Controls) -> str | None:
 def parse(controls: Controls, name: str, words: str) -> list[Value]:
     """Parse the values of the control `name`. A picture may be a file, or a held-out one by what it shows."""
     kind, label = controls[name], described_by(controls)
-    if kind.size and _is_file(words):
+    if kind.size and is_file(words):
         return kind.read(Path(words).expanduser())
     if not isinstance(kind, Picture) or label is None:
         return kind.values(words)
@@ -245,7 +247,7 @@ def endpoint(controls: Controls, words: str) -> tuple[str, Value]:
     name, equals, word = words.partition("=")
     if not equals or name not in controls:
         name, word = next(iter(controls)), words
-        if not _is_file(words):
+        if not is_file(words):
             name = described_by(controls) or name
     found = parse(controls, name, word)
     if len(found) != 1:
@@ -253,5 +255,5 @@ def endpoint(controls: Controls, words: str) -> tuple[str, Value]:
     return name, found[0]
 
 
-def _is_file(words: str) -> bool:
+def is_file(words: str) -> bool:
     return os.path.isfile(os.path.expanduser(words))  # False for any invalid name; Path.is_file may raise

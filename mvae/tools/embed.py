@@ -4,8 +4,9 @@ Run it in an experiment's folder: cd mnist && python -m mvae.tools.embed CHECKPO
 labels; --plot draws a map of the means, coloured by them.
 """
 
+import logging
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +24,9 @@ from ..model import Batch
 from ..run import maps
 from ..run.checkpoint import load_model
 from .controls import Controls, Kind
-from .folder import Experiment, Tool, experiment, with_source
+from .folder import Experiment, Tool, experiment, files_of, with_source
+
+log = logging.getLogger(__name__)
 
 BATCH = 500  # examples encoded together
 MOST = 5000  # points on a map
@@ -64,10 +67,8 @@ def embed(config: Embedding, folder: Experiment) -> None:
     model, trained = load_model(config.model_path, folder.name, folder.build_model, device)
     batches: Iterator[tuple[Batch, list[str]]]  # each with the files of its examples
     if config.files:
-        files = [file for path in config.files for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
-        if not files:
-            raise UserError(f"no files in {', '.join(map(str, config.files))}")
-        n, batches = len(files), _read(files, given[0], controls[given[0]])
+        files = files_of(config.files)
+        n, batches = len(files), _read(files, config.files, given[0], controls[given[0]])
     else:
         data = folder.examples(config.split, config, trained["settings"])[: config.limit].to(device)
         n, batches = len(data), ((data.batch(rows)[0], []) for rows in consecutive_rows(data, BATCH))
@@ -103,11 +104,27 @@ def embed(config: Embedding, folder: Experiment) -> None:
     print(f"wrote {config.out}: mu and logvar of {about}, {n} x {model.n_latents}")
 
 
-def _read(files: Sequence[Path], name: str, kind: Kind) -> Iterator[tuple[Batch, list[str]]]:
-    """Yield the values of `BATCH` files at a time as a batch, with the file of each."""
+def _read(files: Sequence[Path], named: Collection[Path], name: str, kind: Kind) -> Iterator[tuple[Batch, list[str]]]:
+    """Yield the values of `BATCH` files at a time as a batch, with the file of each.
+
+    A file of a folder that can't be read is skipped and counted in a warning. Raises UserError for one of `named`.
+    """
+    skipped: list[str] = []
     for start in range(0, len(files), BATCH):
-        values = [(value.x, str(file)) for file in files[start : start + BATCH] for value in kind.read(file)]
-        yield {name: torch.cat([x for x, _ in values])}, [file for _, file in values]
+        values = []
+        for file in files[start : start + BATCH]:
+            try:
+                values += [(value.x, str(file)) for value in kind.read(file)]
+            except UserError as error:
+                if file in named:
+                    raise
+                skipped.append(str(error))
+        if values:
+            yield {name: torch.cat([x for x, _ in values])}, [file for _, file in values]
+    if len(skipped) == len(files):
+        raise UserError(f"no file to read in {', '.join(map(str, named))}: {(skipped or ['it is empty'])[0]}")
+    if skipped:
+        log.warning("skipped %d of %d files: %s", len(skipped), len(files), "; ".join(skipped[:3]))
 
 
 def colours_of(

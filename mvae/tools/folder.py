@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -13,11 +13,15 @@ from ..data.dataset import Data
 from ..errors import UsageError
 from ..files import check_writable
 from ..model import MVAE
+from ..run import checkpoint
 from ..run.device import Machine
+from ..run.resume import DIVERGED
 from .controls import Controls
 
 Build = Callable[[int], MVAE]  # from the number of latents
 Examples = Callable[[str, Any, Mapping[str, Any]], Data]  # from a split, a Config and the checkpoint's settings
+
+RUN_FILES = (checkpoint.LATEST, checkpoint.BEST, DIVERGED, "stats.jsonl", ".lock")
 
 T = TypeVar("T")
 
@@ -43,14 +47,26 @@ class Tool(Machine):
             if value is not None and value < least:
                 raise UsageError(f"{name} must be an integer >= {least}, got {value}")
 
-    def check_outputs(self, *outputs: Path | None, inputs: Iterable[Path] = ()) -> None:
-        """Raise UsageError if an output would overwrite another or an input, UserError if it can't be written."""
-        used = {os.path.realpath(path) for path in (self.model_path, *inputs)}
+    def check_outputs(self, *outputs: Path | None, inputs: Collection[Path] = ()) -> None:
+        """Raise UsageError if an output would overwrite another, an input, data, or a file of a run; UserError if it
+        can't be written. An input may be a folder, into which no output may go."""
+        used = {os.path.realpath(path) for path in (self.model_path, *inputs, *files_of(inputs))}
+        folders = {name: path for name, path in vars(self).items() if name.endswith("_dir") and path}
+        data = [] if "out_dir" in folders else [*map(os.path.realpath, folders.values())]  # its files have own names
         for path in filter(None, outputs):
-            if os.path.realpath(path) in used:
+            real = Path(os.path.realpath(path))
+            is_data = real.exists() and any(map(real.is_relative_to, data))
+            if is_data or used & {str(real), str(real.parent)}:
                 raise UsageError(f"{path} is also read or written: choose another output")
-            used.add(os.path.realpath(path))
+            if real.name in RUN_FILES or real.parent.name == "tensorboard":
+                raise UsageError(f"{path} is a file of a run: choose another output")
+            used.add(str(real))
             check_writable(path)
+
+
+def files_of(paths: Iterable[Path]) -> list[Path]:
+    """Return the paths, with each folder replaced by its entries in order."""
+    return [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
 
 
 def with_source(tool: type[T], source: type) -> type[T]:

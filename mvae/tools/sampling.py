@@ -16,11 +16,11 @@ from tqdm import tqdm
 from .. import experts
 from ..data.dataset import Data, random_example
 from ..errors import UsageError, UserError
-from ..files import check_writable, whole, write_atomically
+from ..files import whole, write_atomically
 from ..model import MVAE
 from ..run.checkpoint import load_model
 from ..run.grids import COLUMNS, VIEWABLE, as_bytes, png, sheet
-from .controls import Controls, Picture, Value, endpoint, parse
+from .controls import Controls, Picture, Value, endpoint, is_file, parse
 from .folder import Build, Examples, Tool
 
 BLOCK = 256  # samples decoded together
@@ -47,6 +47,13 @@ class Sampling(Tool):
         self.check_counts(1, "n_samples")
         if not 1e-30 <= self.temperature <= 1e30:
             raise UsageError(f"temperature must be > 0, got {self.temperature}")
+
+    def inputs(self) -> list[Path]:
+        """Return the files that the conditions name."""
+        words = [*(self.interpolate or ())]
+        for name, value in vars(self).items():
+            words += map(str, value or []) if name.startswith("condition_") else []
+        return [Path(word).expanduser() for one in words for word in {one, one.partition("=")[2]} if is_file(word)]
 
 
 class Row(NamedTuple):
@@ -165,11 +172,12 @@ def sample(
 
     save = config.save or ["grid"]
     drawn = {name: kind for name, kind in controls.items() if kind.size}
+    files = [path(f"{name}.{suffix}") for name in controls for suffix in ("txt", "npy", "png")]
+    config.check_outputs(*files, config.out_dir / "contact_sheet.png", path("given.json"), inputs=config.inputs())
     folders = {name: path(name) for name in drawn if "images" in save}
     for folder in folders.values():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists and isn't empty: choose another --out-dir")
-    check_writable(path("given.json"))
     total = len(rows) * n
     if "grid" in save and total * max((kind.size**2 for kind in drawn.values()), default=0) > VIEWABLE:
         raise UsageError(f"a grid of {total} samples is too large to view: use fewer --n-samples, or --save images")
