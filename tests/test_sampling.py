@@ -1,12 +1,16 @@
 """Sampling: values, conditions, noise, temperature and the ways to save."""
 
+import dataclasses
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
-from mvae import MVAE, Gaussian, UsageError, UserError
-from mvae.run import checkpoint
+from mvae import MVAE, Bernoulli, Categorical, Data, Gaussian, Likelihood, UsageError, UserError
+from mvae.run import checkpoint, grids, maps
 from mvae.run.grids import given_labels, reconstructions, sheet
+from mvae.run.reports import Reports
 from mvae.tools import controls, sampling
 from mvae.tools.controls import Attributes, Kind, Label, Picture, Value, Vector
 from mvae.tools.sampling import BLOCK, Row, Sampling
@@ -14,7 +18,9 @@ from mvae.tools.sampling import BLOCK, Row, Sampling
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from helpers import SmallEncoder, Trained, assert_ended, assert_refused, run_warm, small_data, small_model
@@ -214,6 +220,57 @@ def test_grids_skip_what_can_not_be_drawn(model: MVAE) -> None:
     assert set(given_labels(model, batch)) == {("attrs", "image"), ("label", "image")}
 
 
+def test_a_report_draws_what_it_can_and_warns_once_of_the_rest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = {"image": (1, 6, 6), "depth": (2, 6, 6), "last": (6, 6, 3)}
+    likelihoods: dict[str, Likelihood] = {
+        name: Bernoulli(torch.nn.Sequential(torch.nn.Linear(2, math.prod(shape)), torch.nn.Unflatten(1, shape)))
+        for name, shape in shapes.items()
+    }
+    likelihoods["count"] = Categorical(torch.nn.Linear(2, 100_001))
+    encoders = {name: SmallEncoder(math.prod(shapes.get(name, ()))) for name in likelihoods}
+    model = MVAE(encoders=encoders, likelihoods=likelihoods, n_latents=2)
+    tensors = {name: torch.rand(24, *shape) for name, shape in shapes.items()}
+    data = Data(tensors={**tensors, "count": torch.arange(24) * 4000})
+    names: list[str] = []
+
+    def figure(_: Any, __: Any, shown: list[str], ___: str) -> Figure:
+        names.extend(shown)
+        return Figure()
+
+    monkeypatch.setattr(maps, "figure", figure)
+
+    def report(*epochs: int) -> list[str]:
+        caplog.clear()
+        reports = Reports(model, tmp_path, [{"epoch": epoch} for epoch in range(1, epochs[0])])
+        for epoch in epochs:
+            reports.write({"epoch": epoch}, data)
+        reports.close()
+        return [record.message for record in caplog.records]
+
+    expected = "TensorBoard draws no depth, last: only floats (N, 1 or 3, height, width) are pictures"
+    assert report(1, 2) == [expected]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["images"]) == {"reconstruction/image", "given_count/image", "latents/image"}
+    assert len(names) == 2 * 24  # a name for each number that occurs
+    monkeypatch.setattr(grids, "is_picture", lambda _: 1 / 0)
+    assert report(3, 4) == ["TensorBoard lacks pictures of this run: division by zero"]
+
+
+def test_a_report_that_can_not_be_written_does_not_end_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    reports, data = Reports(small_model(), tmp_path, []), small_data(9, seed=0)
+    reports.write({"epoch": 1}, data)
+    shutil.rmtree(tmp_path / "tensorboard")
+    (tmp_path / "stats.jsonl").unlink()
+    (tmp_path / "stats.jsonl").mkdir()
+    for epoch in (2, 3):
+        reports.write({"epoch": epoch}, data)
+    reports.close()
+    assert caplog.messages == [f"can't write {tmp_path / 'stats.jsonl'}, which --resume completes: Is a directory"]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
 # sample.py
 
 
@@ -289,6 +346,20 @@ def test_own_digit_and_an_interpolation_are_conditions(trained: Trained, digits_
 def build_curves(n_latents: int) -> MVAE:
     decoder = Gaussian(torch.nn.Linear(n_latents, 5))
     return MVAE(encoders={"curve": SmallEncoder(5, n_latents)}, likelihoods={"curve": decoder}, n_latents=n_latents)
+
+
+def test_condition_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = {"settings": {}, "n_latents": 2, "model": small_model().state_dict()}
+    checkpoint.save(tmp_path / "model.pt", "small", content)
+    own = picture(tmp_path / "sample_image.png", 0, 255)
+    kind = dataclasses.make_dataclass("Config", [("condition_on_image", list[str])], bases=(Sampling,), kw_only=True)
+    build, examples = lambda _: small_model(), lambda *_: small_data(9, seed=0)
+    for words, ends in (([str(own)], None), ([], (f"image={own.name}", "label=cat"))):
+        config = kind(model_path=tmp_path / "model.pt", condition_on_image=words, interpolate=ends)
+        with pytest.raises(UsageError, match=r"sample_image\.png is also read"):
+            sampling.sample(config, "small", build, CONTROLS, examples, given={})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "sample_image.png"]
 
 
 def test_curves_are_conditions_and_are_written_as_text_and_pictures(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """What a run reports of its epochs: stats.jsonl, TensorBoard's scalars and pictures, and a line for each."""
 
+import contextlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +20,8 @@ from ..files import write_atomically
 from ..model import MVAE, evaluating
 from . import grids, maps
 
+log = logging.getLogger(__name__)
+
 Record = Mapping[str, Any]
 """An epoch: `epoch`, `beta`, `lr`, `seconds`, `examples_per_second`, and numbers named train/... and validation/...
 (see `mvae.objective.Totals.means`); null for a metric that isn't finite."""
@@ -31,8 +35,9 @@ class Reports:
         a line. Raises UserError if a file can't be written."""
         self.model, self.stats, self.folder = model, out_dir / "stats.jsonl", out_dir / "tensorboard"
         self.writer: SummaryWriter | None = None
+        self.warned: set[str] = set()  # of what can't be drawn
         lines = "".join(json.dumps(record) + "\n" for record in history)
-        if not self.stats.exists() or self.stats.read_text() != lines:
+        if not self.stats.exists() or self.stats.read_bytes() != lines.encode():
             write_atomically(self.stats, lines.encode())
         if not self.folder.exists():
             for record in history:
@@ -41,48 +46,73 @@ class Reports:
     def close(self) -> None:
         """Write out what TensorBoard still holds back."""
         if self.writer:
-            self.writer.close()
+            with contextlib.suppress(OSError):  # which `write` has warned of
+                self.writer.close()
 
     def write(self, record: Record, validation: Data) -> None:
-        """Report an epoch, with reconstructions of `validation` by the model. Raises UserError if that fails."""
+        """Report an epoch, with reconstructions of `validation` by the model.
+
+        What fails is warned of, as it must not end the run. Raises UserError if TensorBoard's folder can't be written.
+        """
         try:
             with open(self.stats, "a") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise UserError(f"can't write {self.stats}: {error.strerror or error}") from None
+            self._warn(f"can't write {self.stats}, which --resume completes", error.strerror)
         self._write_tensorboard(record, validation)
 
     def _write_tensorboard(self, record: Record, validation: Data | None) -> None:
         epoch = record["epoch"]
         try:
+            if not self.folder.exists():  # it was removed during the run
+                self.writer = None
             self.writer = self.writer or SummaryWriter(str(self.folder), purge_step=epoch)
             for name, value in record.items():
                 if isinstance(value, float):
                     self.writer.add_scalar(name, value, epoch)
-            if validation is not None:
-                torch.manual_seed(0)
-                some, present = validation.batch(torch.arange(min(8, len(validation)), device=validation.device))
-                if present is None:
-                    for name, grid in grids.reconstructions(self.model, some).items():
-                        self.writer.add_image(f"reconstruction/{name}", grid, epoch)
-                    self._write_latents(validation, epoch)
+            if validation is not None and validation.present is None:
+                try:
+                    self._write_pictures(validation, epoch)
+                except OSError:
+                    raise
+                except Exception as error:  # of networks that compute a loss, but fail here
+                    self._warn("TensorBoard lacks pictures of this run", error)
             self.writer.flush()
         except OSError as error:
-            raise UserError(f"can't write {self.folder}: {error.strerror or error}") from None
+            if not self.writer:
+                raise UserError(f"can't write {self.folder}: {error.strerror or error}") from None
+            self._warn(f"can't write {self.folder}", error.strerror or error)
 
-    def _write_latents(self, validation: Data, epoch: int) -> None:
-        """Write pictures conditioned on each label, and a map of the latents given the first modality."""
+    def _warn(self, what: str, why: object) -> None:
+        if what not in self.warned:
+            log.warning("%s: %s", what, why)
+        self.warned.add(what)
+
+    def _write_pictures(self, validation: Data, epoch: int) -> None:
+        """Write reconstructions, pictures conditioned on each label, and a map of the latents given the first modality.
+
+        A map has as many examples as 2^26 values hold, at most 500.
+        """
         assert self.writer
         model = self.model
-        some, _ = validation.batch(torch.arange(min(500, len(validation)), device=validation.device))
+        torch.manual_seed(0)
+        some, _ = validation.batch(torch.arange(min(8, len(validation)), device=validation.device))
+        if skipped := [name for name, x in some.items() if x.dim() > 2 and not grids.is_picture(x)]:
+            self._warn(
+                f"TensorBoard draws no {', '.join(skipped)}", "only floats (N, 1 or 3, height, width) are pictures"
+            )
+        for name, grid in grids.reconstructions(model, some).items():
+            self.writer.add_image(f"reconstruction/{name}", grid, epoch)
+        most = max(8, min(500, 2**26 // sum(x[0].numel() for x in some.values())))
+        some, _ = validation.batch(torch.arange(min(most, len(validation)), device=validation.device))
         for (label, name), grid in grids.given_labels(model, some).items():
             self.writer.add_image(f"given_{label}/{name}", grid, epoch)
         first = model.modalities[0]
         with torch.no_grad(), evaluating(model):
             mu, _ = model.fused({first: some[first]})
-        classes = [name for name, x in some.items() if x.dim() == 1 and not x.is_floating_point()]
-        of = some[classes[0]].cpu() if classes else torch.zeros(len(mu), dtype=torch.long)
-        names = [str(value) for value in range(int(of.max()) + 1)] if classes else []
+        classes = [x for x in some.values() if x.dim() == 1 and not x.is_floating_point()]
+        values, of = (classes[0] if classes else torch.zeros(len(mu))).cpu().unique(return_inverse=True)
+        names = [str(value) for value in values.tolist()] if classes else []
         figure = maps.figure(maps.pca(mu.cpu().double().numpy()), of.tolist(), names, f"q(z | {first}), epoch {epoch}")
         self.writer.add_figure(f"latents/{first}", figure, epoch)
 
