@@ -5,13 +5,16 @@ requirements-explore.txt. The page is served to this machine only, unless --host
 """
 
 import base64
+import ipaddress
 import logging
 import re
+import socket
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -19,7 +22,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .. import cli
-from ..data.pictures import picture
+from ..data.pictures import fault, picture
 from ..errors import UsageError, UserError
 from ..model import MVAE
 from ..run.checkpoint import load_model
@@ -33,17 +36,22 @@ from .sampling import Row, draw
 try:
     from dash import Dash, Input, Output, ctx, dcc, html, no_update
     from dash.exceptions import PreventUpdate
+    from flask import abort, request
+    from werkzeug.exceptions import HTTPException
     from werkzeug.serving import make_server
 except ImportError:  # reported by main
     Dash = None  # type: ignore[assignment, misc]
 
+log = logging.getLogger(__name__)
+
 # Safety: uploads are bounded in size, decoded as pictures and nothing else, and kept in the page. Nothing is written to
 # disk, no file that a visitor names is read, and the page loads nothing from other servers.
 UPLOAD = 8 * 2**20  # bytes of a file; a request may have one and a half times as many, since base64 is longer
-LOCAL = ["127.0.0.1", "localhost"]
+POINTS = 20_000  # of a drawing
 
 N_SLIDERS = 8
 BOARD = 280  # pixels, the drawing board's side
+NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 
 STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 12px 16px; color: #222; background: #f6f6f4; }
@@ -78,12 +86,40 @@ def explore(config: Exploring, folder: Experiment) -> None:
     """Serve the page until interrupted. Raises UserError if the model can't be loaded."""
     model, trained = load_model(config.model_path, folder.name, folder.build_model, config.device())
     app = page(model, folder.controls, f"{folder.name}, epoch {trained.get('epoch', '?')}")
-    if config.host in LOCAL:  # a request that names this address differently is another site's
-        app.server.config["TRUSTED_HOSTS"] = LOCAL
+    try:
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
+    except (OSError, ValueError) as error:  # an unknown or invalid name
+        raise UserError(f"can't serve at {config.host}: {getattr(error, 'strerror', None) or error}") from None
+    address = min((str(info[4][0]) for info in found), key=lambda one: ":" in one)  # IPv4 if there is one
+    if is_loopback(address):
+        _refuse_other_names(app, config.host)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # below that it logs every request
-    server = make_server(config.host, config.port, app.server, threaded=True)  # exits if it can't have the port
-    print(f"open http://{config.host}:{server.port}/ in a browser; Ctrl-C ends it", flush=True)
+    server = make_server(address, config.port, app.server, threaded=True)  # exits if it can't have the port
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    print(f"open http://{host}:{server.port}/ in a browser; Ctrl-C ends it", flush=True)
     server.serve_forever()
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether this is an address of the machine itself; False for a name."""
+    try:
+        found = ipaddress.ip_address(address)
+        return (getattr(found, "ipv4_mapped", None) or found).is_loopback
+    except ValueError:
+        return False
+
+
+def _refuse_other_names(app: Dash, host: str) -> None:
+    """Refuse requests to names but `host`, localhost and loopback addresses: another site's name may lead here."""
+
+    @app.server.before_request
+    def _check() -> None:
+        try:
+            name = urlsplit(f"//{request.headers.get('Host', '')}").hostname or ""
+        except ValueError:
+            name = ""
+        if name not in (host.lower(), "localhost") and not is_loopback(name):
+            abort(400)
 
 
 def page(model: MVAE, controls: Controls, title: str) -> Dash:
@@ -109,20 +145,29 @@ def page(model: MVAE, controls: Controls, title: str) -> Dash:
         "temperature": Input("temperature", "value"),
     }
 
+    @app.server.errorhandler(Exception)
+    def _refuse(error: Exception) -> Any:
+        """Answer a malformed request, for which Dash and the callbacks raise errors of many kinds."""
+        if isinstance(error, HTTPException):
+            return error
+        log.warning("a request failed: %.200a", error)
+        return f"{error!a:.200}", 400
+
     @app.callback(output=Output("found", "children"), inputs=inputs)
     def _update(values: dict[str, Any], shifts: dict[str, float], seed: int | None, temperature: float) -> list[Any]:
         batch: dict[str, Tensor] = {}
         try:
+            seed = int(number(seed or 0, 0, 2**63 - 1))
+            temperature = max(number(temperature, 0, 2), 1e-3)
+            added = [number(shifts.get(str(latent), 0), -3, 3) for latent in range(model.n_latents)]
             for name, kind in controls.items():
                 batch |= given(name, kind, values[name])
         except (UsageError, ValueError) as error:
             return [html.Section(str(error), className="wrong")]
         batch = {name: batch[name].to(device) for name in model.modalities if name in batch}
-        seed, temperature = abs(int(seed or 0)), max(float(temperature), 1e-3)
         with lock, torch.no_grad():
             mu, logvar = model.posterior(batch)
-            shift = mu.new_tensor([float(shifts.get(str(latent), 0)) for latent in range(model.n_latents)])
-            row = Row("", batch, mu + shift, logvar)
+            row = Row("", batch, mu + mu.new_tensor(added), logvar)
             samples = draw(model, controls, [row], COLUMNS, seed, temperature)
             means = draw(model, texts, [row._replace(mu=mu)], N_DRAWS, seed)
             parts = [_samples(samples, controls), _expected(means, controls)]
@@ -164,6 +209,13 @@ def widget(name: str, kind: Kind) -> tuple[list[Any], Any]:
         dcc.Input(id=value, type="text", placeholder=name, debounce=True, value=""),
     ]
     return parts, {"given": Input(f"{name}-given", "value"), "text": Input(value, "value")}
+
+
+def number(value: Any, low: float, high: float) -> float:
+    """Return a number that a widget has sent. Raises ValueError for anything else."""
+    if not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"expected a number from {low} to {high}, got {value!r:.40}")
+    return value
 
 
 def given(name: str, kind: Kind, value: Any) -> dict[str, Tensor]:
@@ -243,11 +295,15 @@ def _board(kind: Picture) -> dict[str, Any]:
 
 def rasterised(shapes: list[dict[str, Any]], kind: Picture) -> Tensor:
     """Draw the board's lines as (1, 1, size, size) in [0, 1]. Raises ValueError for other shapes."""
+    paths = [shape["path"] for shape in shapes]
+    points = [[float(found) for found in re.findall(NUMBER, path)] for path in paths]
+    if sum(map(len, points)) + len(points) > 2 * POINTS or not all(abs(x) < 1e5 for path in points for x in path):
+        raise ValueError(f"a drawing must have at most {POINTS} points, near the board")
     scale = 8  # drawn larger and then reduced, for soft edges
     image = Image.new("L", (kind.size * scale, kind.size * scale))
     pen, width = ImageDraw.Draw(image), kind.pen * scale
-    for shape in shapes:
-        numbers = [float(number) * image.width / BOARD for number in re.findall(r"-?[\d.]+", shape.get("path", ""))]
+    for path in points:
+        numbers = [x * image.width / BOARD for x in path]
         line = list(zip(numbers[::2], numbers[1::2], strict=False))
         pen.line(line, fill=255, width=round(width), joint="curve")
         for x, y in line[:1] + line[-1:]:
@@ -260,9 +316,8 @@ def decoded(url: str, kind: Picture) -> Tensor:
     """Decode the picture in a data URL, (1, channels, size, size) in [0, 1]. Raises ValueError if there isn't one."""
     try:
         return picture(base64.b64decode(url.partition(",")[2], validate=True), kind.mode, kind.size)
-    except Exception as error:  # PIL raises errors of many kinds for a damaged file
-        reason = f" ({error})" if type(error) is ValueError else ""
-        raise ValueError(f"not a picture, or damaged{reason}") from None
+    except Exception as error:
+        raise ValueError(f"the file is {fault(error)}") from None
 
 
 def _url(content: bytes) -> str:
