@@ -4,12 +4,13 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from multimnist import datasets
 from multimnist import model as networks
 from multimnist.datasets import Recipe
-from mvae import cli
+from mvae import Data, cli
 from mvae.errors import UsageError, UserError
 from mvae.run import checkpoint
 from synthetic.digits import digits as synthetic_digits
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import assert_ended, assert_refused, assert_same_run, run_warm, stats
+from helpers import assert_ended, assert_refused, assert_same_run, run_warm, script, stats
 
 SMALL: dict[str, Any] = {"train": 300, "test": 50}
 Digits = tuple[np.ndarray, np.ndarray]  # pictures and labels
@@ -357,3 +358,19 @@ def test_loglike_reports_both_accuracies(trained: Path) -> None:
     for kind, expected in (("whole strings", [text == other for text, other in pairs]), ("per digit", right)):
         accuracy = found["measures"][f"accuracy of the text read off the image, {kind}"]["mean"]
         assert accuracy == pytest.approx(np.mean(expected))
+
+
+def test_a_string_is_right_if_all_its_digits_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, read = (
+        torch.stack([datasets.encode(text) for text in some]) for some in (["12", "12", ""], ["12", "13", ""])
+    )
+    found: dict[str, torch.Tensor] = {}
+    every = SimpleNamespace(rows=lambda data: range(len(data)))
+    with script("multimnist/loglike.py") as loglike:
+        monkeypatch.setattr(loglike, "load", lambda *_: (every, None, Data(tensors={"text": texts}), None))
+        monkeypatch.setattr(loglike, "estimate", lambda *_: None)
+        monkeypatch.setattr(loglike, "read_texts", lambda *_: read)
+        monkeypatch.setattr(loglike, "report", lambda _, measures, *others: found.update(measures))
+        loglike.main()
+    whole, digits = found.values()
+    assert (whole.tolist(), digits.tolist()) == ([1, 0, 1], [1, 1, 1, 0])
