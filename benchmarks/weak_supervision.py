@@ -26,7 +26,7 @@ from mvae.data.dataset import consecutive_rows
 from mvae.data.supervision import neighbour_graph, regressed, share_pairs, spread
 from mvae.run import metrics
 from mvae.run.checkpoint import BEST, LATEST
-from mvae.run.evaluate import mean_and_error
+from mvae.run.evaluate import mean_and_error, shown
 
 import torch
 from sklearn.decomposition import PCA
@@ -287,7 +287,7 @@ def run(task: Task, method: Method, path: Path) -> None:
         "measures": {name: as_json(values) for name, values in found.items()},
     }
     write(path, content)
-    said = ", ".join(f"{name} {100 * mean:.2f} ± {100 * error:.2f} %" for name, (mean, error) in found.items())
+    said = ", ".join(f"{name} {shown(100 * mean, error and 100 * error, 2)} %" for name, (mean, error) in found.items())
     print(f"{path.stem}: {said}", flush=True)
 
 
