@@ -13,13 +13,9 @@ from filelock import FileLock, Timeout
 
 from .errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 log = logging.getLogger(__name__)
 
+WRITING: set[str] = set()  # this process's temporary files, which it has locked against others
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, 524}
 """The errors of disks without locks; 524 is Linux's own ENOTSUPP, which some network disks return."""
 
@@ -47,13 +43,15 @@ def whole(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())
-                if not fcntl:
+                if os.name == "nt":
                     file.close()  # Windows doesn't rename an open file
                 os.replace(file.name, target)
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(file.name)
                 raise
+            finally:
+                WRITING.discard(file.name)
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from None
 
@@ -65,12 +63,13 @@ def _temporary(target: Path) -> IO[bytes]:
     """
     path = f"{target}.partial"
     with contextlib.suppress(OSError):
-        if fcntl:
+        if hasattr(os, "lockf") and path not in WRITING:
             file = open(path, "r+b", opener=_create)  # noqa: SIM115 (`whole` closes it)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.lockf(file.fileno(), os.F_TLOCK, 0)
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # otherwise it was renamed meanwhile
                     file.truncate()
+                    WRITING.add(path)
                     return file
             except OSError as error:
                 if error.errno in NO_LOCKS:

@@ -36,8 +36,7 @@ from .sampling import Row, draw
 try:
     from dash import Dash, Input, Output, ctx, dcc, html, no_update
     from dash.exceptions import PreventUpdate
-    from flask import abort, request
-    from werkzeug.exceptions import HTTPException
+    from werkzeug.exceptions import BadRequest, HTTPException
     from werkzeug.serving import make_server
 except ImportError:  # reported by main
     Dash = None  # type: ignore[assignment, misc]
@@ -92,7 +91,7 @@ def explore(config: Exploring, folder: Experiment) -> None:
         raise UserError(f"can't serve at {config.host}: {getattr(error, 'strerror', None) or error}") from None
     address = min((str(info[4][0]) for info in found), key=lambda one: ":" in one)  # IPv4 if there is one
     if is_loopback(address):
-        _refuse_other_names(app, config.host)
+        app.server.wsgi_app = _own_names_only(app.server.wsgi_app, config.host)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # below that it logs every request
     server = make_server(address, config.port, app.server, threaded=True)  # exits if it can't have the port
     host = f"[{config.host}]" if ":" in config.host else config.host
@@ -109,17 +108,18 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-def _refuse_other_names(app: Dash, host: str) -> None:
+def _own_names_only(application: Any, host: str) -> Any:
     """Refuse requests to names but `host`, localhost and loopback addresses: another site's name may lead here."""
 
-    @app.server.before_request
-    def _check() -> None:
+    def checked(environ: dict[str, Any], start_response: Any) -> Any:
         try:
-            name = urlsplit(f"//{request.headers.get('Host', '')}").hostname or ""
+            name = urlsplit(f"//{environ.get('HTTP_HOST', '')}").hostname or ""
         except ValueError:
             name = ""
-        if name not in (host.lower(), "localhost") and not is_loopback(name):
-            abort(400)
+        right = name in (host.lower(), "localhost") or is_loopback(name)
+        return (application if right else BadRequest())(environ, start_response)
+
+    return checked
 
 
 def page(model: MVAE, controls: Controls, title: str) -> Dash:
