@@ -101,7 +101,7 @@ def estimate_and_predict(
                 for name, mean in model.mean(z, predicted).items():
                     sums[name].append(mean.sum(dim=0))
             log_q = experts.log_standard_normal(eps) - 0.5 * logvar[rows].sum(dim=-1)
-            ratio = experts.log_standard_normal(z) - log_q
+            ratio = model.log_prior(z) - log_q
             log_probs = dict(zip(model.modalities, log_prob.unbind(dim=1), strict=True))
             for target in targets:
                 weights[target].append(sum((log_probs[name] for name in target), start=ratio))

@@ -6,6 +6,7 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from . import experts
 from .errors import UsageError, is_out_of_memory
@@ -26,6 +27,9 @@ class MVAE(nn.Module):
         likelihoods: by the same names, p(x | z); see `mvae.likelihoods`.
         n_latents: size of z.
         fuse: from the experts to one Gaussian; see `mvae.experts.product` for the shapes.
+
+    prior: p(z) of draws and estimates, a distribution over (latents,), such as one of `mvae.tools.prior`; None for
+        N(0, I), which is always that of training and of q(z | X).
 
     Raises UsageError if the names differ, or a value is of the wrong type.
     """
@@ -51,6 +55,7 @@ class MVAE(nn.Module):
         self.modalities = tuple(encoders)
         self.n_latents = n_latents
         self.fuse = fuse
+        self.prior: Distribution | None = None
         try:
             self.encoders = nn.ModuleDict(encoders)
             self.decoders = nn.ModuleDict({name: likelihoods[name] for name in self.modalities})
@@ -131,14 +136,20 @@ class MVAE(nn.Module):
     def draw(self, given: Batch, n: int, device: torch.device, temperature: float = 1.0) -> Tensor:
         """Draw n values of z, (n, latents), conditioned on one example of some modalities; on none: from the prior.
 
-        temperature: multiplies the variance of z.
+        temperature: multiplies the variance of z, but not that of another prior than N(0, I).
         """
+        if not given and self.prior is not None:
+            return self.prior.sample((n,))
         mu, logvar = self.posterior(given)
         if n < 1 or len(mu) != 1 or temperature <= 0:
             got = f"n = {n}, {len(mu)} examples, temperature {temperature}"
             raise UsageError(f"draw needs n >= 1, one example of what is given, and a temperature > 0, got {got}")
         noise = torch.randn(n, self.n_latents, device=device, dtype=mu.dtype)
         return experts.draw(mu, logvar, noise, temperature)
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """Return log p(z) in nats of z (..., latents)."""
+        return experts.log_standard_normal(z) if self.prior is None else self.prior.log_prob(z)
 
     def mean(self, z: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """Return E[x | z], or a label's probabilities, of the modalities named, each (..., batch, *event)."""

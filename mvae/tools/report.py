@@ -30,7 +30,8 @@ from ..run.device import resolve
 from ..run.distributed import Processes, is_first
 from ..run.evaluate import Evaluation, Quantity, evaluate, listed, mean_and_error, shown
 from ..run.signals import end_by_signals
-from .folder import Build, Examples, Tool, with_source
+from .folder import Build, Examples, with_source
+from .prior import WithPrior
 
 STARTED = time.perf_counter()
 
@@ -38,7 +39,7 @@ COLUMNS = ("quantity", "proposal")
 
 
 @dataclass(kw_only=True)
-class Loglike(Tool):
+class Loglike(WithPrior):
     """The flags of every loglike.py. Under torchrun the processes share the examples."""
 
     # Estimates
@@ -80,6 +81,7 @@ def load(
     origin()  # the commit that the run began with
     device = config.device()
     model, trained = load_model(config.model_path, experiment, build, device)
+    config.load_prior(model)
     return config, model, examples(config.split, config, trained["settings"]).to(device), trained
 
 
@@ -90,7 +92,15 @@ def estimate(
     quantities: Mapping[Quantity, Sequence[Modalities]],
     predictions: Mapping[str, Modalities] | None = None,
 ) -> Evaluation:
-    """Estimate the quantities, each with its proposals, and predict modalities; see `mvae.run.evaluate.evaluate`."""
+    """Estimate the quantities, each with its proposals, and predict modalities; see `mvae.run.evaluate.evaluate`.
+
+    N(0, I) is a poor proposal under a fitted prior. There q(z | target) or q(z | given) takes its place.
+    """
+    if config.prior == "fitted":
+        quantities = {
+            which._replace(given_proposal=which.given_proposal or which.given): [some for some in proposals if some]
+            for which, proposals in quantities.items()
+        }
     config.precision = resolve(config.precision, data.device)  # recorded by `report`
     processes = Processes.join(data.device)
     with processes.together():
@@ -128,6 +138,7 @@ def report(found: Evaluation, measures: Mapping[str, Tensor], config: Loglike, t
             "offset": config.offset,
             "n_examples": n,
             "n_samples": config.n_samples,
+            "prior": config.prior,
             "seed": config.seed,
             "device": "cuda" if config.cuda and torch.cuda.is_available() else "cpu",
             "precision": config.precision,
@@ -142,7 +153,7 @@ def report(found: Evaluation, measures: Mapping[str, Tensor], config: Loglike, t
         write_atomically(config.json, (json.dumps(content, indent=2) + "\n").encode())
     if config.per_example:
         write_per_example(found, config.per_example)
-    head = f"{config.split.capitalize()} log-likelihood"
+    head = f"{config.split.capitalize()} log-likelihood" + " under the fitted prior" * (config.prior == "fitted")
     own = _print(rows, n, head, f", {config.n_samples} importance samples")
     for name, other in others.items():
         text = f"{name}: {shown(other['mean'], other['standard_error'], 4)}"

@@ -21,7 +21,8 @@ from ..model import MVAE
 from ..run.checkpoint import load_model
 from ..run.grids import COLUMNS, VIEWABLE, as_bytes, png, sheet
 from .controls import Controls, Picture, Value, endpoint, is_file, parse
-from .folder import Build, Examples, Tool
+from .folder import Build, Examples
+from .prior import WithPrior, draw_given
 
 BLOCK = 256  # samples decoded together
 STEPS = 8  # rows of an interpolation, including its two ends
@@ -29,7 +30,7 @@ SHEET_ROWS = 8  # of the contact sheet
 
 
 @dataclass(kw_only=True)
-class Sampling(Tool):
+class Sampling(WithPrior):
     """The flags of every sample.py. An experiment adds condition_on_NAME for its controls."""
 
     # Samples
@@ -47,6 +48,8 @@ class Sampling(Tool):
         self.check_counts(1, "n_samples")
         if not 1e-30 <= self.temperature <= 1e30:
             raise UsageError(f"temperature must be > 0, got {self.temperature}")
+        if self.prior == "fitted" and (self.interpolate or self.temperature != 1):
+            raise UsageError("prior fitted has no temperature and no interpolation: omit these flags")
 
     def inputs(self) -> list[Path]:
         """Return the files that the conditions name."""
@@ -124,14 +127,18 @@ def draw(
     """Draw n samples of each row, and return all by control on the CPU, row after row. All rows have the same noise.
 
     Every distribution that is drawn from is raised to the power 1 / temperature. `draw_x` draws from p(x | z) instead
-    of taking its mean.
+    of taking its mean. Under a fitted prior, rows that aren't given a picture are drawn from it.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in controls}
+    drawn = {one for name, kind in controls.items() if kind.size for one in kind.modalities(name)}
     for row in rows:
         torch.manual_seed(seed)
-        noise = torch.randn(n, model.n_latents, generator=torch.Generator().manual_seed(seed))
-        for some in tqdm(noise.split(BLOCK), leave=False, delay=1, disable=None):
-            z = experts.draw(row.mu, row.logvar, some.to(row.mu.device), temperature)
+        if model.prior is None or drawn & row.given.keys():
+            noise = torch.randn(n, model.n_latents, generator=torch.Generator().manual_seed(seed))
+            latents = experts.draw(row.mu, row.logvar, noise.to(row.mu.device), temperature)
+        else:
+            latents = draw_given(model, row.given, n)
+        for z in tqdm(latents.split(BLOCK), leave=False, delay=1, disable=None):
             for name, kind in controls.items():
                 names = kind.modalities(name)
                 draws = {one: model.likelihood(one).sample(z, temperature) for one in names} if draw_x else {}
@@ -162,6 +169,7 @@ def sample(
     given = {name: values for name, values in given.items() if values}
     ends = [endpoint(controls, words) for words in config.interpolate or ()]
     model, trained = load_model(config.model_path, experiment, build, config.device())
+    config.load_prior(model)
     torch.manual_seed(config.seed)
     held_out = functools.cache(lambda: examples("validation", config, trained["settings"]))
     rows = conditions(model, controls, given, ends, held_out)
@@ -185,6 +193,7 @@ def sample(
     about = {
         "experiment": experiment,
         "epoch": trained.get("epoch"),
+        "prior": config.prior,
         "seed": config.seed,
         "temperature": config.temperature,
         "drawn": config.draw,
