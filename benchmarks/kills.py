@@ -61,7 +61,7 @@ def start(n_processes: int, folder: Path, flags: list[str]) -> None:
         return train(folder, flags)
     os.dup2(os.open(folder / "torchrun", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     config = LaunchConfig(1, 1, n_processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=folder.name)
-    config.max_restarts, config.start_method = 0, "fork"
+    config.max_restarts, config.start_method, config.monitor_interval = 0, "fork", 0.02
     elastic_launch(config, train)(folder, flags)
 
 
@@ -109,7 +109,9 @@ def life(kind: str, folder: Path, rng: np.random.Generator | None = None, span: 
                 os.kill(pid, number)
         found["SIGKILL" if number == signal.SIGKILL else "stop signals"] += 1
         status += [-number, 128 + number]
-        process.join(timeout=120)
+        process.join(timeout=40)
+        if n_processes > 1:  # with forked processes, torchrun waits forever if one is killed after its script has ended
+            process.kill()
     ends = time.monotonic() + 60
     while (left := members(process.pid)) and time.monotonic() < ends:
         time.sleep(0.05)
@@ -180,7 +182,8 @@ def main() -> None:
             number = kinds[kind].get("runs", 0)
             (folder := root / f"{kind} {number}").mkdir()
             rng = np.random.default_rng([config.seed, list(KINDS).index(kind), number])
-            kinds[kind] = dict(Counter(kinds[kind]) + case(kind, folder, root / kind, spans[kind], rng))
+            total = Counter(kinds[kind]) + case(kind, folder, root / kind, spans[kind], rng)
+            kinds[kind] = {name: int(n) for name, n in total.items()}
             write(config.json, {**about(), "seed": config.seed, "kinds": kinds})
     print("", *["", *COUNTS], "", sep=" | ")
     print("", *["---"] * (1 + len(COUNTS)), "", sep=" | ")
