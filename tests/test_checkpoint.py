@@ -102,7 +102,9 @@ def test_digest_tells_shapes_types_and_names_apart() -> None:
 
 def test_missing_file_folder_and_other_experiment_are_refused(saved: Path) -> None:
     assert "no checkpoint" in refusal(saved.with_name("absent"))
-    assert "can't read" in refusal(saved.parent)
+    os.mkfifo(saved.with_name("pipe"))
+    for path in (saved.parent, saved.with_name("pipe")):
+        assert f"can't read {path}: not a regular file" in refusal(path)
     assert "is a checkpoint of 'small', not of 'celeba'" in refusal(saved, "celeba")
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import write_atomically
+from ..files import check_readable, write_atomically
 from ..model import MVAE
 
 LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
@@ -50,6 +50,8 @@ def load(path: Path | str, experiment: str) -> dict[str, Any]:
     it is run), or belongs to another program or experiment.
     """
     path = Path(path)
+    if path.exists():
+        check_readable(path)
     try:
         size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
