@@ -132,11 +132,11 @@ def test_the_temperature_multiplies_the_variance_of_z() -> None:
 
     def left(images: Tensor) -> Tensor:
         seen.append(images)
-        return images[:, :1] > 0
+        return images[:, 0] > 0
 
     for temperature in (1.0, 0.25):
         torch.manual_seed(0)
-        coherence(model_of_two_attributes(), left, torch.ones(1, 1), n=50, given=("left",), temperature=temperature)
+        coherence(model_of_two_attributes(), left, torch.ones(1), n=50, given=("left",), temperature=temperature)
     torch.testing.assert_close(seen[1][:, 1], seen[0][:, 1] / 2)  # the right is as in the prior
 
 

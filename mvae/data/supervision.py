@@ -39,9 +39,10 @@ def share_pairs(
 ) -> tuple[Data, Data]:
     """Let only `paired` examples keep all modalities, in proportion of training and validation data.
 
-    So nothing that is counted or chosen knows more labels; validation has at most a fifth of them. They are spread
-    evenly over the classes if a modality is a class. paired: a number of examples, or a float, a fraction of them;
-    None: all. Others: see `keep_pairs`.
+    So nothing that is counted or chosen knows more labels. Validation has at most a fifth of them, unless training is
+    too small for the others. They are spread evenly over the classes if a modality is a class.
+
+    paired: a number of examples, or a float, a fraction of them; None: all. Others: see `keep_pairs`.
 
     Raises UsageError for fewer than two, or more than there are.
     """
@@ -51,7 +52,7 @@ def share_pairs(
     n = paired if isinstance(paired, int) else round(total * paired)
     if not 2 <= n <= total:
         raise UsageError(f"complete examples must be from 2 to {total} (training and validation data), got {n}")
-    held_out = max(1, min(round(n * len(validation) / total), n // 5))
+    held_out = max(1, min(round(n * len(validation) / total), max(n // 5, n - len(train) // 2)))
     log.info("complete examples: %d for training, %d for validation", n - held_out, held_out)
     parts = []
     for data, pairs, offset in ((train, n - held_out, 0), (validation, held_out, 1)):
