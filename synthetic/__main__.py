@@ -8,9 +8,11 @@ Results on synthetic data show that the code runs and learns; they can't be comp
 same seed gives the same bytes, for one version of NumPy and OpenCV.
 """
 
+import glob
 import gzip
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -126,6 +128,8 @@ def write_faces(folder: Path, counts: Sequence[int], seed: int) -> None:
     if os.path.lexists(folder):
         raise UserError(f"{folder} exists already: choose another folder, or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f"{glob.escape(folder.name)}.*.partial"):  # by a process that was killed
+        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.", suffix=".partial") as name:
         whole = Path(name, folder.name)
         for part in ("img_align_celeba", "Anno", "Eval"):

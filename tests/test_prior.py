@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mnist.datasets import CONTROLS
 from mnist.model import build_model
-from mvae import UserError, load_model, log_likelihood
+from mvae import Data, UserError, load_model, log_likelihood
 from mvae.run import checkpoint
 from mvae.tools import prior
 
@@ -62,6 +63,13 @@ def test_a_mixture_has_components_of_each_class() -> None:
     expected = GaussianMixture(2, reg_covar=prior.COVARIANCE, random_state=0).fit(z.double().numpy()).score_samples(z)
     log_p = prior.distribution(one, torch.device("cpu")).log_prob(z)
     np.testing.assert_allclose(log_p.numpy(), expected, atol=1e-3)
+
+
+def test_labels_that_some_examples_lack_make_no_classes() -> None:
+    data = Data(tensors={"text": torch.arange(4)})
+    assert prior.classes(CONTROLS, data).tolist() == [0, 1, 2, 3]
+    few = Data(tensors=data.tensors, present={"text": torch.arange(4) < 1})
+    assert prior.classes(CONTROLS, few).tolist() == [0, 0, 0, 0]
 
 
 def test_draws_given_a_value_are_from_the_posterior_of_the_prior() -> None:

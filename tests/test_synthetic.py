@@ -247,3 +247,9 @@ def test_interrupted_faces_leave_no_folder(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError, match="no space left"):
         main(["faces", str(tmp_path), "--train", "4"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "faces.abc.partial" / "Anno").mkdir(parents=True)
+    synthetic.write_faces(tmp_path / "faces", (1, 1, 1), seed=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["faces"]

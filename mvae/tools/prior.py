@@ -71,12 +71,12 @@ def draws(model: MVAE, data: Data) -> Tensor:
 
 
 def classes(controls: Controls, data: Data) -> Tensor:
-    """Return each example's class, (n,): of the first label, -1 where an example lacks it; zeros if there is none."""
+    """Return each example's class, (n,), of the first label; zeros if there is none, or if examples lack it: a class
+    with few labels would get too few examples."""
     name = next((name for name, kind in controls.items() if isinstance(kind, Label)), None)
-    if name is None:
+    if name is None or name in (data.present or {}):
         return torch.zeros(len(data), dtype=torch.long)
-    here = (data.present or {}).get(name, torch.ones(len(data), dtype=torch.bool))
-    return torch.where(here.cpu(), data.tensors[name].cpu().long(), -1)
+    return data.tensors[name].cpu().long()
 
 
 def fit(z: Tensor, of: Tensor, components: int, seed: int) -> dict[str, np.ndarray]:
@@ -148,7 +148,6 @@ def main() -> None:
     train = train[: config.limit]
     z, held_out = draws(model, train.to(device)), draws(model, validation.to(device))
     of = classes(folder.controls, train)
-    z, of = z[of >= 0], of[of >= 0]
     scored = {}
     for n in [config.components] if config.components else CHOICES[len(of.unique()) > 1]:
         mixture = fit(z, of, n, config.seed)
