@@ -64,6 +64,10 @@ def spread(values: Sequence[float], digits: str = ".2f") -> str:
     return f"{middle:{digits}} ({low:{digits}} to {high:{digits}})"
 
 
+def as_json(mean_and_standard_error: tuple[float, float | None]) -> dict[str, Any]:
+    return dict(zip(["mean", "standard_error"], mean_and_standard_error, strict=True))
+
+
 def about() -> dict[str, Any]:
     """Return the command, the commit and the machine, with which every file of results begins."""
     return {**origin(), "processor": f"{_processor()}, {os.cpu_count()} cores", "torch": torch.__version__}

@@ -6,7 +6,8 @@
 A run that was interrupted is continued, and one whose results exist is skipped. Each writes
 results/GRID/EXPERIMENT-RECIPE-SEED.json, and each example's log p, so that two runs can be compared example by example.
 The runs of `fast` and `longer` are those of the experiments' own tables: they write
-results/EXPERIMENT-RECIPE-SEED.json, with their curves and coherence. `python benchmarks/tables.py` makes the tables.
+results/EXPERIMENT-RECIPE-SEED.json, with their curves and the quality of their draws. `python benchmarks/tables.py`
+makes the tables.
 """
 
 import os
@@ -31,7 +32,7 @@ class Grid(NamedTuple):
     """Recipes that are compared with each other; the first is the base.
 
     train: flags of all. recipes: further flags of each, by name. n_samples: importance samples. limit: test examples
-    (None: all). compared: example by example, in a table of their own. coherence: whether it is measured.
+    (None: all). compared: example by example, in a table of their own. quality: whether that of draws is measured.
     """
 
     train: Sequence[str]
@@ -39,7 +40,7 @@ class Grid(NamedTuple):
     n_samples: int
     limit: int | None = None
     compared: bool = True
-    coherence: bool = False
+    quality: bool = False
 
 
 BASE = ["--preset", "fast", "--lambda-text", "50", "--beta-hold", "0", "--weight-decay", "0", "--iw-samples", "1"]
@@ -73,15 +74,15 @@ GRIDS = {
         {"text": [], "given": ["--reconstruct", "given"], "all": ["--reconstruct", "all"]},
         n_samples=200,
         limit=500,
-        coherence=True,
+        quality=True,
     ),
-    "fast": Grid(["--preset", "fast"], {"fast": []}, n_samples=1000, compared=False, coherence=True),
+    "fast": Grid(["--preset", "fast"], {"fast": []}, n_samples=1000, compared=False, quality=True),
     "longer": Grid(
         ["--preset", "fast", "--beta-hold", "2", "--weight-decay", "0.1", "--iw-samples", "5"],
         {"fast-50": ["--epochs", "50", "--annealing-epochs", "18"]},
         n_samples=1000,
         compared=False,
-        coherence=True,
+        quality=True,
     ),
 }
 
@@ -130,10 +131,10 @@ def run(config: Config, recipe: str, seed: int) -> None:
     call(f"{experiment}/train.py", *train, "--resume", *flags, "--log-interval", "1000")
     if not grid.compared:
         write_atomically(folder / f"curves-{name}.jsonl", (out_dir / "stats.jsonl").read_bytes())
-    if grid.coherence and experiment != "vision":
+    if grid.quality and experiment != "vision":
         classifier = str(config.runs_dir / f"classifier-{experiment}.pth.tar")
-        files = ["--classifier", classifier, "--json", str(folder / f"coherence-{name}.json")]
-        call("benchmarks/coherence.py", experiment, model, *files, *flags)
+        files = ["--classifier", classifier, "--json", str(folder / f"quality-{name}.json")]
+        call("benchmarks/quality.py", experiment, model, "--split", "test", *files, *flags)
     how = ["--n-samples", str(config.n_samples or grid.n_samples)]
     how += ["--limit", str(grid.limit)] if grid.limit else []
     how += ["--per-example", str(result.with_suffix(".csv"))] if grid.compared else []

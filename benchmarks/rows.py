@@ -19,7 +19,7 @@ Make = Callable[[Path, Path], str]
 
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text())
 
-# Experiments: the summary, and a table for each, from what loglike.py and coherence.py wrote.
+# Experiments: the summary, and a table for each, from what loglike.py wrote, and coherence.py of earlier commits.
 
 
 class Experiment(NamedTuple):
@@ -56,7 +56,7 @@ IMAGE = "q(z | image)"
 
 
 class Run(NamedTuple):
-    """One model: what loglike.py wrote, and coherence.py if it was run."""
+    """One model: what loglike.py wrote, and its coherence if an earlier commit measured it."""
 
     content: dict[str, Any]
     coherence: dict[str, Any] | None
@@ -269,13 +269,42 @@ def _origin(recipe: str, some: Sequence[Run]) -> tuple[str, str]:
     return f"How <code>{recipe}</code> was made", text
 
 
+# The quality of draws, from what quality.py wrote.
+
+
+def quality(root: Path, document: Path) -> str:
+    """A row for each kind of draw, for each experiment and recipe."""
+    files: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(root.glob("results/quality-*.json")):
+        files.setdefault(path.stem.removeprefix("quality-").rpartition("-")[0], []).append(read(path))
+    rows = []
+    for experiment in EXPERIMENTS:
+        for recipe, some in files.items():
+            if recipe.partition("-")[0] != experiment:
+                continue
+            for i, name in enumerate(some[0]["drawn"]):
+                found = [one["drawn"][name] for one in some]
+                balanced = [one["balanced"] for one in found if "balanced" in one]
+                agreement = Average.of(found).percent()
+                agreement += f"<br>balanced {Average.of(balanced).percent()}" if balanced else ""
+                distance, variance = (over_seeds([one[key] for one in found], ".1f") for key in ("frechet", "variance"))
+                rows.append(["" if i else f"{recipe} ({len(some)})", name, agreement, distance, variance])
+    every = [one for some in files.values() for one in some]
+    about = (
+        "In brackets: seeds, or their standard deviation. Agreement: mean ± standard error over the draws, or over "
+        "strings and attributes given. Distance and variance: mean ± standard error over seeds. Real images are "
+        "compared with as many training images."
+    )
+    return page(["", "drawn from", "agreement", "Fréchet distance", "variance within a label"], rows, about, every)
+
+
 # Paired differences: recipes compared with a base by example, and batch norm's statistics by seed.
 
 QUANTITIES = ("log p(image), q(z | image)", "log p(image, text), q(z | image)")
 """What is compared: columns of what loglike.py --per-example wrote."""
 
-COHERENCE = "coherence, label to image"
-"""What is also compared, where coherence.py measured it: in per cent."""
+COHERENCE = "agreement with a given label"
+"""What is also compared, where quality.py measured it: in per cent."""
 
 BySeed = dict[int, dict[str, list[float]]]
 """Values of the test examples, by seed and column."""
@@ -292,8 +321,8 @@ def paired(grid: str) -> Make:
             recipe, _, seed = path.stem.removeprefix("mnist-").rpartition("-")
             found = values.setdefault(recipe, {})[int(seed)] = _per_example(path)
             files.setdefault(recipe, []).append(read(path.with_suffix(".json")))
-            if (measured := folder / f"coherence-{path.stem}.json").exists():
-                found[COHERENCE] = [100 * read(measured)["measures"][COHERENCE]["mean"]]
+            if (measured := folder / f"quality-{path.stem}.json").exists():
+                found[COHERENCE] = [100 * read(measured)["drawn"]["q(z | label)"]["mean"]]
         base = next(iter(GRIDS[grid].recipes))
         if base not in values:
             return NOTHING
@@ -606,6 +635,7 @@ TABLES: dict[str, Make] = {
     "summary": summary,
     **{name: of_experiment(name) for name in EXPERIMENTS},
     **{grid: paired(grid) for grid in ("ablation", "precision", "reconstruct")},
+    "quality": quality,
     "batch_norm": batch_norm,
     **{f"weak_{name}": weak(name) for name in ("mnist", "fashionmnist", "multimnist", "celeba")},
     "speed": speed,

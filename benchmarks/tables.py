@@ -4,7 +4,8 @@ A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; this 
 rows.TABLES. The files:
 
     results/EXPERIMENT-RECIPE-SEED.json             by loglike.py --json; several seeds of a recipe are averaged
-    results/coherence-EXPERIMENT-RECIPE-SEED.json   by coherence.py --json, of the same model
+    results/coherence-EXPERIMENT-RECIPE-SEED.json   of the same model, by a script of earlier commits
+    results/quality-EXPERIMENT-RECIPE-SEED.json     by quality.py --json
     results/{ablation,precision,reconstruct}/*      by recipes.py
     results/weak/*.json                             by weak_supervision.py
     results/{step-*,peer,gpu}.json                  by step.py, peer.py and gpu.py, with --json

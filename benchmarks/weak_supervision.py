@@ -33,9 +33,9 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coherence import EXPERIMENTS, Experiment, Where, as_json
-from common import about, write
+from common import about, as_json, write
 from experiments import EXPERIMENTS as SETTINGS
+from quality import EXPERIMENTS, Experiment, Where
 from recipes import call
 
 Method = Literal[

@@ -79,8 +79,9 @@ def test_a_recipe_leaves_the_files_of_the_tables_once(
     found: dict[str, Any] = json.loads(Path("results/mnist-fast-3.json").read_text())
     assert (found["n_examples"], found["n_samples"], found["training"]["settings"]["seed"]) == (20, 3, 3)
     assert len(Path("results/curves-mnist-fast-3.jsonl").read_text().splitlines()) == 1
-    coherence = json.loads(Path("results/coherence-mnist-fast-3.json").read_text())
-    assert coherence["training"]["validation_loss"] == found["training"]["validation_loss"]
+    quality = json.loads(Path("results/quality-mnist-fast-3.json").read_text())
+    assert quality["training"]["validation_loss"] == found["training"]["validation_loss"]
+    assert (quality["split"], quality["n_real"]) == ("test", 20)
     Path("results/mnist-fast-3.json").write_text("stays")
     recipes.run(config, "fast", seed=3)
     assert Path("results/mnist-fast-3.json").read_text() == "stays"

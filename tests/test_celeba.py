@@ -197,14 +197,12 @@ def test_loglike_reports_every_quantity_and_each_attributes_accuracy(experiment:
         assert f"{name}: {value['mean']:.4f} ± {value['standard_error']:.4f}" in done.stdout.splitlines()
 
 
-def test_coherence_is_of_each_attribute_and_of_all(experiment: Experiment, run_here: RunHere, tmp_path: Path) -> None:
-    few = ["--n-labels", 12, "--n-pictures", 3, "--n-prior", 5, "--classifier-epochs", 1, "--json", "found.json"]
+def test_quality_is_of_each_attribute_and_of_all(experiment: Experiment, run_here: RunHere, tmp_path: Path) -> None:
+    few = ["--n-labels", 12, "--n-draws", 40, "--classifier-epochs", 1, "--json", "found.json"]
     words = [experiment.name, experiment.out_dir / checkpoint.BEST, *few]
-    assert_ended(run_here("benchmarks/coherence.py", *words))
-    found = json.loads((tmp_path / "found.json").read_text())
-    means = {name.removeprefix("balanced coherence of "): value["mean"] for name, value in found["measures"].items()}
-    assert all(0 <= mean <= 1 for mean in means.values())
-    of_each = [means[name] for name in ATTRIBUTES if name in means]
-    assert of_each
-    assert means["an attribute"] == pytest.approx(sum(of_each) / len(of_each))
-    assert 0 <= found["classifier"]["balanced"] <= 1
+    assert_ended(run_here("benchmarks/quality.py", *words))
+    for row in json.loads((tmp_path / "found.json").read_text())["drawn"].values():
+        of_each = [value["mean"] for value in row["of each"].values()]
+        assert all(0 <= mean <= 1 for mean in [row["mean"], *of_each])
+        assert set(row["of each"]) <= set(ATTRIBUTES)
+        assert row["balanced"]["mean"] == pytest.approx(sum(of_each) / len(of_each))

@@ -26,7 +26,7 @@ from mvae.tools.folder import Experiment
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, distributions
 
 from helpers import ROOT, Trained, environment, small_data, small_model
 
@@ -163,6 +163,15 @@ def test_page_shows_samples_probabilities_experts_and_bounds(explore: Any, model
         assert changed != prior
         same = changed.split("p(attrs | given)")[1] == prior.split("p(attrs | given)")[1]
         assert same == ("seed" not in change)
+
+
+def test_the_fitted_prior_is_drawn_from_when_it_is_switched_on(explore: Any, model: MVAE) -> None:
+    far = distributions.Independent(distributions.Normal(torch.full((2,), 9.0), torch.ones(2)), 1)
+    app = explore.page(model, CONTROLS, "made", far)
+    normal, fitted = (update(app, z0=0, z1=0, seed=0, temperature=1, prior=one) for one in ("N(0, I)", explore.FITTED))
+    assert normal == update(explore.page(model, CONTROLS, "made"), z0=0, z1=0, seed=0, temperature=1)
+    assert fitted != normal
+    assert fitted.split("p(attrs | given)")[1] == normal.split("p(attrs | given)")[1]  # only the samples differ
 
 
 def test_upload_is_decoded_as_a_picture_and_nothing_else(explore: Any) -> None:

@@ -148,7 +148,8 @@ def test_sample_writes_a_grid_and_labels_conditioned_on_what_is_given(
 
     picture, labels = sample()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"sample_image.png", "sample_text.txt"}
-    assert Image.open(tmp_path / "out" / "sample_image.png").size == (8 * 30 + 2, 8 * 30 + 2)
+    side = 8 * (4 * 28 + 2) + 2  # about 900 pixels
+    assert Image.open(tmp_path / "out" / "sample_image.png").size == (side, side)
     assert len(labels) == 64
     assert set(labels) <= set("0123456789")
     assert sample("--seed", 0) == (picture, labels)
@@ -341,8 +342,8 @@ def test_fashionmnist_is_trained_resumed_sampled_by_name_and_estimated(tmp_path:
     path = tmp_path / "straight" / checkpoint.BEST
     done("sample.py", path, "--n-samples", 16, "--condition-on-image", 0, "--condition-on-text", "ankle boot")
     width, height = Image.open(tmp_path / "sample_image.png").size
-    assert height == 2 * 30 + 2
-    assert width > 9 * 30 + 2  # what is given, in words and as a picture, and eight columns
+    assert height == 2 * 114 + 2
+    assert width > 9 * 114 + 2  # what is given, in words and as a picture, and eight columns
     names = (tmp_path / "sample_text.txt").read_text().splitlines()
     assert len(names) == 16
     assert set(names) <= set(fashion.CLASSES)

@@ -204,14 +204,14 @@ def test_picture_on_a_light_background_is_inverted_if_the_data_are_dark(
 def test_caption_is_no_higher_than_its_lines() -> None:
     white = np.full((28, 28, 1), 255, np.uint8)
     captions = ["a long text of many words that must be broken", "b"]
-    found = sheet(captions, [[], [white]], [[[white] * 3], [[white] * 3]])
-    left = found.shape[1] - 4 * 30 - 2
-    assert found.shape[0] == 2 * 30 + 2
-    assert (found[2:30, left + 2 : left + 30] == 0).all()  # nothing is given in the first line
-    assert (found[32:60, left + 2 : left + 30] == 255).all()
-    assert found[:30, :left].any()
-    assert found[32:45, :left].any()
-    assert not found[45:, :left].any()
+    found = sheet(captions, [[], [white]], [[[white] * 3], [[white] * 3]], scale=2)
+    left = found.shape[1] - 4 * 58 - 2
+    assert found.shape[0] == 2 * 58 + 2
+    assert (found[2:58, left + 2 : left + 58] == 0).all()  # nothing is given in the first line
+    assert (found[60:116, left + 2 : left + 58] == 255).all()
+    assert found[40:58, :left].any()
+    assert found[60:76, :left].any()
+    assert not found[76:, :left].any()
 
 
 def test_grids_skip_what_can_not_be_drawn(model: MVAE) -> None:
@@ -293,7 +293,8 @@ def saved(trained: Trained, digits_dir: Path, tmp_path_factory: pytest.TempPathF
     """Three rows of four drawn samples, saved in each way."""
     folder = tmp_path_factory.mktemp("saved") / "new"
     flags = ["--condition-on-text", "3,7", "--condition-on-text", "0", "--n-samples", 4, "--draw"]
-    assert_ended(sample(trained, digits_dir, folder, *flags, "--save", "grid", "--save", "images", "--save", "npy"))
+    saves = ["--save", "grid", "--save", "images", "--save", "npy"]
+    assert_ended(sample(trained, digits_dir, folder, *flags, "--scale", 1, *saves))
     return folder
 
 
@@ -332,7 +333,9 @@ def test_folder_of_other_pictures_is_kept(trained: Trained, digits_dir: Path, sa
 
 def test_own_digit_and_an_interpolation_are_conditions(trained: Trained, digits_dir: Path, tmp_path: Path) -> None:
     own = picture(tmp_path / "own.jpg", 250, 10, "RGB")
-    done = sample(trained, digits_dir, tmp_path / "new", "--condition-on-image", own, "--interpolate", 3, 8)
+    done = sample(
+        trained, digits_dir, tmp_path / "new", "--condition-on-image", own, "--interpolate", 3, 8, "--scale", 1
+    )
     assert_ended(done)
     assert f"{own} has a light background" in done.stdout
     with Image.open(tmp_path / "new" / "sample_image.png") as grid:

@@ -68,7 +68,7 @@ def write_compared(results: Path) -> None:
             name = f"mnist-{recipe}-{seed}"
             write(results / "reconstruct" / f"{name}.json", loglike("mnist", seed, {}))
             (results / "reconstruct" / f"{name}.csv").write_text(f"{header}\n0,-90,-91\n1,-92,-93")
-            write(results / "reconstruct" / f"coherence-{name}.json", measured(**{COHERENCE: share}))
+            write(results / "reconstruct" / f"quality-{name}.json", {"drawn": {"q(z | label)": {"mean": share}}})
 
 
 @pytest.fixture
@@ -96,6 +96,8 @@ def root(tmp_path: Path, modules: Any) -> Path:
     for seed in (0, 1):
         command = {"command": f"python benchmarks/coherence.py mnist --seed {seed}"}
         write(results / f"coherence-mnist-fast-{seed}.json", {**command, **about, **measured(**{COHERENCE: 0.75})})
+        row = {"mean": 0.5 + 0.1 * seed, "standard_error": 0.01, "frechet": 10 + seed, "variance": 40 + seed}
+        write(results / f"quality-mnist-fast-{seed}.json", {**command, "commit": "e" * 40, "drawn": {"N(0, I)": row}})
     all_19 = "Bald, Bangs, ..., Wearing_Hat"
     joint = ("log p(image, Bald, ..., Wearing_Hat)", "q(z | image, Bald, ..., Wearing_Hat)")
     names = ("accuracy of an attribute predicted from the image", "balanced accuracy of an attribute")
@@ -157,6 +159,7 @@ def test_a_table_that_differs_from_its_results_is_found(root: Path) -> None:
                 *("63.00", "+12.00 (2.00)"),
             ],
         ),
+        ("quality", ["mnist-fast (2)", "N(0, I)", "55.0 ± 1.0 (seeds 7.1) %", "10.5 ± 0.5", "40.5 ± 0.5"]),
         ("weak_mnist", ["accuracy, %", "100 labels"]),
         ("weak_mnist", ["`--preset weak`", "81.2 ± 3.6"]),
         ("weak_mnist", ["*Δ: preset weak − M1: VAE, logistic regression on its means*", "+27.1 ± 2.1"]),

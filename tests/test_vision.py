@@ -25,7 +25,7 @@ MODALITIES = ("image", "gray", "edge", "mask", "obscured", "watermark")
 NAMES = [f"{number:06}.png" for number in range(1, 121)]
 PARTS = [0] * 104 + [1] * 4 + [2] * 12
 FOLDERS = {"image": "images", "gray": "grayscale", "edge": "edge", "mask": "mask"}
-CELL, HEADER = 66, 24  # of the contact sheet: a picture and the space to the next, and the labels above
+CELL, HEADER = 66, 30  # of the contact sheet: a picture and the space to the next, and the labels above
 TRAIN = ["--batch-size", 8, "--limit", 8, "--n-latents", 4, "--annealing-epochs", 4, "--lr", 1e-3]
 
 

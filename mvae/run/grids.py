@@ -20,8 +20,8 @@ from ..model import MVAE, Batch, evaluating
 
 COLUMNS = 8
 PADDING = 2  # pixels between pictures
-LINE = 12  # pixels per line of text
-FONT: Any = ImageFont.load_default(10)
+LINE = 15  # pixels per line of text
+FONT: Any = ImageFont.load_default(13)
 VIEWABLE = 80_000_000  # pixels of a file that picture viewers accept
 
 
@@ -101,14 +101,16 @@ def sheet(
     left: Sequence[Sequence[np.ndarray | None]],
     lines: Sequence[Sequence[Any]],
     headings: Sequence[str] = (),
+    scale: int = 1,
 ) -> np.ndarray:
     """Arrange pictures, uint8 (size, size, 1 or 3), on a black canvas (height, width, 3): a group for each caption.
 
     A group has its caption at the left, broken into lines, and its `lines` of pictures at the right. Between them are
-    the pictures `left`, in its first line; None leaves a gap. `headings` are the text above each column.
+    the pictures `left`, in its first line; None leaves a gap. `headings` are the text above each column. `scale` is the
+    size of a picture's pixels.
     """
     every = [picture for group in (*lines, left) for line in group for picture in line if picture is not None]
-    cell = max(map(len, every)) + PADDING
+    cell = max(map(len, every)) * scale + PADDING
     texts = [_broken(text, len(group) * cell - PADDING) for text, group in zip(captions, lines, strict=True)]
     indent = PADDING + max((_width(text) + 2 * PADDING for text in texts if text), default=0)
     margin = max(map(len, left))
@@ -123,7 +125,8 @@ def sheet(
         for i, line in enumerate(group):
             for column, picture in [*enumerate(beside if i == 0 else ()), *enumerate(line, margin)]:
                 if picture is not None:
-                    canvas.paste(_image(picture), (indent + column * cell, top))
+                    enlarged = _image(picture.repeat(scale, axis=0).repeat(scale, axis=1))
+                    canvas.paste(enlarged, (indent + column * cell, top))
             top += cell
     return np.array(canvas)
 

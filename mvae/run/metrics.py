@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..likelihoods import Bernoulli
 from ..model import MVAE, Batch
 
 Metric = Callable[[MVAE, Batch], Tensor]
@@ -79,60 +78,3 @@ def balanced_accuracies(right: Tensor, truth: Tensor, names: Sequence[str]) -> d
             share = torch.where(here, here.double().mean(), 1 - here.double().mean())
             balanced[name] = (of_those[0] + of_those[1] + error / share) / 2
     return balanced
-
-
-Classify = Callable[[Tensor], Tensor]
-"""A separately trained classifier: pictures (n, *event), such as a model's means -> labels (n, ...)."""
-
-
-@torch.no_grad()
-def coherence(
-    model: MVAE,
-    classify: Classify,
-    labels: Tensor,
-    *,
-    n: int,
-    given: Sequence[str] = ("text",),
-    name: str = "image",
-    temperature: float = 1.0,
-) -> Tensor:
-    """Return where a classifier finds the label in pictures conditioned on it, bool (labels, n, *label).
-
-    The pictures are the means of p(picture | z) for n draws of z from q(z | label).
-
-    Args:
-        model: in evaluation mode.
-        labels: (labels, *label), on the model's device: classes, texts or vectors of attributes.
-        n: pictures per label.
-        given: the modality of the label, or one for each of its values.
-        name: the modality of the picture.
-        temperature: factor of z's variance.
-    """
-    right = []
-    for label in labels.split(1):
-        values = [label] if len(given) == 1 else label.unbind(dim=1)
-        z = model.draw(dict(zip(given, values, strict=True)), n, label.device, temperature)
-        right.append(classify(model.mean(z, [name])[name]) == label)
-    return torch.stack(right)
-
-
-@torch.no_grad()
-def prior_agreement(
-    model: MVAE, classify: Classify, *, n: int, labels: Sequence[str] = ("text",), name: str = "image"
-) -> Tensor:
-    """Return where picture and label agree for n draws of z from the prior, bool (n, *label).
-
-    The picture is the mean of p(picture | z), which the classifier labels; the label is the most probable one.
-
-    Args:
-        model: in evaluation mode.
-        n: draws of z.
-        labels: the modality of the label, or one for each of its values.
-        name: the modality of the picture.
-    """
-    z = model.draw({}, n, next(model.parameters()).device)
-    means = model.mean(z, [*labels, name])
-    binary = isinstance(model.likelihood(labels[0]), Bernoulli)
-    most_probable = [means[label] > 0.5 if binary else means[label].argmax(dim=-1) for label in labels]
-    label = most_probable[0] if len(labels) == 1 else torch.stack(most_probable, dim=1)
-    return classify(means[name]) == label

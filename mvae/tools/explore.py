@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.distributions import Distribution
 
 from .. import cli
 from ..data.pictures import fault, picture
@@ -28,6 +29,7 @@ from ..model import MVAE
 from ..run.checkpoint import load_model
 from ..run.device import Machine
 from ..run.grids import COLUMNS, as_bytes, grid, png
+from . import prior
 from .beliefs import N_DRAWS, bounds, probabilities, shares, strongest
 from .controls import Attributes, Controls, Kind, Picture
 from .folder import Experiment, experiment
@@ -48,6 +50,7 @@ log = logging.getLogger(__name__)
 UPLOAD = 8 * 2**20  # bytes of a file; a request may have one and a half times as many, since base64 is longer
 POINTS = 20_000  # of a drawing
 
+NORMAL, FITTED = "N(0, I)", "fitted (no temperature, nothing added)"
 N_SLIDERS = 8
 BOARD = 280  # pixels, the drawing board's side
 NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -84,7 +87,8 @@ class Exploring(Machine):
 def explore(config: Exploring, folder: Experiment) -> None:
     """Serve the page until interrupted. Raises UserError if the model can't be loaded."""
     model, trained = load_model(config.model_path, folder.name, folder.build_model, config.device())
-    app = page(model, folder.controls, f"{folder.name}, epoch {trained.get('epoch', '?')}")
+    fitted = prior.load(config.model_path, model) if (config.model_path.parent / prior.NAME).exists() else None
+    app = page(model, folder.controls, f"{folder.name}, epoch {trained.get('epoch', '?')}", fitted)
     try:
         found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
     except (OSError, ValueError) as error:  # an unknown or invalid name
@@ -122,15 +126,15 @@ def _own_names_only(application: Any, host: str) -> Any:
     return checked
 
 
-def page(model: MVAE, controls: Controls, title: str) -> Dash:
-    """Return the page as an application; `page(...).server` is its WSGI application."""
+def page(model: MVAE, controls: Controls, title: str, fitted: Distribution | None = None) -> Dash:
+    """Return the page as an application; `page(...).server` is its WSGI application. fitted: a prior to switch to."""
     app = Dash("mvae", title=f"MVAE: {title}", update_title="", include_assets_files=False)
     app.index_string = app.index_string.replace("{%css%}", "{%css%}<style>" + STYLE + "</style>")
     app.server.config["MAX_CONTENT_LENGTH"] = UPLOAD * 3 // 2
     latents = strongest(model, controls, N_SLIDERS)
     widgets = {name: widget(name, kind) for name, kind in controls.items()}
     sections = [html.Section([html.H2(name), *parts]) for name, (parts, _) in widgets.items()]
-    columns = [html.Div(sections), html.Div(id="found"), html.Div(_sliders(latents))]
+    columns = [html.Div(sections), html.Div(id="found"), html.Div(_sliders(latents, fitted))]
     app.layout = html.Div([html.H1(f"MVAE: {title}"), html.Main(columns)])
     for name, kind in controls.items():
         if isinstance(kind, Picture):
@@ -143,6 +147,7 @@ def page(model: MVAE, controls: Controls, title: str) -> Dash:
         "shifts": {str(latent): Input(f"z{latent}", "value") for latent in latents},
         "seed": Input("seed", "value"),
         "temperature": Input("temperature", "value"),
+        "which": Input("prior", "value"),
     }
 
     @app.server.errorhandler(Exception)
@@ -154,7 +159,9 @@ def page(model: MVAE, controls: Controls, title: str) -> Dash:
         return f"{error!a:.200}", 400
 
     @app.callback(output=Output("found", "children"), inputs=inputs)
-    def _update(values: dict[str, Any], shifts: dict[str, float], seed: int | None, temperature: float) -> list[Any]:
+    def _update(
+        values: dict[str, Any], shifts: dict[str, float], seed: int | None, temperature: float, which: str
+    ) -> list[Any]:
         batch: dict[str, Tensor] = {}
         try:
             seed = int(number(seed or 0, 0, 2**63 - 1))
@@ -168,7 +175,9 @@ def page(model: MVAE, controls: Controls, title: str) -> Dash:
         with lock, torch.no_grad():
             mu, logvar = model.posterior(batch)
             row = Row("", batch, mu + mu.new_tensor(added), logvar)
+            model.prior = fitted if which == FITTED else None
             samples = draw(model, controls, [row], COLUMNS, seed, temperature)
+            model.prior = None
             means = draw(model, texts, [row._replace(mu=mu)], N_DRAWS, seed)
             parts = [_samples(samples, controls), _expected(means, controls)]
             return [*parts, _experts(*shares(model, batch), latents), _bounds(model, batch, seed)]
@@ -232,7 +241,7 @@ def given(name: str, kind: Kind, value: Any) -> dict[str, Tensor]:
     return kind.batch(name, kind.values(",".join(value) if isinstance(value, list) else value)[0].x)
 
 
-def _sliders(latents: Sequence[int]) -> list[Any]:
+def _sliders(latents: Sequence[int], fitted: Distribution | None) -> list[Any]:
     def labelled(name: str, part: Any) -> Any:
         return html.Div([name, part], className="slider")
 
@@ -240,6 +249,7 @@ def _sliders(latents: Sequence[int]) -> list[Any]:
         html.H2("Draws"),
         labelled("seed", dcc.Input(id="seed", type="number", min=0, step=1, value=0)),
         labelled("temperature", dcc.Slider(0, 2, 0.05, value=1, marks=None, id="temperature")),
+        labelled("prior", dcc.RadioItems([NORMAL, *([FITTED] if fitted else [])], NORMAL, id="prior")),
     ]
     shifts = [
         html.H2("Strongest latents"),

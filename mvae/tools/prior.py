@@ -7,9 +7,10 @@ checkpoint's folder, where sample.py, loglike.py and mvae.tools.explore find it 
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from ..files import whole
 from ..model import MVAE, Batch
 from ..run.checkpoint import digest, load_model
 from .controls import Controls, Label
-from .folder import Experiment, Tool, experiment, with_source
+from .folder import Examples, Tool, experiment, with_source
 
 log = logging.getLogger("mvae.prior")  # run as __main__
 
@@ -62,11 +63,11 @@ class Fit(Tool):
 
 @torch.no_grad()
 def draws(model: MVAE, data: Data) -> Tensor:
-    """Return a draw of z from q(z | all that an example has) for each example, (n, latents), on the CPU."""
-    found = []
+    """Return a draw of z from q(z | all that an example has) for each example, (n, latents)."""
+    found, data = [], data.to(next(model.parameters()).device)
     for rows in consecutive_rows(data, 500):
         mu, logvar = model.fused(*data.batch(rows))
-        found.append(experts.draw(mu, logvar, torch.randn_like(mu)).cpu())
+        found.append(experts.draw(mu, logvar, torch.randn_like(mu)))
     return torch.cat(found)
 
 
@@ -96,7 +97,20 @@ def distribution(mixture: dict[str, np.ndarray], device: torch.device) -> Distri
         torch.from_numpy(mixture[name]).float().to(device) for name in ("weights", "means", "scale_tril")
     )
     gaussians = MultivariateNormal(means, scale_tril=scale_tril, validate_args=False)
-    return MixtureSameFamily(Categorical(weights), gaussians, validate_args=False)
+    return Mixture(Categorical(weights), gaussians, validate_args=False)
+
+
+class Mixture(MixtureSameFamily):
+    """A mixture of Gaussians that draws from the components it needs. torch's draws from all of them, each time with a
+    copy of all covariances."""
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        gaussian = cast(MultivariateNormal, self.component_distribution)
+        which = self.mixture_distribution.sample(torch.Size(sample_shape))
+        z = torch.randn(*which.shape, *self.event_shape, device=which.device)
+        for i in which.unique():
+            z[which == i] = gaussian.mean[i] + z[which == i] @ gaussian.scale_tril[i].T
+        return z
 
 
 def load(checkpoint: Path, model: MVAE) -> Distribution:
@@ -130,9 +144,27 @@ def draw_given(model: MVAE, given: Batch, n: int) -> Tensor:
     return z[log_p.double().softmax(dim=0).add(1e-300).multinomial(n)]
 
 
-def training_data(folder: Experiment, config: Any, settings: dict[str, Any]) -> tuple[Data, Data]:
+def fitted(
+    model: MVAE, train: Data, validation: Data, controls: Controls, *, components: int | None = None, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Return the mixture that is fitted to draws for the training data, and describes those for validation best.
+
+    components: Gaussians of each class, or in all without classes (default: chosen on validation).
+    """
+    z, held_out = draws(model, train).cpu(), draws(model, validation).cpu()
+    of = classes(controls, train)
+    scored = {}
+    for n in [components] if components else CHOICES[len(of.unique()) > 1]:
+        mixture = fit(z, of, n, seed)
+        score = distribution(mixture, torch.device("cpu")).log_prob(held_out).mean().item()
+        log.info("%d components: log p(z) %.3f nats of held-out draws", len(mixture["weights"]), score)
+        scored[score] = mixture
+    return scored[max(scored)]
+
+
+def training_data(examples: Examples, config: Any, settings: dict[str, Any]) -> tuple[Data, Data]:
     """Return the examples that trained and validated the model, with the modalities that they had then."""
-    train, validation = (folder.examples(split, config, settings) for split in ("train", "validation"))
+    train, validation = (examples(split, config, settings) for split in ("train", "validation"))
     paired, modalities = settings["n_paired"] or settings["paired_fraction"], tuple(train.batch(torch.arange(1))[0])
     how = {"unpaired": settings["unpaired"], "seed": settings["seed"]}
     return share_pairs(train[: settings["limit"]], validation, paired, modalities, **how)
@@ -143,18 +175,10 @@ def main() -> None:
     config = cli.parse(__doc__, with_source(Fit, folder.source))
     model, trained = load_model(config.model_path, folder.name, folder.build_model, config.device())
     torch.manual_seed(config.seed)
-    device = next(model.parameters()).device
-    train, validation = training_data(folder, config, trained["settings"])
-    train = train[: config.limit]
-    z, held_out = draws(model, train.to(device)), draws(model, validation.to(device))
-    of = classes(folder.controls, train)
-    scored = {}
-    for n in [config.components] if config.components else CHOICES[len(of.unique()) > 1]:
-        mixture = fit(z, of, n, config.seed)
-        score = distribution(mixture, torch.device("cpu")).log_prob(held_out).mean().item()
-        log.info("%d components: log p(z) %.3f nats of held-out draws", len(mixture["weights"]), score)
-        scored[score] = mixture
-    best = scored[max(scored)]
+    train, validation = training_data(folder.examples, config, trained["settings"])
+    best = fitted(
+        model, train[: config.limit], validation, folder.controls, components=config.components, seed=config.seed
+    )
     path = config.model_path.parent / NAME
     with whole(path) as file:
         np.savez(file, digest=digest(model.state_dict()), **best)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from .prior import WithPrior, draw_given
 BLOCK = 256  # samples decoded together
 STEPS = 8  # rows of an interpolation, including its two ends
 SHEET_ROWS = 8  # of the contact sheet
+WIDTH = 900  # pixels of a grid's row
 
 
 @dataclass(kw_only=True)
@@ -41,11 +43,12 @@ class Sampling(WithPrior):
 
     # Output
     out_dir: Path = Path(".")  # folder to write to
+    scale: int | None = None  # size of a pixel in grids (default: as fits into a row of 900 pixels)
     save: list[Literal["grid", "images", "npy"]] | None = None  # grid (default), folder of pictures, float arrays
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_counts(1, "n_samples")
+        self.check_counts(1, "n_samples", "scale")
         if not 1e-30 <= self.temperature <= 1e30:
             raise UsageError(f"temperature must be > 0, got {self.temperature}")
         if self.prior == "fitted" and (self.interpolate or self.temperature != 1):
@@ -186,8 +189,10 @@ def sample(
     for folder in folders.values():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists and isn't empty: choose another --out-dir")
-    total = len(rows) * n
-    if "grid" in save and total * max((kind.size**2 for kind in drawn.values()), default=0) > VIEWABLE:
+    total, side = len(rows) * n, max((kind.size for kind in drawn.values()), default=1)
+    columns = COLUMNS if len(rows) == 1 else max(COLUMNS, n)
+    scale = config.scale or max(1, min(WIDTH // (columns * side), math.isqrt(VIEWABLE // total) // side))
+    if "grid" in save and total * (scale * side) ** 2 > VIEWABLE:
         raise UsageError(f"a grid of {total} samples is too large to view: use fewer --n-samples, or --save images")
 
     about = {
@@ -213,7 +218,7 @@ def sample(
             with whole(path(f"{name}.npy")) as file:
                 np.save(file, samples[name].float().numpy())
         if "grid" in save and name in drawn:
-            write_atomically(path(f"{name}.png"), png(_grid(rows, drawn, pictures[name]), about))
+            write_atomically(path(f"{name}.png"), png(_grid(rows, drawn, pictures[name], scale), about))
     for name, folder in folders.items():
         folder.mkdir(parents=True, exist_ok=True)
         for i, picture in enumerate(pictures[name]):
@@ -225,11 +230,12 @@ def sample(
     print(f"wrote {total} samples to {path('*')}")
 
 
-def _grid(rows: Sequence[Row], drawn: Controls, pictures: np.ndarray) -> np.ndarray:
+def _grid(rows: Sequence[Row], drawn: Controls, pictures: np.ndarray, scale: int) -> np.ndarray:
     """Arrange the samples of one control: a line for each row, after what is given; a single row fills lines of 8."""
     columns = len(pictures) if len(rows) > 1 else COLUMNS
     lines = [[some[i : i + columns] for i in range(0, len(some), columns)] for some in np.split(pictures, len(rows))]
-    return sheet([row.said for row in rows], [list(_given(row, drawn).values()) for row in rows], lines)
+    given = [list(_given(row, drawn).values()) for row in rows]
+    return sheet([row.said for row in rows], given, lines, scale=scale)
 
 
 def _contact_sheet(rows: Sequence[Row], drawn: Controls, pictures: Mapping[str, np.ndarray]) -> np.ndarray:
