@@ -22,6 +22,22 @@ FILL, START, N_SYMBOLS = 10, 11, 12  # after the digits 0 to 9: padding, and the
 HIDDEN, LAYERS = 200, 2
 
 
+def recur(inputs: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+    """Run a layer of nn.GRU from `state` (rows, HIDDEN), and return the state after each step.
+
+    inputs: its weight_ih @ x + bias_ih, (steps, rows, 3 * HIDDEN). weight, bias: its weight_hh and bias_hh.
+    nn.GRU itself would break a compiled step into eight graphs.
+    """
+    states = []
+    for step in inputs:
+        reset, update, new = step.chunk(3, dim=1)
+        state_reset, state_update, state_new = F.linear(state, weight, bias).chunk(3, dim=1)
+        reset, update = (reset + state_reset).sigmoid(), (update + state_update).sigmoid()
+        state = torch.addcmul(new, reset, state_new).tanh().lerp(state, update)
+        states.append(state)
+    return states
+
+
 class ImageEncoder(nn.Module):
     """q(z | image): (batch, 1, 50, 50) in [0, 1] -> mu, logvar, each (batch, latents)."""
 
@@ -62,14 +78,19 @@ class TextEncoder(nn.Module):
     def __init__(self, n_latents: int):
         super().__init__()
         self.embedding = nn.Embedding(N_SYMBOLS, HIDDEN)
-        self.gru = nn.GRU(HIDDEN, HIDDEN, batch_first=True, bidirectional=True)
+        self.gru = nn.ParameterDict(nn.GRU(HIDDEN, HIDDEN, bidirectional=True).named_parameters())
         self.mu = nn.Linear(HIDDEN, n_latents)
         self.logvar = nn.Linear(HIDDEN, n_latents)
 
     def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        _, ends = self.gru(self.embedding(text))
-        hidden = ends.sum(dim=0)
+        weights = list(self.gru.values())
+        hidden = self._end(text.T, *weights[:4]) + self._end(text.T.flip(0), *weights[4:])
         return self.mu(hidden), self.logvar(hidden)
+
+    def _end(self, symbols: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensor:
+        """Return the state (batch, HIDDEN) after the symbols (LENGTH, batch)."""
+        inputs = F.embedding(symbols, F.linear(self.embedding.weight, w_ih, b_ih))  # a product per symbol, looked up
+        return recur(inputs, torch.zeros_like(inputs[0, :, :HIDDEN]), w_hh, b_hh)[-1]
 
 
 class TextDecoder(nn.Module):
@@ -83,15 +104,20 @@ class TextDecoder(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(N_SYMBOLS, HIDDEN)
         self.state = nn.Linear(n_latents, HIDDEN)
-        self.gru = nn.GRU(HIDDEN + n_latents, HIDDEN, LAYERS, batch_first=True)
+        self.gru = nn.ParameterDict(nn.GRU(HIDDEN + n_latents, HIDDEN, LAYERS).named_parameters())
         self.logits = nn.Linear(HIDDEN + n_latents, FILL + 1)
 
     def forward(self, z: Tensor, previous: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if state is None:
-            state = self.state(z).expand(LAYERS, -1, -1).contiguous()
+        first, second = [self.state(z)] * LAYERS if state is None else state
+        w_ih, w_hh, b_ih, b_hh, w_ih_1, w_hh_1, b_ih_1, b_hh_1 = self.gru.values()
+        # The first layer's inputs are a symbol and z: a product per symbol of the alphabet, looked up, and one of z.
+        w_symbol, w_z = w_ih.split([HIDDEN, z.shape[1]], dim=1)
+        symbols = F.embedding(previous.T, F.linear(F.silu(self.embedding.weight), w_symbol))
+        below = torch.stack(recur(symbols + F.linear(z, w_z, b_ih), first, w_hh, b_hh))
+        above = torch.stack(recur(F.linear(below, w_ih_1, b_ih_1), second, w_hh_1, b_hh_1), dim=1)
         everywhere = z.unsqueeze(1).expand(-1, previous.shape[1], -1)
-        hidden, state = self.gru(torch.cat([F.silu(self.embedding(previous)), everywhere], dim=2), state)
-        return float32_at_least(self.logits(torch.cat([hidden, everywhere], dim=2))), state
+        logits = self.logits(torch.cat([above, everywhere], dim=2))
+        return float32_at_least(logits), torch.stack([below[-1], above[:, -1]])
 
 
 class Text(Likelihood):

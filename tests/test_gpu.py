@@ -50,8 +50,7 @@ def on_a_gpu(precision: str = "fp32") -> Iterator[None]:
     torch.set_autocast_enabled("cuda", precision == "bf16")  # torch.autocast itself asks for a device
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     try:
-        # cuDNN's GRU asks for a driver. The other one is fused, and fake tensors know the operations it is made of.
-        with FAKE, torch.no_grad(), torch.backends.cudnn.flags(enabled=False), enable_python_dispatcher():
+        with FAKE, torch.no_grad(), enable_python_dispatcher():
             yield
     finally:
         torch.set_autocast_enabled("cuda", before[0])

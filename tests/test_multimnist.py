@@ -10,7 +10,7 @@ from typing import Any
 from multimnist import datasets
 from multimnist import model as networks
 from multimnist.datasets import Recipe
-from mvae import Data, cli
+from mvae import Data, Objective, cli
 from mvae.errors import UsageError, UserError
 from mvae.run import checkpoint
 from synthetic.digits import digits as synthetic_digits
@@ -18,6 +18,9 @@ from synthetic.digits import digits as synthetic_digits
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.nn import functional as F
 
 from helpers import assert_ended, assert_refused, assert_same_run, run_warm, script, stats
 
@@ -210,9 +213,42 @@ def test_networks_have_the_papers_sizes_and_read_every_place_of_a_text() -> None
     texts = torch.stack([datasets.encode(text) for text in ("1773", "0773", "1073", "1703", "1770", "177")])
     mu, _ = model.encoders["text"](texts)
     assert (mu[1:] != mu[0]).any(dim=1).all()
-    encoder: Any = model.encoders["text"]
-    forward, backward = encoder.gru(encoder.embedding(texts))[0].chunk(2, dim=2)
-    torch.testing.assert_close(mu, encoder.mu(forward[:, -1] + backward[:, 0]))
+
+
+def test_recurrent_networks_and_their_gradients_are_those_of_gru() -> None:
+    torch.manual_seed(0)
+    encoder, decoder = networks.TextEncoder(5).double(), networks.TextDecoder(5).double()
+    read, write = nn.GRU(200, 200, batch_first=True, bidirectional=True), nn.GRU(205, 200, 2, batch_first=True)
+    for network, gru in ((encoder, read), (decoder, write)):
+        gru.double().load_state_dict(network.gru.state_dict())
+    texts = torch.randint(networks.N_SYMBOLS, (20, 4))
+    z = torch.randn(20, 5, dtype=torch.float64, requires_grad=True)
+
+    forward, backward = read(encoder.embedding(texts))[0].chunk(2, dim=2)
+    code = [layer(forward[:, -1] + backward[:, 0]) for layer in (encoder.mu, encoder.logvar)]
+    everywhere = z.unsqueeze(1).expand(-1, 4, -1)
+    inputs = torch.cat([F.silu(decoder.embedding(texts)), everywhere], dim=2)
+    hidden, state = write(inputs, decoder.state(z).repeat(2, 1, 1))
+    expected = *code, decoder.logits(torch.cat([hidden, everywhere], dim=2)), state
+
+    found = *encoder(texts), *decoder(z, texts)
+    torch.testing.assert_close(found, expected)
+    others = [z, *encoder.embedding.parameters(), *decoder.embedding.parameters(), *decoder.state.parameters()]
+    gradients = (
+        torch.autograd.grad(sum(part.square().sum() for part in results), [*others, *weights])
+        for results, weights in (
+            (found, [*encoder.gru.parameters(), *decoder.gru.parameters()]),
+            (expected, [*read.parameters(), *write.parameters()]),
+        )
+    )
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_compiled_objective_is_one_graph() -> None:
+    objective, counter = Objective(networks.build_model(5)), CompileCounter()
+    batch = {"image": torch.rand(3, 1, 50, 50), "text": torch.randint(10, (3, 4))}
+    torch.compile(objective, backend=counter, fullgraph=True)(batch)
+    assert counter.frame_count == 1
 
 
 @torch.no_grad()
