@@ -50,9 +50,9 @@ class Launches(TorchDispatchMode):
 def on_meta() -> Iterator[None]:
     """Let a Run train on the meta device, where the data can't be checked."""
     with (
-        mock.patch.object(Training, "device", lambda self: META),
+        mock.patch.object(Training, "device", return_value=META),
         mock.patch.object(Run, "_on_device", lambda self, data, *_: data.to(META)),
-        mock.patch("mvae.run.run.autocast", lambda *_: contextlib.nullcontext()),
+        mock.patch("mvae.run.run.autocast", return_value=contextlib.nullcontext()),
     ):
         yield
 
@@ -65,25 +65,28 @@ def count(name: str) -> dict[str, int]:
     objective = experiment.objective(model)
     optimizer = torch.optim.AdamW(objective.parameters())
     data = experiment.data()[: 2 * experiment.batch_size]
-    with on_meta(), tempfile.TemporaryDirectory() as folder:
-        with Run(name, objective, optimizer, Training(out_dir=Path(folder, "run"))) as run:
-            run._forward = objective
-            run.start = 1.0  # the loss of the first step, which asks for it
-            next(run.epochs(1))
-            batches = run.batches(data, experiment.batch_size)
-            for _ in range(2):  # the first step has no sums to add to
-                with Launches() as making:
-                    batch, present = next(batches)
-                with Launches() as step:
-                    run.set(lr=experiment.lr, beta=1)
-                    arguments = batch, run.beta, run.random_subsets(experiment.approx_m), present
-                    loss, parts = run.objective(*arguments)
-                    run.backward(loss, parts)
-                run.step()
-                with Launches() as alone:
-                    loss, _ = objective(*arguments)
-                    loss.backward(loss.detach())
-                optimizer.zero_grad()
+    with (
+        on_meta(),
+        tempfile.TemporaryDirectory() as folder,
+        Run(name, objective, optimizer, Training(out_dir=Path(folder, "run"))) as run,
+    ):
+        run._forward = objective
+        run.start = 1.0  # the first step's loss, which a run asks for
+        next(run.epochs(1))
+        batches = run.batches(data, experiment.batch_size)
+        for _ in range(2):  # the first step has no sums to add to
+            with Launches() as making:
+                batch, present = next(batches)
+            with Launches() as step:
+                run.set(lr=experiment.lr, beta=1)
+                arguments = batch, run.beta, run.random_subsets(experiment.approx_m), present
+                loss, parts = run.objective(*arguments)
+                run.backward(loss, parts)
+            run.step()
+            with Launches() as alone:
+                loss, _ = objective(*arguments)
+                loss.backward(loss.detach())
+            optimizer.zero_grad()
     return {"batch": making.n, "objective": alone.n, "rest": step.n - alone.n, "optimizer": count_adamw(name)}
 
 

@@ -580,6 +580,21 @@ def peer(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
     return ["mnist", "MultiVae / ours", "matrix products / ours"], rows, about
 
 
+def launches(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
+    """A row for each experiment: the operations of a step's parts, and all of them, eager and captured."""
+    parts = ("batch", "objective", "rest", "optimizer")
+    rows = []
+    for row in content["rows"]:
+        eager = sum(row[part] for part in parts)
+        numbers = [*(row[part] for part in parts), eager, eager - row["objective"] + 2]
+        rows.append([row["experiment"], *map(str, numbers)])
+    about = (
+        "Tensor operations of a step on a GPU, each a kernel launch or more. Objective: with its gradient; captured, "
+        f"two CUDA graphs. torch {content['torch']}."
+    )
+    return ["", "batch", "objective", "β, sums, watch", "AdamW", "eager step", "captured step"], rows, about
+
+
 def gpu(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
     """A row for each experiment and precision: an eager and a captured step, and the device's floors."""
     columns = {
@@ -612,5 +627,5 @@ TABLES: dict[str, Make] = {
     "memory": memory,
     "loglike": loglike,
     "loglike_full": loglike_full,
-    **{made.__name__: of_one_file(made.__name__, made) for made in (threads, peer, gpu)},
+    **{made.__name__: of_one_file(made.__name__, made) for made in (threads, peer, launches, gpu)},
 }

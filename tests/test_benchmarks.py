@@ -33,6 +33,15 @@ def test_a_step_is_timed_against_the_plain_ones(benchmarks: None) -> None:
     assert 0 < found["data_share"] < 1
 
 
+def test_a_step_of_a_gpu_asks_it_for_nothing_and_launches_little_around_the_objective(benchmarks: None) -> None:
+    """On the meta device, where asking for a value fails."""
+    import launches
+
+    found = launches.count("celeba19")
+    assert found["objective"] > 100
+    assert (found["batch"], found["rest"], found["optimizer"]) == (5, 8, 2)
+
+
 def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:
     (tmp_path / "multivae.py").write_text("raise ImportError(name='multivae')")
     done = run("benchmarks/peer.py", cwd=tmp_path, env=environment(PYTHONPATH=str(tmp_path)))
