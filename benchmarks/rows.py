@@ -606,11 +606,11 @@ def gpu(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
     rows = [
         [row["experiment"], row["precision"], *(f"{row[name]:.2f}" for name in columns)]
         + [f"{100 * row[name]:.0f} %" for name in ("eager_busy", "captured_busy")]
-        for row in content["steps"].get("rows", [])
+        for row in content["steps"].values()
     ]
     about = (
         "Milliseconds of a step, eager and captured as a CUDA graph, and of its matrix products and its weights' "
-        "traffic at the device's best rates; and the fraction of a step in which a kernel runs. "
+        "traffic at the device's best rates; and the fraction of a step in which a kernel runs. fp32 is TF32. "
         f"{content['gpu']}, torch {content['torch']}."
     )
     headings = [f"{name}, ms" for name in columns.values()]
