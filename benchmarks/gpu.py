@@ -10,6 +10,7 @@ and Adam's two moments, read and written) at the rate of a large copy. `busy` is
 which a kernel runs. fp32 means TF32, in products as in convolutions, where torch uses it by default.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -117,17 +118,14 @@ def script(name: str, *words: object, folder: Path, left: Callable[[], float]) -
 
 def resumed_difference(name: str, device: str, folder: Path, left: Callable[[], float]) -> float:
     """Run the experiment's scripts; return the largest difference of a resumed run's weights from a straight one's."""
-
-    def run(name: str, *words: object) -> None:
-        script(name, *words, folder=folder, left=left)
-
+    run = functools.partial(script, folder=folder, left=left)
     cuda, flags, best = ["--cuda"] * (device == "cuda"), FLAGS.get(name, []), f"{name}/{BEST}"
     if name == "multimnist":
         run("multimnist/datasets.py", "--train", 100, "--test", 20)
-    train = [f"{name}/train.py", "--limit", 40, "--batch-size", 20, *flags, *cuda]
-    run(*train, "--epochs", 2, "--out-dir", f"{name}-straight")
-    run(*train, "--epochs", 1, "--out-dir", name)
-    run(*train, "--epochs", 2, "--out-dir", name, "--resume")
+    train: list[object] = ["--limit", 40, "--batch-size", 20, *flags, *cuda]
+    run(f"{name}/train.py", *train, "--epochs", 2, "--out-dir", f"{name}-straight")
+    run(f"{name}/train.py", *train, "--epochs", 1, "--out-dir", name)
+    run(f"{name}/train.py", *train, "--epochs", 2, "--out-dir", name, "--resume")
     run(f"{name}/sample.py", best, "--n-samples", 4, "--out-dir", f"{name}-drawn", *cuda)
     run(f"{name}/loglike.py", best, "--n-samples", 4, "--limit", 4, *(flags if name == "vision" else []), *cuda)
     one, other = (load(folder / which / LATEST, name)["model"] for which in (name, f"{name}-straight"))
