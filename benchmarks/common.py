@@ -25,12 +25,20 @@ KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": s
 T = TypeVar("T")
 
 
-def alone(function: Callable[..., T], *args: Any) -> T:
-    """Return what the function returns in a process of its own, which prints nothing and keeps freed memory."""
+def alone(function: Callable[..., T], *args: Any, timeout: float | None = None) -> T:
+    """Return what the function returns in a process of its own, which prints nothing and keeps freed memory.
+
+    timeout: seconds after which that process is killed. Raises TimeoutError then.
+    """
     os.environ.update(KEEP_MEMORY)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=silence) as pool:
-        return pool.submit(function, *args).result()
+        try:
+            return pool.submit(function, *args).result(timeout)
+        except TimeoutError:
+            for process in (pool._processes or {}).values():  # Python 3.14 has kill_workers
+                process.kill()
+            raise
 
 
 def silence() -> None:

@@ -1,13 +1,13 @@
-"""Measure on a GPU, in one command of some minutes, and write results/gpu.json after each part.
+"""Measure on a GPU, in one command of some minutes, and write results/gpu.json after each row.
 
-The parts: every script with --cuda for a few steps, with a resumed run compared to a straight one; a step of each
-experiment, eager and captured as a CUDA graph, in both precisions, compared to what the device could do at best;
-log-likelihoods in both precisions. A part that fails leaves the others' numbers. recipes.py mnist fast with
+First every script with --cuda for a few steps, with a resumed run compared to a straight one; then a step of each
+experiment, eager and captured as a CUDA graph, compared to what the device could do at best; then log-likelihoods. A
+row that fails leaves the others' numbers, and rows that there is no time for are named. recipes.py mnist fast with
 --flags="--cuda --compile" makes a whole run.
 
 A step's floors are its matrix products at the rate of a large product, and the traffic of the weights (weight, gradient
 and Adam's two moments, read and written) at the rate of a large copy. `busy` is the fraction of the step's time in
-which a kernel runs.
+which a kernel runs. fp32 means TF32, in products as in convolutions, where torch uses it by default.
 """
 
 import functools
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,118 +25,150 @@ from typing import Any, Literal
 from mvae import cli
 from mvae.model import Precision
 from mvae.run.checkpoint import BEST, LATEST, load
+from synthetic import __main__ as synthetic
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import ROOT, about, alone, quartiles, write
+from common import ROOT, about, alone, in_turns, quartiles, write
 from experiments import EXPERIMENTS, NAMES, build_model
 from step import Setting, our_step, prepare, repeated, time_loglike, warm_seconds
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+PICTURES = "data/celeba/img_align_celeba"
+FLAGS: dict[str, list[object]] = {
+    **{name: ["--n-val", 20] for name in ("mnist", "fashionmnist", "multimnist")},
+    "vision": [f"--{kind}-dir={PICTURES}" for kind in ("image", "gray", "edge", "mask")],
+}
+"""Flags of train.py; vision's are also loglike.py's."""
 
 
 @dataclass(kw_only=True)
 class Config:
     device: Literal["cuda", "cpu"] = "cuda"  # device to measure; cpu: to try the command out
-    quick: bool = False  # measure mnist only, and almost no steps
+    minutes: float = 8  # wall-clock minutes, after which no row begins
+    quick: bool = False  # almost no steps, eager and in fp32
     json: Path = ROOT / "results" / "gpu.json"  # file to write
 
 
 def main() -> None:
     config = cli.parse(__doc__, Config)
-    if config.device == "cuda" and not torch.cuda.is_available():
+    device, quick = config.device, config.quick
+    if device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device is available to torch: nothing is measured")
         return
-    content: dict[str, Any] = {**about(), "device": config.device, "quick": config.quick}
-    content["gpu"] = torch.cuda.get_device_name() if config.device == "cuda" else None
-    parts: list[Callable[[str, bool], dict[str, Any]]] = [scripts, steps, likelihoods]
-    for part in parts:
-        began = time.perf_counter()
+    deadline = time.monotonic() + 60 * config.minutes
+    content: dict[str, Any] = {**about(), "device": device, "quick": quick, "tf32": device == "cuda"}
+    content["gpu"] = torch.cuda.get_device_name() if device == "cuda" else None
+    content |= {"scripts": {}, "steps": {}, "likelihoods": {}, "left_out": [], "failed": {}}
+
+    def left() -> float:
+        seconds = deadline - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError
+        return seconds
+
+    def here(function: Callable[..., Any], *args: Any) -> Any:
+        left()
+        return function(*args)
+
+    def apart(function: Callable[..., Any], *args: Any) -> Any:
+        return alone(function, *args, timeout=left())
+
+    def add(part: str, row: str, measure: Callable[..., Any], *args: Any) -> None:
         try:
-            content[part.__name__] = part(config.device, config.quick)
-        except Exception as error:  # the other parts are worth measuring
-            content[part.__name__] = {"failed": f"{type(error).__name__}: {error}"[-2000:]}
-        print(f"{part.__name__}: {time.perf_counter() - began:.0f} s, {content[part.__name__]}", flush=True)
+            content[part][row] = measure(*args)
+        except (TimeoutError, subprocess.TimeoutExpired):
+            content["left_out"].append(f"{part}: {row}")
+        except Exception as error:  # the other rows are worth measuring
+            content["failed"][f"{part}: {row}"] = f"{type(error).__name__}: {error}"[-2000:]
+        print(f"{part}, {row}: {content[part].get(row, 'failed or left out')}", flush=True)
         write(config.json, content)
 
+    rows = [(name, precision) for precision in PRECISIONS[: 1 if quick else 2] for name in NAMES]
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(8) as pool:
+        folder = Path(place)
+        for kind in ("digits", "fashion", "faces"):
+            validation = ["--val", "20"] * (kind == "faces")
+            synthetic.main([kind, str(folder / "data"), "--train", "100", "--test", "20", *validation])
+        compared = {name: pool.submit(resumed_difference, name, device, folder, left) for name in NAMES}
+        if not quick:  # torch keeps what it compiles, so that the rows are spared it
+            for row in rows:
+                pool.submit(apart, captured_step, *row, device)
+        for name, found in compared.items():
+            add("scripts", name, found.result)
 
-def asked(quick: bool) -> Sequence[str]:
-    return NAMES[:1] if quick else NAMES
+    for row in rows:  # captured, each in its process: beyond eight shapes of a function torch runs it eager
+        add("steps", ", ".join(row), here if quick else apart, step_row, *row, device, quick)
+    for row in rows:
+        add("likelihoods", ", ".join(row), here, loglike_seconds, *row, device, 2 if quick else 1000)
 
 
-def script(name: str, *words: object, folder: Path) -> None:
+def script(name: str, *words: object, folder: Path, left: Callable[[], float]) -> None:
     """Run a script on the folder's data. Raises RuntimeError with its errors if it fails."""
-    command = [sys.executable, *(["-m", name] if name == "synthetic" else [str(ROOT / name)]), *map(str, words)]
+    command = [sys.executable, str(ROOT / name), *map(str, words)]
     environment = {**os.environ, "MVAE_DATA_DIR": str(folder / "data"), "MVAE_CACHE_DIR": str(folder / "cache")}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=left()
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr[-1000:]}")
 
 
-def scripts(device: str, quick: bool) -> dict[str, Any]:
-    """Return by experiment the largest difference between the weights of a resumed run and a straight one."""
-    cuda = ["--cuda"] if device == "cuda" else []
-
-    def difference(name: str, folder: Path) -> float:
-        data: list[object] = ["--n-val", 60] if name in ("mnist", "fashionmnist", "multimnist") else []
-        folders: list[object] = []
-        if name == "multimnist":
-            script("multimnist/datasets.py", "--train", 400, "--test", 60, folder=folder)
-        if name == "vision":
-            folders = [f"--{kind}-dir=data/celeba/img_align_celeba" for kind in ("image", "gray", "edge", "mask")]
-        train = ["--limit", 200, "--batch-size", 50, *data, *folders, *cuda]
-        script(f"{name}/train.py", *train, "--epochs", 2, "--out-dir", f"{name}-straight", folder=folder)
-        script(f"{name}/train.py", *train, "--epochs", 1, "--out-dir", name, folder=folder)
-        script(f"{name}/train.py", *train, "--epochs", 2, "--out-dir", name, "--resume", folder=folder)
-        best = f"{name}/{BEST}"
-        script(f"{name}/sample.py", best, "--n-samples", 4, "--out-dir", f"{name}-drawn", *cuda, folder=folder)
-        script(f"{name}/loglike.py", best, "--n-samples", 20, "--limit", 20, *folders, *cuda, folder=folder)
-        one, other = (load(folder / which / LATEST, name)["model"] for which in (name, f"{name}-straight"))
-        return max((one[key].float() - other[key].float()).abs().max().item() for key in one)
-
-    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor() as pool:
-        folder = Path(place)
-        for kind in ("digits",) if quick else ("digits", "fashion", "faces"):
-            script("synthetic", kind, folder / "data", "--train", 400, "--test", 60, folder=folder)
-        found = pool.map(lambda name: difference(name, folder), asked(quick))
-        return {"resumed - straight": dict(zip(asked(quick), found, strict=True))}
+def resumed_difference(name: str, device: str, folder: Path, left: Callable[[], float]) -> float:
+    """Run the experiment's scripts; return the largest difference of a resumed run's weights from a straight one's."""
+    run = functools.partial(script, folder=folder, left=left)
+    cuda, flags, best = ["--cuda"] * (device == "cuda"), FLAGS.get(name, []), f"{name}/{BEST}"
+    if name == "multimnist":
+        run("multimnist/datasets.py", "--train", 100, "--test", 20)
+    train: list[object] = ["--limit", 40, "--batch-size", 20, *flags, *cuda]
+    run(f"{name}/train.py", *train, "--epochs", 2, "--out-dir", f"{name}-straight")
+    run(f"{name}/train.py", *train, "--epochs", 1, "--out-dir", name)
+    run(f"{name}/train.py", *train, "--epochs", 2, "--out-dir", name, "--resume")
+    run(f"{name}/sample.py", best, "--n-samples", 4, "--out-dir", f"{name}-drawn", *cuda)
+    run(f"{name}/loglike.py", best, "--n-samples", 4, "--limit", 4, *(flags if name == "vision" else []), *cuda)
+    one, other = (load(folder / which / LATEST, name)["model"] for which in (name, f"{name}-straight"))
+    return max((one[key].float() - other[key].float()).abs().max().item() for key in one)
 
 
-def rates(device: str, quick: bool) -> dict[str, float]:
-    """Return the operations per second of a large matrix product in each precision, and bytes per second of a copy."""
+def captured_step(name: str, precision: Precision, device: str) -> None:
+    """Compile a step and take it."""
+    start(name, precision, device, compiled=True)()
+
+
+def start(name: str, precision: Precision, device: str, compiled: bool) -> Callable[[], None]:
+    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
+    setting = Setting(device, 1, precision, compiled)
+    return our_step(name, prepare(name, setting), setting)
+
+
+def rates(device: str, precision: Precision, quick: bool) -> tuple[float, float]:
+    """Return the operations per second of a large matrix product, and the bytes per second of a large copy."""
     n = 256 if quick else 8192
-    found: dict[str, float] = {}
-    for precision, dtype in zip(PRECISIONS, (torch.float32, torch.bfloat16), strict=True):
-        a = torch.randn(n, n, device=device).to(dtype)
-        found[precision] = 2 * n**3 / warm_seconds(functools.partial(torch.mm, a, a), device, 5)
+    a = torch.randn(n, n, device=device).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     x = torch.empty(n * n, device=device)
-    found["bytes"] = 2 * x.nbytes / warm_seconds(lambda: x.clone(), device, 5)
-    return found
+    product, copy = (warm_seconds(action, device, 5) for action in (lambda: a @ a, x.clone))
+    return 2 * n**3 / product, 2 * x.nbytes / copy
 
 
-def steps(device: str, quick: bool) -> dict[str, Any]:
-    """Return a row for each experiment and precision: milliseconds of a step, eager and captured, and its floors."""
-    best = alone(rates, device, quick)
-    precisions = PRECISIONS[:1] if quick else PRECISIONS
-    rows = [alone(step_row, name, device, precision, quick, best) for name in asked(quick) for precision in precisions]
-    return {"rates": best, "rows": rows}
-
-
-def step_row(name: str, device: str, precision: Precision, quick: bool, best: dict[str, float]) -> dict[str, Any]:
+def step_row(name: str, precision: Precision, device: str, quick: bool) -> dict[str, Any]:
+    """Return milliseconds of a step, eager and captured, and its floors."""
     row: dict[str, Any] = {"experiment": name, "precision": precision}
     for kind, compiled in (("eager", False), *([] if quick else [("captured", True)])):
-        setting = Setting(device, 1, precision, compiled)
-        step = our_step(name, prepare(name, setting), setting)
-        seconds = warm_seconds(step, device, 2 if quick else 100)
+        step = start(name, precision, device, compiled)
+        repeated(step, 3, device)()
+        n, blocks = (1, 2) if quick else (5, 20)  # the median leaves out the ends of epochs
+        times = in_turns({kind: repeated(step, n, device)}, blocks, time.perf_counter)[kind]
+        seconds = quartiles(times)[1] / n
         row |= {f"{kind}_ms": 1e3 * seconds, f"{kind}_busy": busy(step, device, seconds)}
         if not compiled:
             with FlopCounterMode(display=False) as counter:
                 step()
     n_weights = sum(weight.numel() for weight in build_model(name, EXPERIMENTS[name].n_latents).parameters())
-    row["products_floor_ms"] = 1e3 * counter.get_total_flops() / best[precision]
-    row["weights_floor_ms"] = 1e3 * 8 * 4 * n_weights / best["bytes"]
+    of_products, of_copies = rates(device, precision, quick)
+    row["products_floor_ms"] = 1e3 * counter.get_total_flops() / of_products
+    row["weights_floor_ms"] = 1e3 * 8 * 4 * n_weights / of_copies
     return row
 
 
@@ -150,13 +182,10 @@ def busy(step: Callable[[], object], device: str, seconds: float, n: int = 10) -
     return 1e-6 * kernels / n / seconds
 
 
-def likelihoods(device: str, quick: bool) -> dict[str, Any]:
-    """Return the quartiles of the seconds that loglike.py takes for 10 examples with 1,000 importance samples."""
-    precisions = PRECISIONS[:1] if quick else PRECISIONS
-    tasks = [(name, device, precision) for name in asked(quick) for precision in precisions]
-    return {
-        f"{name}, {precision}": quartiles(alone(time_loglike, name, device, precision)) for name, _, precision in tasks
-    }
+def loglike_seconds(name: str, precision: Precision, device: str, n_samples: int) -> list[float]:
+    """Return the quartiles of the seconds that loglike.py takes for 10 examples."""
+    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
+    return quartiles(time_loglike(name, device, precision, n_samples))
 
 
 if __name__ == "__main__":

@@ -609,6 +609,21 @@ def peer(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
     return ["mnist", "MultiVae / ours", "matrix products / ours"], rows, about
 
 
+def launches(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
+    """A row for each experiment: the operations of a step's parts, and all of them, eager and captured."""
+    parts = ("batch", "objective", "rest", "optimizer")
+    rows = []
+    for row in content["rows"]:
+        eager = sum(row[part] for part in parts)
+        numbers = [*(row[part] for part in parts), eager, eager - row["objective"] + 2]
+        rows.append([row["experiment"], *map(str, numbers)])
+    about = (
+        "Tensor operations of a step on a GPU, each a kernel launch or more. Objective: with its gradient; captured, "
+        f"two CUDA graphs. torch {content['torch']}."
+    )
+    return ["", "batch", "objective", "β, sums, watch", "AdamW", "eager step", "captured step"], rows, about
+
+
 def gpu(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
     """A row for each experiment and precision: an eager and a captured step, and the device's floors."""
     columns = {
@@ -620,11 +635,11 @@ def gpu(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
     rows = [
         [row["experiment"], row["precision"], *(f"{row[name]:.2f}" for name in columns)]
         + [f"{100 * row[name]:.0f} %" for name in ("eager_busy", "captured_busy")]
-        for row in content["steps"].get("rows", [])
+        for row in content["steps"].values()
     ]
     about = (
         "Milliseconds of a step, eager and captured as a CUDA graph, and of its matrix products and its weights' "
-        "traffic at the device's best rates; and the fraction of a step in which a kernel runs. "
+        "traffic at the device's best rates; and the fraction of a step in which a kernel runs. fp32 is TF32. "
         f"{content['gpu']}, torch {content['torch']}."
     )
     headings = [f"{name}, ms" for name in columns.values()]
@@ -642,5 +657,5 @@ TABLES: dict[str, Make] = {
     "memory": memory,
     "loglike": loglike,
     "loglike_full": loglike_full,
-    **{made.__name__: of_one_file(made.__name__, made) for made in (threads, peer, gpu)},
+    **{made.__name__: of_one_file(made.__name__, made) for made in (threads, peer, launches, gpu)},
 }

@@ -114,8 +114,8 @@ def memory(name: str, step_of: Callable[..., Callable[[], None]], setting: Setti
     return {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, "before_mib": before / unit}
 
 
-def time_loglike(name: str, device: str, precision: Precision = "fp32") -> list[float]:
-    """Return the seconds that 10 examples with 1,000 importance samples take, of several runs."""
+def time_loglike(name: str, device: str, precision: Precision = "fp32", n_samples: int = 1000) -> list[float]:
+    """Return the seconds that the log-likelihoods of 10 examples take, of several runs."""
     experiment, data = EXPERIMENTS[name], prepare(name, Setting(device))[:10]
     model = build_model(name, experiment.n_latents).to(device)
 
@@ -125,11 +125,12 @@ def time_loglike(name: str, device: str, precision: Precision = "fp32") -> list[
             data,
             quantities=experiment.quantities,
             predictions=experiment.predictions,
-            n_samples=1000,
+            n_samples=n_samples,
             precision=precision,
         )
 
-    return [warm_seconds(run, device, 1) for _ in range(5)]
+    run()  # a first one starts the device
+    return in_turns({"loglike": run}, 5, time.perf_counter)["loglike"]
 
 
 def prepare(name: str, setting: Setting) -> Data:

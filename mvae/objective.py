@@ -182,7 +182,8 @@ class Objective(nn.Module):
         loss = -bound.sum(dim=0).mean()
 
         n = torch.full_like(loss, here.shape[1])
-        parts = (loss * n, n, log_prob.sum(dim=2), outputs.sum(dim=2), kl.sum(dim=1), inputs.any(dim=1).sum(dim=1))
+        n_log_prob, n_kl = (mask.sum(dim=-1, dtype=loss.dtype) for mask in (outputs, inputs.any(dim=1)))
+        parts = (loss * n, n, log_prob.sum(dim=2), n_log_prob, kl.sum(dim=1), n_kl)
         names = self.names + (SUBSET,) * n_subsets
         return loss, Totals(names, model.modalities, *(part.detach() for part in parts))
 
@@ -243,7 +244,7 @@ class Totals(NamedTuple):
 
     def vector(self) -> Tensor:
         """Return all sums as one float64 vector: vectors of the same terms add up over batches and processes."""
-        return torch.cat([part.double().flatten() for part in self[2:]])
+        return torch.cat([part.flatten() for part in self[2:]]).double()
 
     @classmethod
     def of(cls, vector: Tensor, terms: tuple[str, ...], modalities: tuple[str, ...]) -> "Totals":

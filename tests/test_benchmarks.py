@@ -1,10 +1,14 @@
 """Benchmarks run as their docstrings say, as short as possible."""
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from mvae import cli
+from mvae import Data, cli
 from synthetic import __main__ as synthetic
 
 import pytest
@@ -31,6 +35,49 @@ def test_a_step_is_timed_against_the_plain_ones(benchmarks: None) -> None:
     found = step.time_steps("mnist", step.Setting(), seconds=0.1)
     assert found["plain / ours"][1] > 1
     assert 0 < found["data_share"] < 1
+
+
+def test_a_step_of_a_gpu_asks_it_for_nothing_and_launches_little_around_the_objective(benchmarks: None) -> None:
+    """On the meta device, where asking for a value fails."""
+    import launches
+
+    found = launches.count("celeba19")
+    assert found["objective"] > 100
+    assert (found["batch"], found["rest"], found["optimizer"]) == (5, 8, 2)
+
+
+def test_gpu_py_measures_all_six_and_says_what_it_left_out(
+    benchmarks: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On the CPU, with batches of four examples; of the scripts only mnist's, forked from a process that has torch."""
+    import gpu
+
+    def few(make: Callable[[], Data]) -> Callable[[], Data]:
+        return lambda: make()[:40]
+
+    for name, experiment in gpu.EXPERIMENTS.items():
+        monkeypatch.setitem(gpu.EXPERIMENTS, name, experiment._replace(data=few(experiment.data), batch_size=4))
+    compare = gpu.resumed_difference
+    monkeypatch.setattr(gpu, "resumed_difference", lambda name, *rest: compare(name, *rest) if name == "mnist" else 0.0)
+
+    def forked(command: list[str], cwd: Path, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return run_warm(*command[1:], cwd=cwd, env=env)
+
+    monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(run=forked, TimeoutExpired=subprocess.TimeoutExpired))
+    path = tmp_path / "gpu.json"
+    words = ["gpu.py", "--device", "cpu", "--quick", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", words)
+    gpu.main()
+    found = json.loads(path.read_text())
+    assert (found["left_out"], found["failed"]) == ([], {})
+    assert found["scripts"] == dict.fromkeys(gpu.NAMES, 0.0)
+    assert all(row["products_floor_ms"] < row["eager_ms"] for row in found["steps"].values())
+    assert len(found["steps"]) == len(found["likelihoods"]) == 6
+    monkeypatch.setattr(sys, "argv", [*words, "--minutes", "0"])
+    gpu.main()
+    found = json.loads(path.read_text())
+    assert found["left_out"][0] == "scripts: mnist"
+    assert (len(found["left_out"]), found["failed"]) == (13, {})
 
 
 def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:

@@ -148,6 +148,28 @@ def test_fake_tensors_fail_where_the_host_would_wait(ask: Callable[[Tensor], obj
 # Compiled steps
 
 
+@pytest.mark.parametrize("name", STORED)
+def test_the_compiled_objective_is_one_graph_and_has_the_gradients_of_the_plain_one(name: str) -> None:
+    """So its backward pass is one graph, too. Without dropout, whose values differ."""
+    torch.manual_seed(0)
+    model = importlib.import_module(f"{name}.model").build_model(5)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    shapes, transform = STORED[name]
+    limits = {"text": 10, "attrs": 2}
+    batch = transform({key: torch.randint(limits.get(key, 256), (N, *shape)).byte() for key, shape in shapes.items()})
+    objective, counter = Objective(model, terms_of(model, ()), iw_samples=2), CompileCounter()
+    compiled, noise, beta = torch.compile(objective, backend=counter), objective.noise(N), torch.tensor(0.5)
+    results = []
+    for step in (compiled, objective):
+        loss, totals = step(batch, beta, None, None, noise)
+        gradients = torch.autograd.grad(loss, [*objective.parameters()])
+        results.append([totals.vector(), *gradients])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+    assert counter.frame_count == 1
+
+
 def test_a_compiled_step_takes_any_subsets_missing_modalities_and_beta_without_compiling_again() -> None:
     """It finds what a plain step finds."""
     objective, counter = Objective(small_model()), CompileCounter()

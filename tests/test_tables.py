@@ -88,7 +88,7 @@ def root(tmp_path: Path, modules: Any) -> Path:
     captured = {"eager_ms": 3.0, "captured_ms": 2.0, "products_floor_ms": 0.5, "weights_floor_ms": 0.25}
     row = {"experiment": "mnist", "precision": "fp32", **captured, "eager_busy": 0.5, "captured_busy": 0.75}
     gpu = {"command": "python benchmarks/gpu.py", "gpu": "H100", "torch": "2.14"}
-    write(results / "gpu.json", {**gpu, "steps": {"rows": [row]}})
+    write(results / "gpu.json", {**gpu, "steps": {"mnist, fp32": row}})
     means = {"mnist-fast-0": -90.5, "mnist-fast-1": -90.75, "mnist-paper-0": -92, "binarymnist-fast-0": -86.5}
     for name, mean in means.items():
         write(results / f"{name}.json", mnist(int(name[-1]), mean))

@@ -93,10 +93,10 @@ class Run:
         self.device = config.device()
         self.config, self.precision = config, resolve(config.precision, self.device)
         self.name, self.out_dir = name, config.out_dir
+        self.settings, self.facts = cli.plain(self.config), {**(facts or {}), **facts_of(objective, optimizer)}
         self.bare, self.model, self.optimizer = objective.to(self.device), objective.model, optimizer
         if not self.model.training:
             self.model.train()
-        self.settings, self.facts = cli.plain(self.config), {**(facts or {}), **facts_of(objective, optimizer)}
         self.epoch, self.done, self.n_steps, self.n_epochs = 1, 0, 0, 0
         self.t, self.lr, self.beta_now, self.seconds = 0.0, optimizer.param_groups[0]["lr"], 1.0, 0.0
         self.beta = torch.ones((), device=self.device)  # a new float at each step would recompile
@@ -209,7 +209,8 @@ class Run:
     ) -> tuple[Tensor, Totals]:
         """Return the loss, the negative sum of the ELBO terms, and its parts; see `Objective.forward`.
 
-        With autocast, torch.compile and DistributedDataParallel as the Config says.
+        With autocast, torch.compile and DistributedDataParallel as the Config says. A captured CUDA graph overwrites
+        both at the next call.
         """
         noise, world = None, self.processes.world
         if world > 1:  # each process takes its examples' share of the noise that one alone would draw
@@ -217,14 +218,10 @@ class Run:
             generator = torch.Generator(self.device).manual_seed(seed)
             noise = self.bare.noise(self.n_rows, 0 if subsets is None else len(subsets), generator)
             noise = noise[..., self.rank :: world, :]
-        graphs = self.config.compile and self.device.type == "cuda"
-        if graphs:
+        if self.config.compile:
             torch.compiler.cudagraph_mark_step_begin()
         with autocast(self.precision, self.device), explained(self.model, batch, present):
-            loss, parts = self._forward(batch, beta, subsets, present, noise)
-        if graphs:  # the next replay overwrites them
-            loss, parts = loss.clone(), Totals(*parts[:2], *(part.clone() for part in parts[2:]))
-        return loss, parts
+            return self._forward(batch, beta, subsets, present, noise)
 
     def backward(self, loss: Tensor, parts: Totals) -> None:
         """Add the gradient of the loss, and the parts to the epoch's sums.
@@ -233,12 +230,15 @@ class Run:
         synchronisation in each step.
         """
         # The gradient of the whole batch's mean: DistributedDataParallel averages over the processes.
-        (loss * self.share).backward()
+        loss.backward(torch.full_like(loss, self.share))
         sums = parts.vector()
         self.terms = parts.terms
         if self.start == math.inf:
             self.start = float(sums[0] / sums[1])
-        self.last = sums if self.last is None else torch.where(self.last.isfinite().all(), sums, self.last)
+        if self.last is None:
+            self.last = sums
+        else:  # in three kernels
+            self.last = torch.where(torch.linalg.vector_norm(self.last, math.inf) < math.inf, sums, self.last)
         if self.device.type == "cpu" and not sums.isfinite().all():
             self._check_good()
         self.sums = self.sums + sums if len(self.sums) else sums
@@ -262,10 +262,12 @@ class Run:
         self._check_good()
         self.processes.share_buffers(self.bare)  # otherwise each would validate its own running statistics
         config = self.config
+        # A GPU waits for the launches of small batches. Without gradients four times a step's examples fit.
+        size = config.batch_size * (1 if self.device.type == "cpu" else 4)
         try:
-            data = self._on_device(data, config.batch_size, "validation")
+            data = self._on_device(data, size, "validation")
             found = measured(
-                self.bare, data, metrics, batch_size=config.batch_size, seed=config.seed, precision=self.precision,
+                self.bare, data, metrics, batch_size=size, seed=config.seed, precision=self.precision,
                 processes=self.processes, between=self._save_or_stop,
             )  # fmt: skip
         except (KeyboardInterrupt, UsageError):  # a second signal, or bad validation data: the epoch's steps are kept
