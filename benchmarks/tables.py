@@ -7,7 +7,7 @@ rows.TABLES. The files:
     results/coherence-EXPERIMENT-RECIPE-SEED.json   by coherence.py --json, of the same model
     results/{ablation,precision,reconstruct}/*      by recipes.py
     results/weak/*.json                             by weak_supervision.py
-    results/{step-*,peer,gpu}.json                  by step.py, peer.py and gpu.py, with --json
+    results/{step-*,processes,peer,gpu}.json        by step.py, processes.py, peer.py and gpu.py, with --json
     results/full/*.json                             by loglike.py --json, of a whole test split
     results/{loglike-*,threads,batch_norm/*}.json   by scripts of earlier commits
     benchmarks/paper.json                           the paper's numbers
