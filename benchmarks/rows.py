@@ -595,6 +595,20 @@ def threads(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
     return ["", "other processes", *next(iter(rates.values()))], rows, about
 
 
+def processes(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
+    """A row for each number of examples and of processes."""
+    rows = [
+        [str(row["examples"]), str(row["processes"]), *(spread(row[name]) for name in ("rate", "cpu"))]
+        for row in content["rows"]
+    ]
+    about = (
+        "Relative to one process with as many examples: median (lower to upper quartile) of turns in mnist's shapes, "
+        f"fp32, one thread each. Other work shared the machine (load {content['load']:.0f}, the benchmark's included). "
+        f"{machines([content])}"
+    )
+    return ["examples per process", "processes", "examples per second", "CPU time per example"], rows, about
+
+
 def peer(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
     """A row for each thing that both can do."""
     rows = [
@@ -657,5 +671,5 @@ TABLES: dict[str, Make] = {
     "memory": memory,
     "loglike": loglike,
     "loglike_full": loglike_full,
-    **{made.__name__: of_one_file(made.__name__, made) for made in (threads, peer, launches, gpu)},
+    **{made.__name__: of_one_file(made.__name__, made) for made in (threads, processes, peer, launches, gpu)},
 }

@@ -166,7 +166,9 @@ def our_step(name: str, data: Data, setting: Setting) -> Callable[[], None]:
     return lambda: next(steps)
 
 
-def loop(name: str, data: Data, setting: Setting) -> Iterator[None]:
+def loop(
+    name: str, data: Data, setting: Setting, batch_size: int | None = None, out_dir: Path | None = None
+) -> Iterator[None]:
     """Train as train.py does, and yield after each step."""
     experiment = EXPERIMENTS[name]
     objective = experiment.objective(build_model(name, experiment.n_latents))
@@ -174,12 +176,12 @@ def loop(name: str, data: Data, setting: Setting) -> Iterator[None]:
     validation = data[:100]
     with tempfile.TemporaryDirectory() as folder:
         config = Training(
-            out_dir=Path(folder, "run"), cuda=setting.device == "cuda", threads=setting.threads,
+            out_dir=out_dir or Path(folder, "run"), cuda=setting.device == "cuda", threads=setting.threads,
             precision=setting.precision, compile=setting.compiled, log_interval=10**9, save_every=1e9,
         )  # fmt: skip
         with Run(name, objective, optimizer, config) as run:
             for _ in run.epochs(10**9):
-                for batch, present in run.batches(data, experiment.batch_size):
+                for batch, present in run.batches(data, batch_size or experiment.batch_size):
                     run.set(lr=experiment.lr, beta=1)
                     subsets = run.random_subsets(experiment.approx_m)
                     loss, parts = run.objective(batch, run.beta, subsets, present)

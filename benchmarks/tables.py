@@ -8,7 +8,8 @@ rows.TABLES. The files:
     results/quality-EXPERIMENT-RECIPE-SEED.json     by quality.py --json
     results/{ablation,precision,reconstruct}/*      by recipes.py
     results/weak/*.json                             by weak_supervision.py
-    results/{step-*,peer,launches,gpu}.json         by step.py, peer.py, launches.py and gpu.py
+    results/{step-*,processes,peer}.json            by step.py, processes.py and peer.py, with --json
+    results/{launches,gpu}.json                     by launches.py and gpu.py
     results/full/*.json                             by loglike.py --json, of a whole test split
     results/{loglike-*,threads,batch_norm/*}.json   by scripts of earlier commits
     benchmarks/paper.json                           the paper's numbers

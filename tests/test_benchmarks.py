@@ -80,6 +80,15 @@ def test_gpu_py_measures_all_six_and_says_what_it_left_out(
     assert (len(found["left_out"]), found["failed"]) == (13, {})
 
 
+def test_steps_of_processes_are_timed_against_those_of_one(tmp_path: Path) -> None:
+    words = ["--groups", 2, "--examples", 4, "--steps", 1, "--rounds", 1, "--json", "found.json"]
+    done = run_warm("benchmarks/processes.py", *words, cwd=tmp_path)
+    assert_ended(done)
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert [(row["examples"], row["processes"]) for row in rows] == [(4, 1), (4, 2)]
+    assert rows[1]["cpu"][1] > 0
+
+
 def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:
     (tmp_path / "multivae.py").write_text("raise ImportError(name='multivae')")
     done = run("benchmarks/peer.py", cwd=tmp_path, env=environment(PYTHONPATH=str(tmp_path)))

@@ -288,6 +288,21 @@ def test_damaged_file_is_repaired(
     assert path.read_bytes() == good
 
 
+def test_large_file_is_sampled_by_the_first_process_of_a_machine(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cache"
+    content = bytearray(load(folder, path).numpy().tobytes() + path.read_bytes()[300 * 3 * 64 * 64 :])
+    content[-2000] ^= 4  # in the last of three blocks, of which every second is looked at
+    path.write_bytes(content)
+    monkeypatch.setattr(cache, "SAMPLED", 2 * 2**20)
+    for rank, decodes in (("1", False), ("0", True)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        caplog.clear()
+        load(folder, path)
+        assert ("decoding 1 of 3 blocks again" in caplog.text) == decodes
+
+
 def anonymous_bytes() -> int:
     """Return this process's memory that isn't backed by a file."""
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import mvae.run.run
-from mvae import MVAE, Data, Objective, Term, UsageError, UserError
+from mvae import MVAE, Data, Objective, Term, Training, UsageError, UserError
 from mvae.data.dataset import permuted_rows, seed_of
 from mvae.model import Batch
 from mvae.run import checkpoint
@@ -181,11 +181,36 @@ def test_two_processes_of_which_one_gets_a_signal_stop_and_resume_as_one(
     rank: int, step: int, two: Any, tmp_path: Path
 ) -> None:
     """In the first validation, or within the second epoch."""
-    place = "epoch 1, step 4 of 4" if step == 0 else "epoch 2, step 2 of 4"
-    for process in run_in(2, tmp_path, stop=(rank, step), n_subsets=1):
-        assert process["refused"].startswith(f"Stopped: stopped in {place}; the state is saved")
+    place = "epoch 1, step 4 of 4" if step == 0 else "epoch 2, step [23] of 4"  # they don't agree after each step
+    first, second = run_in(2, tmp_path, stop=(rank, step), n_subsets=1)
+    assert re.match(f"Stopped: stopped in {place}; the state is saved", first["refused"])
+    assert first["refused"] == second["refused"]
     run_in(2, tmp_path, resume=True, n_subsets=1)
     assert_same_run(tmp_path / "disk 0/run", two[0], "small")
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(0.001, 20), (0.1, 30), (2.0, 101)])
+def test_processes_agree_within_a_second_and_seldom_where_steps_are_quick(
+    seconds: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, asked = 0.0, [0.0]
+
+    def agree(*found: float) -> list[float]:
+        asked.append(now)
+        return list(found)
+
+    run: Any = SimpleNamespace(
+        processes=SimpleNamespace(world=2, agree=agree, abandoned=lambda: 0),
+        caught=SimpleNamespace(number=0), config=Training(), saved_at=0.0, asked_at=0.0, ask_every=1, ask_at=0,
+        n_steps=100,
+    )  # fmt: skip
+    monkeypatch.setattr(mvae.run.run, "time", SimpleNamespace(monotonic=lambda: now))
+    for step in range(1, 101):
+        now, run.done = step * seconds, step
+        mvae.run.run.Run._save_or_stop(run)
+    assert asked[-1] == now  # the epoch's last step
+    assert max(b - a for a, b in itertools.pairwise(asked)) <= max(1, seconds) + 1e-9
+    assert len(asked) <= most
 
 
 @pytest.mark.parametrize("hasty", [0, 1])

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import locked
-from .dataset import DataDir
+from .dataset import SAMPLED, DataDir
 from .pictures import Mode, fault, is_named_as_picture, pixels
 from .pool import in_parallel
 
@@ -56,15 +56,17 @@ def listing(source: Path) -> dict[str, Entry]:
     """Return the pictures of a folder or zip by name; folders inside a zip aren't part of a name."""
     if source.is_dir():
         with os.scandir(source) as files:
-            stats = [(file.name, file.stat() if file.is_file() else None) for file in files]
-        entries = {name: stat and Entry(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats}
+            entries = {
+                file.name: file.is_file() and Entry(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns)
+                for file in files
+            }
     else:
         try:
             with zipfile.ZipFile(source) as archive:
                 members = [member for member in archive.infolist() if not member.is_dir()]
         except zipfile.BadZipFile as error:
             raise UserError(f"can't read {source}: {error}") from None
-        entries = {Path(one.filename).name: Entry(one.filename, one.file_size, one.CRC) for one in members}
+        entries = {one.filename.rpartition("/")[2]: Entry(one.filename, one.file_size, one.CRC) for one in members}
     found = {name: entry for name, entry in entries.items() if entry and is_named_as_picture(name)}
     if others := len(entries) - len(found):
         log.info("skipped %d of %d entries of %s, which aren't pictures", others, len(entries), source)
@@ -77,15 +79,17 @@ def decoded(
     """Return pictures of a folder or zip, (n, channels, size, size) uint8, memory-mapped from the cache file `path`.
 
     The file is built by `workers` processes unless it holds these pictures: their names, sizes and times are compared,
-    and every byte of it is checked. A build that was killed is continued; a build by another process is awaited.
+    and its checksums; see `SAMPLED`. A build that was killed is continued; a build by another process is awaited.
 
     Raises UserError for an empty `entries`, a damaged picture or a file that can't be written.
     """
     if not entries:
         raise UserError(f"no pictures in {source}")
     layout = _Layout(entries, mode, size)
+    # Of the processes of a run, the first on each machine checks the file.
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        if layout.broken(path) != []:
+        if layout.broken(path, every=1 + layout.checksums // SAMPLED if is_first else layout.n) != []:
             lock = path.with_name(path.name + ".lock")
             with locked(lock, lambda: log.info("waiting for another process, which is decoding into %s", path)):
                 _build(source, path, layout, workers)
@@ -110,18 +114,19 @@ class _Layout:
         line = json.dumps({**content, "sha256 of names, sizes, times": fingerprint})
         self.description = f"\n{line}\n".encode()
 
-    def broken(self, path: Path) -> list[int] | None:
-        """Return the blocks with a wrong checksum; None if it doesn't exist or holds other pictures."""
+    def broken(self, path: Path, every: int = 1) -> list[int] | None:
+        """Return those of every n-th block with a wrong checksum; None if it doesn't exist or holds other pictures."""
         if not path.exists() or path.stat().st_size != self.end + len(self.description):
             return None
         content = np.memmap(path, mode="r")
         if content[self.end :].tobytes() != self.description:
             return None
         pictures, checksums = content[: self.checksums], content[self.checksums : self.end].view("<u4")
-        blocks = [pictures[start : start + self.block_bytes] for start in range(0, self.checksums, self.block_bytes)]
+        numbers = range(0, len(self.blocks), every)
+        blocks = [pictures[block * self.block_bytes :][: self.block_bytes] for block in numbers]
         with ThreadPoolExecutor() as threads:  # reading and summing release Python's lock
             found = list(threads.map(zlib.crc32, blocks))  # an unwritten block is zeros, whose CRC-32 isn't zero
-        return np.flatnonzero(found != checksums).tolist()
+        return [block for block, sum in zip(numbers, found, strict=True) if sum != checksums[block]]
 
 
 def _build(source: Path, path: Path, layout: _Layout, workers: int) -> None:
@@ -157,6 +162,8 @@ def _build(source: Path, path: Path, layout: _Layout, workers: int) -> None:
             file.seek(layout.checksums + 4 * block)
             file.write(zlib.crc32(content).to_bytes(4, "little"))
             bar.update(len(layout.blocks[block]))
+        file.flush()
+        os.fsync(file.fileno())  # a power cut would leave blocks of zeros, which a sample may miss
     os.replace(partial, path)
 
 

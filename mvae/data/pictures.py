@@ -2,7 +2,6 @@
 
 import io
 import warnings
-from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, cast
 
@@ -21,9 +20,9 @@ EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", "
 Mode = Literal["RGB", "L"]
 
 
-def is_named_as_picture(name: str, extensions: Collection[str] = EXTENSIONS) -> bool:
+def is_named_as_picture(name: str, extensions: tuple[str, ...] = EXTENSIONS) -> bool:
     """Return whether a file in a folder of pictures is meant as one, by its name; not .DS_Store, ._1.jpg, Thumbs.db."""
-    return Path(name).suffix.lower() in extensions and not name.startswith(".")
+    return name.lower().endswith(extensions) and not name.startswith(".")
 
 
 def load_picture(path: Path, mode: Mode, size: int) -> Tensor:

@@ -136,7 +136,11 @@ def parallel(objective: Objective, present: Mapping[str, Tensor] | None, world: 
         inputs = {name for term in objective.terms for name in term.inputs}
         outputs = {name for term in objective.terms for name in term.reconstructs}
         unused = set(objective.model.modalities) != inputs & outputs
-        forward = DistributedDataParallel(objective, find_unused_parameters=lacking or unused)
+        shared = DistributedDataParallel(
+            objective, find_unused_parameters=lacking or unused, gradient_as_bucket_view=True
+        )
+        shared.broadcast_buffers = False  # at each step; only evaluation needs them. Newer torch warns of the argument
+        forward = shared
     if compiled:
         compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
         if device.type == "cpu" and not shutil.which(compiler):

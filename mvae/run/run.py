@@ -108,7 +108,8 @@ class Run:
         self.pending = False  # gradients since the last step
         self.saved: dict[str, Any] | None = None  # the checkpoint's facts, kept states and optimizer
         self.kept: dict[str, Any] = {}
-        self.saved_at = time.monotonic()
+        self.saved_at = self.asked_at = time.monotonic()
+        self.ask_every, self.ask_at = 1, 0  # steps after which several processes agree on stops, and the next in epoch
         self._data: dict[str, tuple[Data, Data]] = {}  # for training and validation: as given, and on the device
         self._subsets: tuple[tuple[int, int], Tensor] | None = None
 
@@ -162,8 +163,8 @@ class Run:
         """Yield this epoch's batches that are not done yet, with the presence masks; this process's share of each.
 
         An incomplete last batch is dropped: of 99 examples in batches of 50, each epoch leaves out another 49.
-        Between two steps it saves the state when that is due, and stops if a signal has asked for it. pairs: see
-        `mvae.data.supervision.composed_rows`.
+        Between two steps it saves the state when that is due, and stops if a signal has asked for it; several processes
+        do so within a second. pairs: see `mvae.data.supervision.composed_rows`.
         """
         rank, world, seed = self.rank, self.processes.world, self.config.seed
         data = self._on_device(data, batch_size, "training")
@@ -411,11 +412,21 @@ class Run:
             self.caught.say(text)
 
     def _save_or_stop(self) -> None:
-        """Save the state if it is time, or if a signal asks to stop; then stop. The processes agree on it."""
-        number, due = self.processes.agree(
+        """Save the state if it is time, or if a signal asks to stop; then stop. The processes agree on it.
+
+        Agreeing makes all wait for the slowest: between steps they do it about every half a second.
+        """
+        if self.processes.world > 1 and self.done < min(self.ask_at, self.n_steps):
+            return
+        now = time.monotonic()
+        number, due, seconds = self.processes.agree(
             self.caught.number or self.processes.abandoned(),
-            time.monotonic() - self.saved_at > 60 * self.config.save_every,
+            now - self.saved_at > 60 * self.config.save_every,
+            now - self.asked_at,
         )
+        # At most twice as many: few steps tell little, such as the first ones that a GPU queues.
+        self.ask_every = max(1, int(self.ask_every * 0.5 / max(seconds, 0.25))) if self.done < self.n_steps else 1
+        self.asked_at, self.ask_at = now, self.done % self.n_steps + self.ask_every
         if number or due:
             self.save()
         if number:
