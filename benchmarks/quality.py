@@ -238,7 +238,7 @@ def main() -> None:
     classifier = trained_classifier(config, train)
     torch.manual_seed(config.seed)
     mixture = prior.fitted(model, *prior.training_data(own.examples, config, settings), own.CONTROLS, seed=config.seed)
-    fitted = prior.distribution(mixture, device)
+    fitted, cooler = prior.distribution(mixture, device), prior.distribution(mixture, device, 0.8)
     viewer = Viewer(model, classifier, experiment.separate or (experiment.label,), experiment.binary)
     n, real = config.n_draws, viewer.real(held_out, experiment.label)
     labels = (torch.arange(10) if experiment.shape == (10,) else real.labels[: config.n_labels]).to(device)
@@ -249,11 +249,13 @@ def main() -> None:
         "N(0, I)": viewer.drawn(model.draw({}, n, device)),
         "N(0, I), temperature 0.5": viewer.drawn(model.draw({}, n, device, 0.5)),
         "fitted prior": viewer.drawn(fitted.sample(torch.Size([n]))),
+        "fitted prior, temperature 0.8": viewer.drawn(cooler.sample(torch.Size([n]))),
         "q(z | label)": viewer.given(labels, lambda given: model.draw(given, each, device)),
         "q(z | label), temperature 0.5": viewer.given(labels, lambda given: model.draw(given, each, device, 0.5)),
     }
-    model.prior = fitted
-    rows["fitted prior, given label"] = viewer.given(labels, lambda given: prior.draw_given(model, given, each))
+    for name, one in {"": fitted, ", temperature 0.8": cooler}.items():
+        model.prior = one
+        rows[f"fitted prior, given label{name}"] = viewer.given(labels, lambda x: prior.draw_given(model, x, each))
     as_many = viewer.real(train[: len(held_out)], experiment.label)
     found = {}
     for name, pictures in rows.items():

@@ -137,5 +137,18 @@ def test_loglike_and_samples_use_it(trained: Trained, digits_dir: Path, tmp_path
     assert not np.allclose(*pictures)
     labels = (tmp_path / "fitted" / "sample_text.txt").read_text().split()
     assert labels.count("0") + labels.count("5") > 8
-    done = run_warm("mnist/sample.py", *sample, "--prior", "fitted", "--temperature", 0.5, cwd=tmp_path)
-    assert_refused(done, 2, "prior fitted has no temperature")
+    between = [*sample[:3], "--interpolate", 3, 8]
+    done = run_warm("mnist/sample.py", *between, "--prior", "fitted", cwd=tmp_path)
+    assert_refused(done, 2, "an interpolation is between posteriors")
+
+
+def test_the_temperature_multiplies_the_variance_of_each_gaussian() -> None:
+    torch.manual_seed(0)
+    cooler = prior.distribution(mixture(), torch.device("cpu"), 0.25).sample(torch.Size([40_000]))
+    weights, means, scale_tril = (
+        torch.from_numpy(mixture()[name]).float() for name in ("weights", "means", "scale_tril")
+    )
+    mean = weights @ means
+    covariances = 0.25 * scale_tril @ scale_tril.mT + (means - mean).unsqueeze(2) * (means - mean).unsqueeze(1)
+    torch.testing.assert_close(cooler.mean(dim=0), mean, atol=0.02, rtol=0)
+    torch.testing.assert_close(cooler.T.cov(), (weights.view(-1, 1, 1) * covariances).sum(dim=0), atol=0.03, rtol=0)

@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 UPLOAD = 8 * 2**20  # bytes of a file; a request may have one and a half times as many, since base64 is longer
 POINTS = 20_000  # of a drawing
 
-NORMAL, FITTED = "N(0, I)", "fitted (no temperature, nothing added)"
+NORMAL, FITTED = "N(0, I)", "fitted (temperature 1, nothing added)"
 N_SLIDERS = 8
 BOARD = 280  # pixels, the drawing board's side
 NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"

@@ -32,6 +32,7 @@ log = logging.getLogger("mvae.prior")  # run as __main__
 
 NAME = "prior.npz"
 CHOICES = {True: (1, 3, 5), False: (10, 20, 40)}  # numbers of components to choose from: of each class, of all examples
+DRAWS = 3  # of z for each example; with one, mixtures of several Gaussians overfit
 COVARIANCE = 1e-3  # added to the variances, which are of the order of 1
 
 
@@ -42,10 +43,10 @@ class WithPrior(Tool):
     # General
     prior: Literal["normal", "fitted"] = "normal"  # p(z): N(0, I) as in training, or what mvae.tools.prior fitted
 
-    def load_prior(self, model: MVAE) -> None:
+    def load_prior(self, model: MVAE, temperature: float = 1.0) -> None:
         """Give the model its fitted prior, if asked. Raises UserError as `load` does."""
         if self.prior == "fitted":
-            model.prior = load(self.model_path, model)
+            model.prior = load(self.model_path, model, temperature)
 
 
 @dataclass(kw_only=True)
@@ -91,12 +92,12 @@ def fit(z: Tensor, of: Tensor, components: int, seed: int) -> dict[str, np.ndarr
     return {name: np.concatenate(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
 
 
-def distribution(mixture: dict[str, np.ndarray], device: torch.device) -> Distribution:
-    """Return the mixture as a distribution of z, (latents,)."""
+def distribution(mixture: dict[str, np.ndarray], device: torch.device, temperature: float = 1.0) -> Distribution:
+    """Return the mixture as a distribution of z, (latents,). temperature: factor of the Gaussians' variances."""
     weights, means, scale_tril = (
         torch.from_numpy(mixture[name]).float().to(device) for name in ("weights", "means", "scale_tril")
     )
-    gaussians = MultivariateNormal(means, scale_tril=scale_tril, validate_args=False)
+    gaussians = MultivariateNormal(means, scale_tril=scale_tril * temperature**0.5, validate_args=False)
     return Mixture(Categorical(weights), gaussians, validate_args=False)
 
 
@@ -113,8 +114,11 @@ class Mixture(MixtureSameFamily):
         return z
 
 
-def load(checkpoint: Path, model: MVAE) -> Distribution:
-    """Return the prior that was fitted to this model. Raises UserError if there is none, or it is another model's."""
+def load(checkpoint: Path, model: MVAE, temperature: float = 1.0) -> Distribution:
+    """Return the prior that was fitted to this model. Raises UserError if there is none, or it is another model's.
+
+    temperature: factor of the variances of its Gaussians, for draws.
+    """
     path = checkpoint.parent / NAME
     try:
         with np.load(path) as file:
@@ -125,7 +129,7 @@ def load(checkpoint: Path, model: MVAE) -> Distribution:
         raise UserError(f"{path} is damaged, fit it again: {error}") from None
     if str(mixture["digest"]) != digest(model.state_dict()):
         raise UserError(f"{path} is of another model: `python -m mvae.tools.prior {checkpoint}` fits it")
-    return distribution(mixture, next(model.parameters()).device)
+    return distribution(mixture, next(model.parameters()).device, temperature)
 
 
 @torch.no_grad()
@@ -151,8 +155,8 @@ def fitted(
 
     components: Gaussians of each class, or in all without classes (default: chosen on validation).
     """
-    z, held_out = draws(model, train).cpu(), draws(model, validation).cpu()
-    of = classes(controls, train)
+    z = torch.cat([draws(model, train) for _ in range(DRAWS)]).cpu()
+    held_out, of = draws(model, validation).cpu(), classes(controls, train).repeat(DRAWS)
     scored = {}
     for n in [components] if components else CHOICES[len(of.unique()) > 1]:
         mixture = fit(z, of, n, seed)

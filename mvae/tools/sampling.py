@@ -37,7 +37,9 @@ class Sampling(WithPrior):
 
     # Samples
     n_samples: int | None = None  # samples per condition (default: 64, or 8 if there are several conditions)
-    temperature: float = 1.0  # factor of z's variance, and with --draw divisor of x's logits; < 1: more typical
+    temperature: float = (
+        1.0  # factor of z's variance (of a fitted prior's Gaussians), with --draw divisor of x's logits
+    )
     draw: bool = False  # draw from p(x | z) instead of taking its mean
     interpolate: tuple[str, str] | None = None  # 8 conditions from one to another, each [CONTROL=]VALUE
 
@@ -51,8 +53,8 @@ class Sampling(WithPrior):
         self.check_counts(1, "n_samples", "scale")
         if not 1e-30 <= self.temperature <= 1e30:
             raise UsageError(f"temperature must be > 0, got {self.temperature}")
-        if self.prior == "fitted" and (self.interpolate or self.temperature != 1):
-            raise UsageError("prior fitted has no temperature and no interpolation: omit these flags")
+        if self.prior == "fitted" and self.interpolate:
+            raise UsageError("an interpolation is between posteriors, without a prior: omit --prior fitted")
 
     def inputs(self) -> list[Path]:
         """Return the files that the conditions name."""
@@ -172,7 +174,7 @@ def sample(
     given = {name: values for name, values in given.items() if values}
     ends = [endpoint(controls, words) for words in config.interpolate or ()]
     model, trained = load_model(config.model_path, experiment, build, config.device())
-    config.load_prior(model)
+    config.load_prior(model, config.temperature)
     torch.manual_seed(config.seed)
     held_out = functools.cache(lambda: examples("validation", config, trained["settings"]))
     rows = conditions(model, controls, given, ends, held_out)
