@@ -10,7 +10,7 @@ from typing import Any
 from multimnist import datasets
 from multimnist import model as networks
 from multimnist.datasets import Recipe
-from mvae import Data, Objective, cli
+from mvae import Data, cli
 from mvae.errors import UsageError, UserError
 from mvae.run import checkpoint
 from synthetic.digits import digits as synthetic_digits
@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from helpers import assert_ended, assert_refused, assert_same_run, run_warm, script, stats
@@ -243,12 +242,6 @@ def test_recurrent_networks_and_their_gradients_are_those_of_gru() -> None:
     )
     torch.testing.assert_close(*gradients)
 
-
-def test_a_compiled_objective_is_one_graph() -> None:
-    objective, counter = Objective(networks.build_model(5)), CompileCounter()
-    batch = {"image": torch.rand(3, 1, 50, 50), "text": torch.randint(10, (3, 4))}
-    torch.compile(objective, backend=counter, fullgraph=True)(batch)
-    assert counter.frame_count == 1
 
 
 @torch.no_grad()

@@ -37,9 +37,7 @@ class Sampling(WithPrior):
 
     # Samples
     n_samples: int | None = None  # samples per condition (default: 64, or 8 if there are several conditions)
-    temperature: float = (
-        1.0  # factor of z's variance (of a fitted prior's Gaussians), with --draw divisor of x's logits
-    )
+    temperature: float = 1.0  # factor of z's variance, and with --draw divisor of x's logits; < 1: more typical
     draw: bool = False  # draw from p(x | z) instead of taking its mean
     interpolate: tuple[str, str] | None = None  # 8 conditions from one to another, each [CONTROL=]VALUE
 
