@@ -157,8 +157,7 @@ class Pictures(NamedTuple):
         binary, right = self.labels.dtype == torch.bool, (self.read == self.labels).view(len(self.read), -1)
         found = self._mean(right.double().mean(dim=1) if binary else right.all(dim=1).double())
         found |= {"frechet": frechet(self.features, real), "variance": self._variance()}
-        if binary:
-            balanced = metrics.balanced_accuracies(right, self.labels, ATTRIBUTES)
+        if balanced := metrics.balanced_accuracies(right, self.labels, ATTRIBUTES) if binary else {}:
             found["balanced"] = self._mean(torch.stack([*balanced.values()]).mean(dim=0))
             found["of each"] = {name: self._mean(values) for name, values in balanced.items()}
         return found

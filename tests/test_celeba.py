@@ -201,7 +201,8 @@ def test_quality_is_of_each_attribute_and_of_all(experiment: Experiment, run_her
     few = ["--n-labels", 12, "--n-draws", 40, "--classifier-epochs", 1, "--json", "found.json"]
     words = [experiment.name, experiment.out_dir / checkpoint.BEST, *few]
     assert_ended(run_here("benchmarks/quality.py", *words))
-    for row in json.loads((tmp_path / "found.json").read_text())["drawn"].values():
+    drawn = json.loads((tmp_path / "found.json").read_text())["drawn"]
+    for row in [drawn["real images"], *(row for row in drawn.values() if "balanced" in row)]:
         of_each = [value["mean"] for value in row["of each"].values()]
         assert all(0 <= mean <= 1 for mean in [row["mean"], *of_each])
         assert set(row["of each"]) <= set(ATTRIBUTES)

@@ -243,7 +243,6 @@ def test_recurrent_networks_and_their_gradients_are_those_of_gru() -> None:
     torch.testing.assert_close(*gradients)
 
 
-
 @torch.no_grad()
 def test_all_texts_together_have_probability_one_and_other_strings_none(
     text_given_z: Any, probability: dict[str, float]

@@ -121,14 +121,12 @@ def test_bf16_is_close_to_fp32(present: dict[str, Tensor] | None, tmp_path: Path
         assert single[loss] != half[loss] == pytest.approx(single[loss], rel=0.02)
 
 
-def test_a_compiled_run_has_the_losses_and_weights_of_a_plain_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # the plain run's noise
+def test_a_compiled_run_has_the_losses_and_weights_of_a_plain_one(tmp_path: Path) -> None:
     train = small_data(24, seed=0, present=MISSING)
-    plain, compiled = (
-        run_small(tmp_path / str(flag), train=train, compile=flag, n_subsets=1) for flag in (False, True)
-    )
+    with torch._inductor.config.patch(fallback_random=True):  # the plain run's noise
+        plain, compiled = (
+            run_small(tmp_path / str(flag), train=train, compile=flag, n_subsets=1) for flag in (False, True)
+        )
     for record, expected in zip(compiled.history, plain.history, strict=True):
         for loss in ("train/loss", "validation/loss"):
             assert record[loss] == pytest.approx(expected[loss], rel=1e-5)
