@@ -69,7 +69,7 @@ def main() -> None:
         }
         rows.append(row)
         print(row, flush=True)
-    write(config.json, {**about(), "load": os.getloadavg()[2], "rows": rows})
+    write(config.json, {**about(), "rows": rows})
 
 
 @contextlib.contextmanager

@@ -603,8 +603,7 @@ def processes(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]
     ]
     about = (
         "Relative to one process with as many examples: median (lower to upper quartile) of turns in mnist's shapes, "
-        f"fp32, one thread each. Other work shared the machine (load {content['load']:.0f}, the benchmark's included). "
-        f"{machines([content])}"
+        f"fp32, one thread each. {machines([content])}"
     )
     return ["examples per process", "processes", "examples per second", "CPU time per example"], rows, about
 

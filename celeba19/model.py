@@ -139,8 +139,13 @@ class MVAE19(MVAE):
 
 
 @torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=64)
 def orders(decoded: tuple[tuple[str, ...], ...], device: torch.device) -> tuple[Tensor, Tensor, bool]:
+    """Return what `_orders` does. Dynamo warns of a cached function that it meets itself."""
+    return _orders(decoded, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _orders(decoded: tuple[tuple[str, ...], ...], device: torch.device) -> tuple[Tensor, Tensor, bool]:
     """Return the terms to decode for each attribute, (attributes, n); which count, (terms, attributes, 1); if all do.
 
     The terms that reconstruct the attribute come first, then others up to the most that any attribute has, so that all
