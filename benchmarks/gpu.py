@@ -1,7 +1,7 @@
 """Measure on a GPU, in one command of some minutes, and write results/gpu.json after each row.
 
 First every script with --cuda for a few steps, with a resumed run compared to a straight one; then a step of each
-experiment, eager and captured as a CUDA graph, compared to what the device could do at best; then log-likelihoods. A
+experiment, eager and captured as a CUDA graph, compared to the device's peak rates; then log-likelihoods. A
 row that fails leaves the others' numbers, and rows that there is no time for are named. recipes.py mnist fast with
 --flags="--cuda --compile" makes a whole run.
 
@@ -47,7 +47,7 @@ FLAGS: dict[str, list[object]] = {
 @dataclass(kw_only=True)
 class Config:
     device: Literal["cuda", "cpu"] = "cuda"  # device to measure; cpu: to try the command out
-    minutes: float = 8  # wall-clock minutes, after which no row begins
+    minutes: float = 8  # wall-clock minutes after which no row begins
     quick: bool = False  # almost no steps, eager and in fp32
     json: Path = ROOT / "results" / "gpu.json"  # file to write
 
@@ -93,9 +93,9 @@ def main() -> None:
             validation = ["--val", "20"] * (kind == "faces")
             synthetic.main([kind, str(folder / "data"), "--train", "100", "--test", "20", *validation])
         compared = {name: pool.submit(resumed_difference, name, device, folder, left) for name in NAMES}
-        if not quick:  # torch keeps what it compiles, so that the rows are spared it
+        if not quick:  # torch keeps what it compiles, so that the timed rows find it in the cache
             for row in rows:
-                pool.submit(apart, captured_step, *row, device)
+                pool.submit(functools.partial(alone, captured_step, *row, device, timeout=left() / 3))
         for name, found in compared.items():
             add("scripts", name, found.result)
 

@@ -1,7 +1,8 @@
 """A training step's loss as the published 2018 code computes it, for any MVAE: the reference of step.py.
 
 Every ELBO term has a pass for itself alone: it encodes, fuses, draws z, decodes every modality and scores some. The
-layers are the published ones: Swish, cross-entropies and the product of experts, operation by operation.
+layers are the published ones: Swish, cross-entropies and the product of experts, operation by operation. Only
+multimnist's recurrent networks are ours.
 
 A pass per term gives batch norm each term's statistics; ours takes those of all terms together. So in training the two
 losses are equal only for networks without batch norm and dropout; in evaluation mode they are equal for all.
@@ -26,7 +27,7 @@ TORCHS: dict[type[nn.Module], type[nn.Module]] = {
     PatchConvTranspose2d: nn.ConvTranspose2d,
     PatchConv2d: nn.Conv2d,
 }
-"""Torch's layers of ours that compute the same."""
+"""The torch equivalent of each of our layers."""
 
 
 class Swish(nn.Module):

@@ -2,7 +2,7 @@
 
 The processes of a group exchange gradients over gloo on this machine, one thread each. Blocks of all groups' steps take
 turns. Every process takes as many examples as the one alone, so n processes are at best n times as fast, given as many
-cores. With fewer, their CPU time tells what sharing costs, since processes that wait take none.
+cores. With fewer, their CPU time shows the overhead, since waiting processes use none.
 """
 
 import contextlib
@@ -41,12 +41,13 @@ class Config:
 
 def main() -> None:
     config = cli.parse(__doc__, Config)
-    cases = list(itertools.product(config.examples, (1, *config.groups)))
+    worlds = sorted({1, *config.groups})
+    cases = list(itertools.product(config.examples, worlds))
     cpu: dict[tuple[int, int], list[float]] = defaultdict(list)
     os.environ.update(KEEP_MEMORY)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        groups = {world: stack.enter_context(group(world, folder / f"{world}")) for world in (1, *config.groups)}
+        groups = {world: stack.enter_context(group(world, folder / f"{world}")) for world in worlds}
 
         def block(examples: int, world: int) -> None:
             for pipe in groups[world]:

@@ -1,6 +1,6 @@
 """Measure what a model draws: do picture and label agree, and are the pictures like real ones, and as various?
 
-A classifier, trained here on the model's training pictures, looks at means of p(image | z).
+A classifier of the training pictures, trained here unless --classifier exists, looks at means of p(image | z).
 
 - Agreement: how often it reads from the picture the label that is most probable given z, or that z was conditioned on.
   The label is a class, a whole string of digits, or each of a face's attributes. Most attributes are rare, so a face
@@ -9,8 +9,9 @@ A classifier, trained here on the model's training pictures, looks at means of p
   (Heusel et al. 2017, with a classifier of the data set's own).
 - Variance: of these features within a label, summed over the features.
 
-z is drawn from p(z) = N(0, I), from the prior that mvae.tools.prior fitted to the model, and given labels from both; at
-temperature 0.5 it has half the variance. Strings and attributes to draw for are those of real examples.
+z is drawn from p(z) = N(0, I), from a prior fitted as by mvae.tools.prior, and given labels from both; a temperature
+multiplies the variance, a fitted prior's within its Gaussians. Strings and attributes to draw for are those of real
+examples.
 """
 
 import importlib
@@ -25,6 +26,7 @@ from mvae import MVAE, Batch, Data, cli, load_model
 from mvae.data import celeba
 from mvae.data.celeba import ATTRIBUTES
 from mvae.data.dataset import consecutive_rows, permuted_rows
+from mvae.errors import UsageError
 from mvae.run import checkpoint, metrics
 from mvae.run.device import Machine
 from mvae.run.evaluate import mean_and_error, shown
@@ -55,6 +57,11 @@ class Config(Where):
     classifier_epochs: int = 4  # epochs to train the classifier for
     seed: int = 0  # random seed
     json: Path | None = None  # file for the numbers
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.n_labels <= self.n_draws or self.n_draws < 10:
+            raise UsageError(f"n_draws must be >= 10 and n_labels, got {self.n_draws} and {self.n_labels}")
 
 
 class Experiment(NamedTuple):
@@ -142,7 +149,7 @@ def trained_classifier(config: Config, train: Data) -> Classifier:
 
 
 class Pictures(NamedTuple):
-    """What the classifier sees in n pictures: features (n, 256), and labels (n, *label), as read and as they should be.
+    """What the classifier sees in n pictures: features (n, 256), predicted and expected labels (n, *label).
 
     n_given: number of strings or attributes that were given, with equally many pictures of each in turn; 0: others.
     """
@@ -252,8 +259,8 @@ def main() -> None:
         "q(z | label)": viewer.given(labels, lambda given: model.draw(given, each, device)),
         "q(z | label), temperature 0.5": viewer.given(labels, lambda given: model.draw(given, each, device, 0.5)),
     }
-    for name, one in {"": fitted, ", temperature 0.8": cooler}.items():
-        model.prior = one
+    for name, mixture_of_z in {"": fitted, ", temperature 0.8": cooler}.items():
+        model.prior = mixture_of_z
         rows[f"fitted prior, given label{name}"] = viewer.given(labels, lambda x: prior.draw_given(model, x, each))
     as_many = viewer.real(train[: len(held_out)], experiment.label)
     found = {}

@@ -649,6 +649,7 @@ def gpu(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
         [row["experiment"], row["precision"], *(f"{row[name]:.2f}" for name in columns)]
         + [f"{100 * row[name]:.0f} %" for name in ("eager_busy", "captured_busy")]
         for row in content["steps"].values()
+        if "captured_ms" in row  # not from --quick
     ]
     about = (
         "Milliseconds of a step, eager and captured as a CUDA graph, and of its matrix products and its weights' "

@@ -62,7 +62,7 @@ def image_decoder(n_latents: int) -> nn.Sequential:
     """(batch, latents) -> logits (batch, 1, 50, 50)."""
     return nn.Sequential(
         nn.Linear(n_latents, 1024), nn.SiLU(), nn.Unflatten(1, (256, 2, 2)),
-        PatchConvTranspose2d(256, 128, 4, 2, 0), nn.BatchNorm2d(128), nn.SiLU(),
+        PatchConvTranspose2d(256, 128, 4, 2), nn.BatchNorm2d(128), nn.SiLU(),
         nn.ConvTranspose2d(128, 64, 4, 2, 1, bias=False), nn.BatchNorm2d(64), nn.SiLU(),
         nn.ConvTranspose2d(64, 32, 5, 2, 1, bias=False), nn.BatchNorm2d(32), nn.SiLU(),
         FoldConvTranspose2d(32, 1, 4, 2, 1),

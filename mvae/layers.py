@@ -27,10 +27,13 @@ class FoldConvTranspose2d(nn.ConvTranspose2d):
 
 
 class PatchConvTranspose2d(FoldConvTranspose2d):
-    """As FoldConvTranspose2d, with sums of whole outputs in place of a fold, without padding.
+    """As FoldConvTranspose2d without padding, adding up zero-padded patches instead of calling fold.
 
     On a CPU this is faster for an input of few pixels and an output of many channels.
     """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding=0)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         (n, _, height, width), (size, stride, _) = x.shape, self.geometry

@@ -139,7 +139,7 @@ def test_loglike_and_samples_use_it(trained: Trained, digits_dir: Path, tmp_path
     assert labels.count("0") + labels.count("5") > 8
     between = [*sample[:3], "--interpolate", 3, 8]
     done = run_warm("mnist/sample.py", *between, "--prior", "fitted", cwd=tmp_path)
-    assert_refused(done, 2, "an interpolation is between posteriors")
+    assert_refused(done, 2, "can't be combined with --prior fitted")
 
 
 def test_the_temperature_multiplies_the_variance_of_each_gaussian() -> None:

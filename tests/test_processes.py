@@ -207,10 +207,14 @@ def test_processes_agree_within_a_second_and_seldom_where_steps_are_quick(
     monkeypatch.setattr(mvae.run.run, "time", SimpleNamespace(monotonic=lambda: now))
     for step in range(1, 101):
         now, run.done = step * seconds, step
-        mvae.run.run.Run._save_or_stop(run)
+        mvae.run.run.Run._save_or_stop(run, between_steps=True)
     assert asked[-1] == now  # the epoch's last step
     assert max(b - a for a, b in itertools.pairwise(asked)) <= max(1, seconds) + 1e-9
     assert len(asked) <= most
+    for n in range(1, 4):  # in validation each time, also after an epoch that was cut short
+        run.done = 50
+        mvae.run.run.Run._save_or_stop(run)
+        assert asked[-n:] == [now] * n
 
 
 @pytest.mark.parametrize("hasty", [0, 1])

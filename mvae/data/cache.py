@@ -79,7 +79,8 @@ def decoded(
     """Return pictures of a folder or zip, (n, channels, size, size) uint8, memory-mapped from the cache file `path`.
 
     The file is built by `workers` processes unless it holds these pictures: their names, sizes and times are compared,
-    and its checksums; see `SAMPLED`. A build that was killed is continued; a build by another process is awaited.
+    and its checksums, of a large file those of a sample; see `SAMPLED`. A build that was killed is continued; a build
+    by another process is awaited.
 
     Raises UserError for an empty `entries`, a damaged picture or a file that can't be written.
     """

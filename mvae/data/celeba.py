@@ -168,8 +168,9 @@ def _table(
     codes = "".join(chr(ord("0") + value) for value in allowed)
     for number, line in enumerate(lines[n_header:], 1 + n_header):
         name, _, rest = line.strip().partition(" ")
-        row = rest.replace(" ", "").replace("-1", "/")  # the character before 0
-        if len(row) != n_columns or row.strip(codes):
+        row = rest.strip().replace("-1", "/").replace("  ", " ")  # the character before 0
+        row, spaces = row[::2], row[1::2]
+        if len(row) != n_columns or row.strip(codes) or spaces.strip() or "/" in rest:
             expected = f"a name and {n_columns} values of {' or '.join(map(str, allowed))}"
             raise UserError(f"{path}, line {number}: expected {expected}, found '{line[:80]}'")
         names.append(name)

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from ..errors import UsageError, UserError
 from ..model import check_rows
 
-SAMPLED = 2**28
-"""Bytes of a tensor or file beyond which a start looks at a sample of its rows: a gigabyte takes up to seconds."""
+SAMPLED = 2**30
+"""Size in bytes above which only a sample is checked at a start: of a tensor's rows, or of a cache file's blocks."""
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -109,7 +109,7 @@ class Run:
         self.saved: dict[str, Any] | None = None  # the checkpoint's facts, kept states and optimizer
         self.kept: dict[str, Any] = {}
         self.saved_at = self.asked_at = time.monotonic()
-        self.ask_every, self.ask_at = 1, 0  # steps after which several processes agree on stops, and the next in epoch
+        self.ask_every, self.ask_at = 1, 0  # steps between agreements on stops, and the step of the next one
         self._data: dict[str, tuple[Data, Data]] = {}  # for training and validation: as given, and on the device
         self._subsets: tuple[tuple[int, int], Tensor] | None = None
 
@@ -164,7 +164,7 @@ class Run:
 
         An incomplete last batch is dropped: of 99 examples in batches of 50, each epoch leaves out another 49.
         Between two steps it saves the state when that is due, and stops if a signal has asked for it; several processes
-        do so within a second. pairs: see `mvae.data.supervision.composed_rows`.
+        usually do so within a second. pairs: see `mvae.data.supervision.composed_rows`.
         """
         rank, world, seed = self.rank, self.processes.world, self.config.seed
         data = self._on_device(data, batch_size, "training")
@@ -181,7 +181,7 @@ class Run:
             yield batch, present
             self.seconds = time.perf_counter() - started
             if not self.pending:
-                self._save_or_stop()
+                self._save_or_stop(between_steps=True)
 
     def set(self, *, lr: float | None = None, beta: float | None = None) -> None:
         """Set the learning rate of all parameter groups, or β, for the next step."""
@@ -263,7 +263,7 @@ class Run:
         self._check_good()
         self.processes.share_buffers(self.bare)  # otherwise each would validate its own running statistics
         config = self.config
-        # A GPU waits for the launches of small batches. Without gradients four times a step's examples fit.
+        # On a GPU, launches dominate small batches. Without gradients four times a step's examples fit.
         size = config.batch_size * (1 if self.device.type == "cpu" else 4)
         try:
             data = self._on_device(data, size, "validation")
@@ -271,7 +271,7 @@ class Run:
                 self.bare, data, metrics, batch_size=size, seed=config.seed, precision=self.precision,
                 processes=self.processes, between=self._save_or_stop,
             )  # fmt: skip
-        except (KeyboardInterrupt, UsageError):  # a second signal, or bad validation data: the epoch's steps are kept
+        except (KeyboardInterrupt, UsageError, torch.OutOfMemoryError):  # such as a second signal: the steps are kept
             self.save()
             raise
         self._ending(lambda: check_means({name: x for name, x in found.items() if name not in metrics}, self.start))
@@ -288,6 +288,7 @@ class Run:
         best, self.best = score < self.best, min(self.best, score)
         self.history.append(record)
         self.epoch, self.done, self.seconds, self.sums = self.epoch + 1, 0, 0.0, torch.zeros(0).double()
+        self.ask_at = 0
         with self.caught.hold():
             self.save(best=best)
             if self.rank == 0:
@@ -411,12 +412,12 @@ class Run:
         if self.rank == 0:
             self.caught.say(text)
 
-    def _save_or_stop(self) -> None:
+    def _save_or_stop(self, between_steps: bool = False) -> None:
         """Save the state if it is time, or if a signal asks to stop; then stop. The processes agree on it.
 
         Agreeing makes all wait for the slowest: between steps they do it about every half a second.
         """
-        if self.processes.world > 1 and self.done < min(self.ask_at, self.n_steps):
+        if between_steps and self.processes.world > 1 and self.done < min(self.ask_at, self.n_steps):
             return
         now = time.monotonic()
         number, due, seconds = self.processes.agree(
@@ -424,7 +425,7 @@ class Run:
             now - self.saved_at > 60 * self.config.save_every,
             now - self.asked_at,
         )
-        # At most twice as many: few steps tell little, such as the first ones that a GPU queues.
+        # At most twice as many: a short interval is a poor estimate, as a GPU only queues the first steps.
         self.ask_every = max(1, int(self.ask_every * 0.5 / max(seconds, 0.25))) if self.done < self.n_steps else 1
         self.asked_at, self.ask_at = now, self.done % self.n_steps + self.ask_every
         if number or due:

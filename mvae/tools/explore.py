@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 UPLOAD = 8 * 2**20  # bytes of a file; a request may have one and a half times as many, since base64 is longer
 POINTS = 20_000  # of a drawing
 
-NORMAL, FITTED = "N(0, I)", "fitted (temperature 1, nothing added)"
+NORMAL, FITTED = "N(0, I)", "fitted (without sliders)"
 N_SLIDERS = 8
 BOARD = 280  # pixels, the drawing board's side
 NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -87,7 +87,12 @@ class Exploring(Machine):
 def explore(config: Exploring, folder: Experiment) -> None:
     """Serve the page until interrupted. Raises UserError if the model can't be loaded."""
     model, trained = load_model(config.model_path, folder.name, folder.build_model, config.device())
-    fitted = prior.load(config.model_path, model) if (config.model_path.parent / prior.NAME).exists() else None
+    fitted = None
+    if (config.model_path.parent / prior.NAME).exists():
+        try:
+            fitted = prior.load(config.model_path, model)
+        except UserError as error:
+            log.warning("without the fitted prior: %s", error)
     app = page(model, folder.controls, f"{folder.name}, epoch {trained.get('epoch', '?')}", fitted)
     try:
         found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)

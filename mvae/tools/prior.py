@@ -102,8 +102,8 @@ def distribution(mixture: dict[str, np.ndarray], device: torch.device, temperatu
 
 
 class Mixture(MixtureSameFamily):
-    """A mixture of Gaussians that draws from the components it needs. torch's draws from all of them, each time with a
-    copy of all covariances."""
+    """A mixture of Gaussians that samples only the chosen components; torch's samples all of them, with a copy of all
+    covariances for each draw."""
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         gaussian = cast(MultivariateNormal, self.component_distribution)

@@ -43,7 +43,7 @@ class Sampling(WithPrior):
 
     # Output
     out_dir: Path = Path(".")  # folder to write to
-    scale: int | None = None  # size of a pixel in grids (default: as fits into a row of 900 pixels)
+    scale: int | None = None  # size of a pixel in grids (default: the largest that fits a row into 900 pixels)
     save: list[Literal["grid", "images", "npy"]] | None = None  # grid (default), folder of pictures, float arrays
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class Sampling(WithPrior):
         if not 1e-30 <= self.temperature <= 1e30:
             raise UsageError(f"temperature must be > 0, got {self.temperature}")
         if self.prior == "fitted" and self.interpolate:
-            raise UsageError("an interpolation is between posteriors, without a prior: omit --prior fitted")
+            raise UsageError("--interpolate can't be combined with --prior fitted")
 
     def inputs(self) -> list[Path]:
         """Return the files that the conditions name."""
