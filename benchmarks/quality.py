@@ -60,8 +60,9 @@ class Config(Where):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.n_labels <= self.n_draws or self.n_draws < 10:
-            raise UsageError(f"n_draws must be >= 10 and n_labels, got {self.n_draws} and {self.n_labels}")
+        least = 10 if EXPERIMENTS[self.experiment].shape == (10,) else self.n_labels
+        if not 1 <= least <= self.n_draws:
+            raise UsageError(f"n_draws must be >= {least}, a picture for each label, got {self.n_draws}")
 
 
 class Experiment(NamedTuple):
