@@ -291,9 +291,10 @@ def quality(root: Path, document: Path) -> str:
                 rows.append(["" if i else f"{recipe} ({len(some)})", name, agreement, distance, variance])
     every = [one for some in files.values() for one in some]
     about = (
-        "In brackets: seeds, or their standard deviation. Agreement: mean ± standard error over the draws, or over "
-        "strings and attributes given. Distance and variance: mean ± standard error over seeds. Real images are "
-        "compared with as many training images."
+        "Agreement: how often a classifier reads from a picture its label, mean ± standard error over the draws, or "
+        "over strings and attributes given. Distance to real images and variance within a label: of the classifier's "
+        "features, mean ± standard error over seeds. Real images are compared with as many training images. In "
+        "brackets: seeds, or their standard deviation."
     )
     return page(["", "drawn from", "agreement", "Fréchet distance", "variance within a label"], rows, about, every)
 
