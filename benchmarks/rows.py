@@ -304,7 +304,7 @@ def quality(root: Path, document: Path) -> str:
 QUANTITIES = ("log p(image), q(z | image)", "log p(image, text), q(z | image)")
 """What is compared: columns of what loglike.py --per-example wrote."""
 
-COHERENCE = "agreement with a given label"
+AGREEMENT = "agreement with a given label"
 """What is also compared, where quality.py measured it: in per cent."""
 
 BySeed = dict[int, dict[str, list[float]]]
@@ -323,15 +323,15 @@ def paired(grid: str) -> Make:
             found = values.setdefault(recipe, {})[int(seed)] = _per_example(path)
             files.setdefault(recipe, []).append(read(path.with_suffix(".json")))
             if (measured := folder / f"quality-{path.stem}.json").exists():
-                found[COHERENCE] = [100 * read(measured)["drawn"]["q(z | label)"]["mean"]]
+                found[AGREEMENT] = [100 * read(measured)["drawn"]["q(z | label)"]["mean"]]
         base = next(iter(GRIDS[grid].recipes))
         if base not in values:
             return NOTHING
         every = [file for some in files.values() for file in some]
         n_examples, n_samples = (agreed(every, name, f"the runs of {grid}") for name in ("n_examples", "n_samples"))
         compared = {name: name.partition(", q")[0] for name in QUANTITIES}
-        if _with(values[base], COHERENCE):
-            compared[COHERENCE] = f"{COHERENCE}, %"
+        if _with(values[base], AGREEMENT):
+            compared[AGREEMENT] = f"{AGREEMENT}, %"
         rows = []
         for recipe, by_seed in sorted(values.items(), key=lambda run: -_mean(run[1], QUANTITIES[0])):
             cells = [f"`{recipe}`", str(len(by_seed)), f"{minutes_of(files[recipe]):.1f}"]

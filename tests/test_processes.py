@@ -215,6 +215,7 @@ def test_processes_agree_within_a_second_and_seldom_where_steps_are_quick(
         run.done = 50
         mvae.run.run.Run._save_or_stop(run)
         assert asked[-n:] == [now] * n
+    assert run.ask_every == 1  # quick turns of validation don't put the next epoch's agreements off
 
 
 @pytest.mark.parametrize("hasty", [0, 1])

@@ -426,8 +426,8 @@ class Run:
             now - self.asked_at,
         )
         # At most twice as many: a short interval is a poor estimate, as a GPU only queues the first steps.
-        self.ask_every = max(1, int(self.ask_every * 0.5 / max(seconds, 0.25))) if self.done < self.n_steps else 1
-        self.asked_at, self.ask_at = now, self.done % self.n_steps + self.ask_every
+        self.ask_every = max(1, int(self.ask_every * 0.5 / max(seconds, 0.25))) if between_steps else 1
+        self.asked_at, self.ask_at = now, self.done + self.ask_every
         if number or due:
             self.save()
         if number:

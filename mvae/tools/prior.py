@@ -3,7 +3,7 @@
 Run it in an experiment's folder: cd mnist && python -m mvae.tools.prior CHECKPOINT. N(0, I) has most of its mass where
 no example lies. The mixture is fitted to draws of q(z | example) over the training data (ex-post density estimation,
 Ghosh et al. 2020), with components of each class if a modality is a class. It is written to prior.npz in the
-checkpoint's folder, where sample.py, loglike.py and mvae.tools.explore find it with --prior fitted.
+checkpoint's folder, where sample.py and loglike.py find it with --prior fitted, and mvae.tools.explore for a switch.
 """
 
 import logging
