@@ -11,7 +11,7 @@ A classifier of the training pictures, trained here unless --classifier exists, 
 
 z is drawn from p(z) = N(0, I), from a prior fitted as by mvae.tools.prior, and given labels from both; a temperature
 multiplies the variance, a fitted prior's within its Gaussians. Strings and attributes to draw for are those of real
-examples.
+examples. With --n-samples log p(image) of the real examples is estimated under both priors.
 """
 
 import importlib
@@ -29,11 +29,12 @@ from mvae.data.dataset import consecutive_rows, permuted_rows
 from mvae.errors import UsageError
 from mvae.run import checkpoint, metrics
 from mvae.run.device import Machine
-from mvae.run.evaluate import mean_and_error, shown
+from mvae.run.evaluate import Quantity, evaluate, mean_and_error, shown
 from mvae.tools import prior
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -53,6 +54,7 @@ class Config(Where):
     split: Literal["validation", "test"] = "validation"  # real examples to compare with; test: for final numbers
     n_draws: int = 10_000  # draws in each row
     n_labels: int = 500  # strings or vectors of attributes to draw for
+    n_samples: int = 0  # importance samples for log p(image) under both priors (0: no estimate)
     classifier: Path | None = None  # file that keeps the classifier; trained if there is none
     classifier_epochs: int = 4  # epochs to train the classifier for
     seed: int = 0  # random seed
@@ -232,6 +234,19 @@ class Viewer:
         return self.drawn(z, labels.cpu())
 
 
+def log_likelihoods(model: MVAE, data: Data, fitted: Distribution, n_samples: int) -> dict[str, Any]:
+    """Estimate log p(image) under both priors with the same draws of q(z | image), and the gain of each example."""
+    if not n_samples:
+        return {}
+    quantity, log_p = Quantity(("image",)), []
+    for model.prior in (None, fitted):
+        found = evaluate(model, data, quantities={quantity: [quantity.target]}, n_samples=n_samples)
+        log_p.append(found.estimates[quantity, quantity.target].log_p)
+    normal, mixture = log_p
+    values = {"N(0, I)": normal, "fitted prior": mixture, "gain": mixture - normal}
+    return {name: as_json(mean_and_error(some)) for name, some in values.items()}
+
+
 @torch.no_grad()
 def main() -> None:
     started = time.perf_counter()
@@ -260,6 +275,7 @@ def main() -> None:
         "q(z | label)": viewer.given(labels, lambda given: model.draw(given, each, device)),
         "q(z | label), temperature 0.5": viewer.given(labels, lambda given: model.draw(given, each, device, 0.5)),
     }
+    log_p = log_likelihoods(model, own.examples(config.split, config, settings), fitted, config.n_samples)
     for name, mixture_of_z in {"": fitted, ", temperature 0.8": cooler}.items():
         model.prior = mixture_of_z
         rows[f"fitted prior, given label{name}"] = viewer.given(labels, lambda x: prior.draw_given(model, x, each))
@@ -269,6 +285,8 @@ def main() -> None:
         found[name] = one = pictures.measures((as_many if pictures is real else real).features)
         text = f"{name}: agreement {shown(one['mean'], one['standard_error'], 4)}"
         print(f"{text}, Fréchet distance {one['frechet']:.3f}, variance {one['variance']:.2f}")
+    for name, one in log_p.items():
+        print(f"log p(image), {name}: {shown(one['mean'], one['standard_error'], 2)}")
     content |= {
         "experiment": config.experiment,
         "checkpoint": str(config.model),
@@ -283,6 +301,8 @@ def main() -> None:
         "components": len(mixture["weights"]),
         "training": {name: value for name, value in trained.items() if name != "settings"},
         "drawn": found,
+        "n_samples": config.n_samples,
+        "log_p": log_p,
     }
     write(config.json, content)
 

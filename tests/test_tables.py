@@ -97,7 +97,14 @@ def root(tmp_path: Path, modules: Any) -> Path:
         command = {"command": f"python benchmarks/coherence.py mnist --seed {seed}"}
         write(results / f"coherence-mnist-fast-{seed}.json", {**command, **about, **measured(**{COHERENCE: 0.75})})
         row = {"mean": 0.5 + 0.1 * seed, "standard_error": 0.01, "frechet": 10 + seed, "variance": 40 + seed}
-        write(results / f"quality-mnist-fast-{seed}.json", {**command, "commit": "e" * 40, "drawn": {"N(0, I)": row}})
+        log_p = {
+            name: {"mean": mean, "standard_error": 0.25} for name, mean in (("fitted prior", -85.5), ("gain", 1.5))
+        }
+        drawn = {"N(0, I)": row, "fitted prior": row}
+        write(
+            results / f"quality-mnist-fast-{seed}.json",
+            {**command, "commit": "e" * 40, "drawn": drawn, **({"log_p": log_p} if seed else {})},
+        )
     all_19 = "Bald, Bangs, ..., Wearing_Hat"
     joint = ("log p(image, Bald, ..., Wearing_Hat)", "q(z | image, Bald, ..., Wearing_Hat)")
     names = ("accuracy of an attribute predicted from the image", "balanced accuracy of an attribute")
@@ -159,7 +166,14 @@ def test_a_table_that_differs_from_its_results_is_found(root: Path) -> None:
                 *("63.00", "+12.00 (2.00)"),
             ],
         ),
-        ("quality", ["mnist-fast (2)", "N(0, I)", "55.0 ± 1.0 (seeds 7.1) %", "10.5 ± 0.5", "40.5 ± 0.5"]),
+        ("quality", ["mnist-fast (2)", "N(0, I)", "55.0 ± 1.0 (seeds 7.1) %", "10.5 ± 0.5", "40.5 ± 0.5", ""]),
+        (
+            "quality",
+            [
+                *("", "fitted prior", "55.0 ± 1.0 (seeds 7.1) %", "10.5 ± 0.5", "40.5 ± 0.5"),
+                "-85.50 ± 0.25<br>gain 1.50 ± 0.12",
+            ],
+        ),
         ("weak_mnist", ["accuracy, %", "100 labels"]),
         ("weak_mnist", ["`--preset weak`", "81.2 ± 3.6"]),
         ("weak_mnist", ["*Δ: preset weak − M1: VAE, logistic regression on its means*", "+27.1 ± 2.1"]),
