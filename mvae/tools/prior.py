@@ -41,7 +41,7 @@ class WithPrior(Tool):
     """The flag of scripts that may use the fitted prior."""
 
     # General
-    prior: Literal["normal", "fitted"] = "normal"  # p(z): N(0, I) as in training, or what mvae.tools.prior fitted
+    prior: Literal["normal", "fitted"] = "normal"  # p(z): N(0, I), the paper's; or mvae.tools.prior's: better samples
 
     def load_prior(self, model: MVAE, temperature: float = 1.0) -> None:
         """Give the model its fitted prior, if asked. Raises UserError as `load` does."""
