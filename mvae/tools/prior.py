@@ -32,7 +32,7 @@ log = logging.getLogger("mvae.prior")  # run as __main__
 
 NAME = "prior.npz"
 CHOICES = {True: (1, 3, 5), False: (10, 20, 40)}  # numbers of components to choose from: of each class, of all examples
-DRAWS = 3  # of z for each example; with one, mixtures of several Gaussians overfit
+DRAWS = 8  # of z for each example; with fewer, mixtures of several Gaussians overfit
 COVARIANCE = 1e-3  # added to the variances, which are of the order of 1
 
 
