@@ -56,7 +56,8 @@ def table2(experiment: str) -> Make:
 
 def row(experiment: str, name: str, some: list[Run], papers: dict[str, float]) -> list[str]:
     """Return the cells of one model: `some` are its runs, one for each seed."""
-    cells, variances = [name], []
+    cells = [name]
+    variances: list[float] = []
     found = estimates(experiment, some)
     for quantity in QUANTITIES:
         cells.append(f"*{papers[quantity]:.2f}*" if quantity in papers else "")
