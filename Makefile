@@ -28,7 +28,7 @@ demo: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy mvae synthetic tests benchmarks minimal.py $(EXPERIMENTS)
+	$(BIN)/mypy mvae synthetic tests benchmarks baselines minimal.py $(EXPERIMENTS)
 
 test: export OMP_NUM_THREADS = 1
 test: lint

@@ -1,12 +1,13 @@
-"""Make the tables in the READMEs and docs/ from results/ (rows.py).
+"""Make the tables in the READMEs and docs/ from results/ (rows.py, table2.py).
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; this command rewrites it. NAME is one of
-rows.TABLES. The files:
+TABLES. The files:
 
     results/EXPERIMENT-RECIPE-SEED.json             by loglike.py --json; several seeds of a recipe are averaged
     results/coherence-EXPERIMENT-RECIPE-SEED.json   of the same model, by a script of earlier commits
     results/quality-EXPERIMENT-RECIPE-SEED.json     by quality.py --json
     results/{ablation,precision,reconstruct}/*      by recipes.py
+    results/baselines/MODEL-EXPERIMENT-SEED.json    by baselines/run.py
     results/weak/*.json                             by weak_supervision.py
     results/{step-*,processes,peer}.json            by step.py, processes.py and peer.py, with --json
     results/{launches,gpu}.json                     by launches.py and gpu.py
@@ -24,8 +25,10 @@ from mvae.errors import UserError
 from mvae.files import write_atomically
 
 from common import ROOT
-from rows import TABLES
+from rows import TABLES as ROWS
+from table2 import TABLES as TABLE2
 
+TABLES = ROWS | TABLE2
 START, END = "<!-- table: ", "<!-- end of table -->"
 TABLE = re.compile(r"<!-- table: (\w+) -->\n(.*?)<!-- end of table -->", re.DOTALL)
 

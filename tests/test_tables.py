@@ -39,7 +39,10 @@ def loglike(experiment: str, seed: int, means: Mapping[tuple[str, str], float], 
         "n_samples": 1000,
         "training": {"settings": {**settings, "cuda": False, "threads": 1, "epochs": 50}, "epoch": 48, **TRAINED},
         "log_likelihood": [
-            {"quantity": quantity, "proposal": proposal, "mean": mean, "standard_error": 0.25}
+            {
+                **{"quantity": quantity, "proposal": proposal, "mean": mean, "standard_error": 0.25},
+                "log_weight_variance": 12.0,
+            }
             for (quantity, proposal), mean in means.items()
         ],
         **measured(**measures),
