@@ -109,7 +109,7 @@ def digest(content: Any, most: float = math.inf) -> str:
 
 
 def load_model(
-    path: Path | str, experiment: str, build: Callable[[int], MVAE], device: torch.device
+    path: Path | str, experiment: str, build: Callable[[int], MVAE], device: torch.device | str = "cpu"
 ) -> tuple[MVAE, dict[str, Any]]:
     """Rebuild the model of a checkpoint: `build(n_latents)` with its weights, in evaluation mode on `device`.
 
