@@ -5,9 +5,9 @@ EXPERIMENTS := mnist fashionmnist multimnist celeba celeba19 vision
 
 .PHONY: demo test lint bench tables docs clean
 
-.venv/ready: requirements.txt pyproject.toml
+.venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt -e '.[test]'
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[test]'
 	touch $@
 
 # Real MNIST if it is there or can be downloaded, otherwise synthetic digits; some minutes. Run again, it resumes.
