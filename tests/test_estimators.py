@@ -200,7 +200,7 @@ def test_an_evaluation_prints_as_a_table_that_marks_bad_variances() -> None:
     assert f"{few.estimates[key].log_p.mean():.3f} ±" in first
     assert "*" not in str(good)
     assert "9.00*" in str(bad)
-    assert "* above 4.8, a few of the 11 samples" in str(bad)  # 2 ln 11
+    assert "* above 4.8: a few of the 11 samples" in str(bad)  # 2 ln 11
 
 
 def test_an_examples_evaluation_does_not_depend_on_batch_size_or_other_examples() -> None:

@@ -271,7 +271,7 @@ def table(rows: Sequence[Mapping[str, Any]], n: int, n_samples: int = 0) -> str:
     ]
     if any(row["log_weight_variance"] > bad for row in rows):
         lines += [
-            f"* above {bad:.1f}, a few of the {n_samples:,} samples decide an estimate, and it is too low on average:",
-            "  prefer the proposal with the lower variance, or take more samples",
+            f"* above {bad:.1f}: a few of the {n_samples:,} samples decide log p (of a conditional: its joint's),",
+            "  which is then too low on average; prefer the lower variance, or take more samples",
         ]
     return "\n".join(lines)
