@@ -60,7 +60,7 @@ class Source(CacheDir):
     """The flags of every script that reads CelebA."""
 
     # Pictures
-    allow_missing: bool = False  # use the images that exist, if the lists name more (default: as the model's run)
+    allow_missing: bool = False  # use the images that exist, if the lists name more; a model's scripts follow its run
 
 
 def pictures_and_attributes(rows: dict[str, Tensor]) -> dict[str, Tensor]:
