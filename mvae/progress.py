@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 
 
 def progress(items: Iterable[Item], title: str, total: int, *, done: int = 0) -> Iterator[Item]:
-    """Yield the items that are left of `total`, `done` of which were done before."""
+    """Yield the remaining items; `done` of the `total` were done before."""
     terminal, began = sys.stderr.isatty(), time.monotonic()
     due = began + FIRST
     for n, item in enumerate(tqdm(items, title, total, initial=done, leave=False, disable=not terminal), done + 1):
