@@ -222,9 +222,9 @@ def join(parts: Sequence[Path]) -> tuple[int, list[dict[str, Any]], int]:
     if len(numbers) != len(example):
         raise UserError(f"{len(example) - len(numbers)} examples are in more than one of the files")
     rows = []
-    for i, which in enumerate(zip(*(found[0][name].tolist() for name in COLUMNS), strict=True)):
+    for i, (quantity, proposal) in enumerate(zip(*(found[0][name].tolist() for name in COLUMNS), strict=True)):
         here = order[~np.isnan(log_p[order, i])]
-        rows.append(row(*which, torch.from_numpy(log_p[here, i]), torch.from_numpy(variance[here, i])))
+        rows.append(row(quantity, proposal, torch.from_numpy(log_p[here, i]), torch.from_numpy(variance[here, i])))
     return len(numbers), rows, min(int(part["n_samples"]) for part in found)
 
 
