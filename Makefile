@@ -1,13 +1,13 @@
-# make demo | make test | make bench: each first sets up .venv, and only when that is out of date.
+# make demo | make test | make bench | make docs: each first sets up .venv, and only when that is out of date.
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 EXPERIMENTS := mnist fashionmnist multimnist celeba celeba19 vision
 
-.PHONY: demo test lint bench tables clean
+.PHONY: demo test lint bench tables docs clean
 
-.venv/ready: requirements.txt pyproject.toml
+.venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt -e '.[test]'
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[test]'
 	touch $@
 
 # Real MNIST if it is there or can be downloaded, otherwise synthetic digits; some minutes. Run again, it resumes.
@@ -28,7 +28,7 @@ demo: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy mvae synthetic tests benchmarks baselines minimal.py $(EXPERIMENTS)
+	$(BIN)/mypy mvae synthetic tests benchmarks baselines minimal.py hubconf.py $(EXPERIMENTS)
 
 test: export OMP_NUM_THREADS = 1
 test: lint
@@ -42,5 +42,10 @@ tables: .venv/ready
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/plots.py
 
+# API reference of what mvae exports.
+docs: .venv/ready
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet pdoc
+	$(BIN)/python -m pdoc mvae --output-directory build/docs
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo build

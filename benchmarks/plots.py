@@ -1,6 +1,6 @@
 """Draw the plots in static/ from results/: python benchmarks/plots.py
 
-    static/plot_curves.png     results/curves-EXPERIMENT-RECIPE-SEED.jsonl, copies of the runs' stats.jsonl
+    static/plot_curves.png     results/curves-mnist-RECIPE-SEED.jsonl, copies of the runs' stats.jsonl
     static/plot_weak.png       results/weak/*.json, which weak_supervision.py wrote
 
 A plot without results isn't drawn.
@@ -25,11 +25,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from common import ROOT
-from rows import EXPERIMENTS, METHODS, PLOTTED, accuracies, of_the_paper, weak_files
+from rows import EXPERIMENTS, PLOTTED, accuracies, of_the_paper, weak_files
 
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9"]
 """Okabe and Ito's, which people with any kind of colour blindness can tell apart."""
-STYLES = ["-", "--", ":", "-."]
 WIDTH, DPI = 8.8, 150  # inches, and pixels per inch: a letter is as large as a README's
 
 SHOWN_OF_WEAK = (
@@ -38,7 +37,7 @@ SHOWN_OF_WEAK = (
 )
 """The measure of each experiment that the plot of few labels shows."""
 
-LOSS, ELBO = "validation/loss", "validation/joint/elbo"
+ELBO, ACCURACY = "validation/joint/elbo", "validation/label_accuracy"
 
 
 @dataclass(kw_only=True)
@@ -66,57 +65,39 @@ def main() -> None:
 
 
 def curves(root: Path) -> Figure | None:
-    """A row for each experiment: the joint ELBO of validation examples by epoch and by minute, and the metrics.
+    """The joint ELBO of mnist's validation examples by epoch and by minute, and the label accuracy by epoch.
 
-    A dotted line is the paper's test log p of all modalities, of which an ELBO is a lower bound.
+    A dotted line is the paper's test log p(image, label), of which an ELBO is a lower bound.
     """
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for path in sorted(root.glob("results/curves-*.jsonl")):
-        experiment, _, run = path.stem.removeprefix("curves-").partition("-")
+    experiment, found = "mnist", dict[str, list[list[dict[str, Any]]]]()
+    for path in sorted(root.glob(f"results/curves-{experiment}-*.jsonl")):
+        recipe = path.stem.removeprefix(f"curves-{experiment}-").rpartition("-")[0]
         try:
-            found.setdefault(experiment, {})[run] = [json.loads(line) for line in path.read_text().splitlines()]
+            found.setdefault(recipe, []).append([json.loads(line) for line in path.read_text().splitlines()])
         except ValueError as error:
             raise UserError(f"can't read {path}: {error}") from None
-    experiments = [name for name in EXPERIMENTS if name in found]
-    if not experiments:
+    if not found:
         return None
-    size = (WIDTH, 1.9 * len(experiments) + 0.2)
-    figure, panels = pyplot.subplots(len(experiments), 3, figsize=size, squeeze=False, layout="constrained")
-    for experiment, row in zip(experiments, panels, strict=True):
-        some = found[experiment]
-        recipes = list(dict.fromkeys(run.rpartition("-")[0] for run in some))
-        paper = of_the_paper(experiment).get(f"log p(image, {EXPERIMENTS[experiment].label})")
-        for run, records in some.items():  # the seeds of a recipe have one colour, and the first a label
-            recipe = run.rpartition("-")[0]
-            colour = COLOURS[recipes.index(recipe) % len(COLOURS)]
-            label = recipe if run == next(other for other in some if other.startswith(f"{recipe}-")) else None
+    figure, panels = pyplot.subplots(1, 3, figsize=(WIDTH, 2.9), layout="constrained")
+    for colour, (recipe, seeds) in zip(COLOURS, found.items(), strict=False):
+        for i, records in enumerate(seeds):
+            look = {"color": colour, "label": recipe if i == 0 else None}
             epochs = [float(record["epoch"]) for record in records]
             minutes = [seconds / 60 for seconds in accumulate(record["seconds"] for record in records)]
-            for panel, at in zip(row, (epochs, minutes), strict=False):
-                _line(panel, records, at, ELBO, color=colour, label=label)
-            for style, name in zip(STYLES, metrics_of(records), strict=False):
-                _line(row[2], records, epochs, name, color=colour, linestyle=style, label=label)
-        for panel in row[:2]:
-            panel.set_title(f"{experiment}: joint ELBO, nats", loc="left")
-            _leave_out_the_first(panel, list(some.values()), ELBO, *([paper] if paper is not None else []))
-            if paper is not None:
-                panel.axhline(paper, color="black", linestyle=":", linewidth=1.2, label="the paper's log p")
-        metrics = list(dict.fromkeys(name for records in some.values() for name in metrics_of(records)))
-        titles = [name.removeprefix("validation/").replace("_", " ") for name in metrics]
-        row[2].set_title(f"{experiment}: {', '.join(titles)}", loc="left")
-        row[2].set_ylim(top=1.0)
-        row[2].set_visible(bool(titles))
-        row[2 if titles else 0].legend(*row[0].get_legend_handles_labels(), frameon=False)
-        for panel in (row[0], row[2]):
-            panel.xaxis.get_major_locator().set_params(integer=True)
-    for panel, unit in zip(panels[-1], ("epochs", "training minutes", "epochs"), strict=True):
+            for panel, at, name in zip(panels, (epochs, minutes, epochs), (ELBO, ELBO, ACCURACY), strict=True):
+                _line(panel, records, at, name, **look)
+    paper = of_the_paper(experiment)["log p(image, text)"]
+    every = [records for seeds in found.values() for records in seeds]
+    for panel in panels[:2]:
+        _leave_out_the_first(panel, every, ELBO, paper)
+        panel.axhline(paper, color="black", linestyle=":", linewidth=1.2, label="log p, the paper")
+        panel.set_ylabel("joint ELBO, nats")
+    panels[2].set_ylabel("label accuracy")
+    panels[2].set_ylim(top=1.0)
+    for panel, unit in zip(panels, ("epoch", "training minutes, one CPU thread", "epoch"), strict=True):
         panel.set_xlabel(unit)
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
     return figure
-
-
-def metrics_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the names of a run's metrics, as stats.jsonl has them."""
-    return [name for name in records[0] if name.startswith("validation/") and name.count("/") == 1 and name != LOSS]
 
 
 def _line(panel: Any, records: Sequence[Mapping[str, Any]], at: Sequence[float], name: str, **look: Any) -> None:
@@ -154,9 +135,8 @@ def weak(root: Path) -> Figure | None:
             means = [statistics.fmean(values) for _, values in by_n]
             errors = [statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0 for _, values in by_n]
             panel.errorbar(
-                [n for n, _ in by_n], means, errors, color=COLOURS[i % len(COLOURS)], marker=".", capsize=2,
-                linestyle=STYLES[i // len(COLOURS)], linewidth=2.2 if method == "weak" else 1.2,
-                label=METHODS[method].replace("`", ""),
+                [n for n, _ in by_n], means, errors, color=COLOURS[i], marker=".", capsize=2,
+                linewidth=2.2 if method == "weak" else 1.2, label=PLOTTED[method],
             )  # fmt: skip
         panel.set_xscale("log")
         ticks = sorted({n for by_n in by_method.values() for n in by_n})

@@ -19,7 +19,7 @@ Make = Callable[[Path, Path], str]
 
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text())
 
-# Experiments: the summary, and a table for each, from what loglike.py wrote, and coherence.py of earlier commits.
+# Experiments: tables of all, and two for each, from what loglike.py wrote, and coherence.py of earlier commits.
 
 
 class Experiment(NamedTuple):
@@ -157,45 +157,77 @@ def _brackets(recipes: Iterable[Sequence[Run]]) -> str:
     return " In brackets: standard deviation over seeds." if any(len(some) > 1 for some in recipes) else ""
 
 
-def in_summary(recipes: Mapping[str, list[Run]]) -> str:
-    """Return the recipe that represents an experiment: a `fast` one if there is any, and of those the longest."""
-    fast = [recipe for recipe in recipes if recipe.startswith("fast")]
-    return max(fast or recipes, key=lambda recipe: recipes[recipe][0].settings["epochs"])
+FAST = "fast"
+"""The recipe that the first page and the experiments' pages show."""
+
+OF_THE_IMAGE = ("log p(image)", "log p(image, {label})", "log p({label} | image)")
+"""The quantities that those tables show, by importance samples from q(z | image)."""
 
 
-def summary(root: Path, document: Path) -> str:
-    """A row for each experiment, with the paper's numbers below ours."""
+def _fast(root: Path, experiment: str) -> list[Run]:
+    return runs(root, experiment).get(FAST, [])
+
+
+def experiments(root: Path, document: Path) -> str:
+    """A row for each experiment: its data, and how long the recommended recipe takes."""
     rows, shown = [], []
     for experiment, about in EXPERIMENTS.items():
-        recipes, paper = runs(root, experiment), of_the_paper(experiment)
+        shown += (some := _fast(root, experiment))
         readme = os.path.relpath(root / experiment.removeprefix("binary") / "README.md", document.parent)
-        row = [f"[{experiment}]({readme})", about.what]
-        if recipes:
-            recipe = in_summary(recipes)
-            some = recipes[recipe]
-            shown.append(some)
-            found, measured = estimates(experiment, some), measures(some)
-            row.append(f"`{recipe}`")
-            for quantity in ("log p(image)", f"log p(image, {about.label})", f"log p({about.label} | image)"):
-                below = f"<br>*{paper[quantity]:.2f}*" if quantity in paper else ""
-                row.append(found[quantity, IMAGE].nats() + below if (quantity, IMAGE) in found else "–")
-            accuracies = [measured[name].percent() for name in about.accuracies if name in measured]
-            epochs, minutes = _epochs_and_minutes(some)
-            row.append("<br>balanced ".join(accuracies) or "–")
-            row += [f"{epochs}<br>*{PAPER['epochs'][experiment]}*", minutes, f"{some[0].content['n_examples']:,}"]
-        rows.append(row + ["–"] * (10 - len(row)))
-    every = [run for some in shown for run in some]
-    columns = ["", "modalities", "recipe", "log p(image)", "log p(image, label)", "log p(label | image)"]
-    columns += ["label accuracy", "epochs (best / run)", "training minutes", "test examples"]
-    threads = [0 if run.settings["cuda"] else run.settings["threads"] for run in every]
+        rows.append([f"[{experiment}]({readme})", about.what, _epochs_and_minutes(some)[1] if some else "–"])
+    threads = [0 if run.settings["cuda"] else run.settings["threads"] for run in shown]
     devices = either(f"{n} CPU thread{'s' * (n > 1)}" if n else "a GPU" for n in threads)
+    about_all = f"Training minutes on {devices}; the models of faces trained on a tenth of CelebA."
+    return page(["experiment", "data", "minutes of `fast`"], rows if shown else [], about_all)
+
+
+def compared(root: Path, document: Path) -> str:
+    """A row for each experiment that the paper has: log-likelihoods of the recommended recipe and the paper's."""
+    rows = []
+    for experiment, about in EXPERIMENTS.items():
+        paper, some = of_the_paper(experiment), _fast(root, experiment)
+        if not paper:
+            continue
+        found, measured, row = estimates(experiment, some), measures(some) if some else {}, [experiment]
+        for name in (quantity.format(label=about.label) for quantity in OF_THE_IMAGE[:2]):
+            digits = ".1f" if abs(paper[name]) > 1000 else ".2f"
+            ours = f"{found[name, IMAGE].mean:{digits}}" if (name, IMAGE) in found else "–"
+            row.append(f"{ours} / {paper[name]:{digits}}")
+        accuracy = [f"{100 * measured[name].mean:.1f} %" for name in about.accuracies if name in measured]
+        rows.append([*row, accuracy[0] if accuracy else "–"])
+    columns = ["experiment", "log p(image), ours / paper", "log p(image, label), ours / paper", "label accuracy"]
     about_all = (
-        "Nats per test example, mean ± standard error over the examples, by importance sampling with "
-        f"{either(run.content['n_samples'] for run in every)} samples from q(z | image). The label is a class, a "
-        "string, attributes, or the other five images. In italics: the paper (arXiv 1802.05335, Table 2), whose "
-        f"log p(label | image) is a difference. Minutes to the best epoch, on {devices}.{_brackets(shown)}"
+        "Nats per test example, by importance sampling from q(z | image): our preset `fast`, and the paper's Table 2."
     )
-    return page(columns, rows if shown else [], about_all)
+    return page(columns, rows, about_all)
+
+
+def short(experiment: str) -> Make:
+    """The table of an experiment's own page: the recommended recipe and the paper."""
+
+    def whole(root: Path, document: Path) -> str:
+        some, paper, about = _fast(root, experiment), of_the_paper(experiment), EXPERIMENTS[experiment]
+        if not some:
+            return NOTHING
+        found, measured = estimates(experiment, some), measures(some)
+        rows = []
+        for name in (quantity.format(label=about.label) for quantity in OF_THE_IMAGE):
+            if (name, IMAGE) in found:
+                value = found[name, IMAGE]._replace(spread=None)
+                rows.append([name, value.nats(), f"{paper[name]:.2f}" if name in paper else ""])
+        rows += [[name, measured[name]._replace(spread=None).percent(), ""] for name in about.accuracies]
+        epochs, minutes = _epochs_and_minutes(some)
+        rows.append(["epochs", epochs.partition(" / ")[2], str(PAPER["epochs"][experiment])])
+        rows.append(["training minutes", minutes, ""])
+        seeds = f", over {len(some)} seeds" if len(some) > 1 else ""
+        about_all = (
+            f"Log p in nats: mean ± standard error over {some[0].content['n_examples']:,} test examples{seeds}, by "
+            f"{some[0].content['n_samples']:,} importance samples from q(z | image)."
+        )
+        width = 3 if paper else 2
+        return page(["", "`fast`", "the paper"][:width], [row[:width] for row in rows], about_all)
+
+    return whole
 
 
 def of_experiment(experiment: str) -> Make:
@@ -432,8 +464,13 @@ METHODS = {
 }
 """The methods as the tables name them, in the tables' order."""
 
-PLOTTED = ("weak", "pca", "spread", "dropout", "paper")
-"""The methods that the plot shows."""
+PLOTTED = {
+    "weak": "MVAE, preset weak",
+    "pca": "label propagation, no network",
+    "dropout": "classifier, labelled examples only",
+    "paper": "MVAE, the paper's objective",
+}
+"""The methods that the plot shows, as it names them."""
 
 AGAINST = ("pca", "favoured", "dropout", "m1")
 """The methods that `weak` is compared with, seed by seed."""
@@ -668,7 +705,9 @@ def gpu(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
 
 
 TABLES: dict[str, Make] = {
-    "summary": summary,
+    "experiments": experiments,
+    "compared": compared,
+    **{f"short_{name}": short(name) for name in EXPERIMENTS},
     **{name: of_experiment(name) for name in EXPERIMENTS},
     **{grid: paired(grid) for grid in ("ablation", "precision", "reconstruct")},
     "quality": quality,

@@ -21,7 +21,7 @@ training_data = celeba.training_data
 
 def examples(split: str, config: Source, settings: Mapping[str, Any]) -> Data:
     """Return the official split "train", "validation" or "test"."""
-    return celeba.examples(split, config)
+    return celeba.examples(split, config, settings)
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def training_data(config: Source, *, limit: int | None = None) -> tuple[Data, Da
 
 def examples(split: str, config: Source, settings: Mapping[str, Any]) -> Data:
     """Return the official split "train", "validation" or "test"."""
-    return dataclasses.replace(celeba.examples(split, config), transform=separated)
+    return dataclasses.replace(celeba.examples(split, config, settings), transform=separated)
 
 
 def main() -> None:

@@ -133,7 +133,7 @@ class MVAE(nn.Module):
         mu, logvar = self.fuse(*self.encode(batch, here), here.unsqueeze(0))
         return mu[0], logvar[0]
 
-    def draw(self, given: Batch, n: int, device: torch.device, temperature: float = 1.0) -> Tensor:
+    def draw(self, given: Batch, n: int, device: torch.device | str = "cpu", temperature: float = 1.0) -> Tensor:
         """Draw n values of z, (n, latents), conditioned on one example of some modalities; on none: from the prior.
 
         temperature: multiplies the variance of z, but not that of another prior than N(0, I).

@@ -69,10 +69,11 @@ def images(data_dir: Path) -> Path:
     return data_dir / "celeba" / "img_align_celeba"
 
 
-def examples(data_dir: Path, split: str = "test", **options: Any) -> Data:
+def examples(data_dir: Path, split: str = "test", allowed_in_training: bool = False, **options: Any) -> Data:
     """Return a split, decoded into a new folder in the data folder."""
     cache_dir = Path(tempfile.mkdtemp(dir=data_dir))
-    return celeba.examples(split, Source(data_dir=data_dir, cache_dir=cache_dir, workers=1, **options))
+    source = Source(data_dir=data_dir, cache_dir=cache_dir, workers=1, **options)
+    return celeba.examples(split, source, {"allow_missing": allowed_in_training})
 
 
 def assert_not_found(data_dir: Path, *said: object, **options: Any) -> None:
@@ -90,7 +91,7 @@ def test_splits_are_those_of_the_partition(drawn: Path, tmp_path: Path) -> None:
     source = Source(data_dir=drawn, cache_dir=tmp_path, workers=1)
     train, validation = celeba.training_data(source)
     expected = torch.from_numpy(VALUES[:, [COLUMNS.index(name) for name in celeba.ATTRIBUTES]] == 1).byte()
-    for part, data in enumerate((train, validation, celeba.examples("test", source))):
+    for part, data in enumerate((train, validation, celeba.examples("test", source, {}))):
         rows = np.flatnonzero(part == PARTS)
         assert torch.equal(data.tensors["attrs"], expected[rows])
         pictures = [picture(drawn / "celeba" / "img_align_celeba", int(row)) for row in rows]
@@ -228,6 +229,8 @@ def test_missing_images_are_refused_unless_allowed(
     for name in NAMES[:5]:
         (images / name).unlink()
     assert_not_found(data_dir, f"5 of the {N} images", images, "--allow-missing")
+    assert len(examples(data_dir, allowed_in_training=True)) == 59
+    caplog.clear()
     test = examples(data_dir, allow_missing=True)
     (record,) = (record for record in caplog.records if record.levelname == "WARNING")
     assert f"5 of the {N} images" in record.getMessage()

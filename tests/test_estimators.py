@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from mvae import MVAE, Data, Gaussian, Objective, Quantity, UsageError, evaluate, log_likelihood, of_a_pair
-from mvae.estimators import predict
+from mvae.estimators import Estimate, predict
 from mvae.model import Batch
 from mvae.run.evaluate import Evaluation, mean_and_error
 
@@ -187,6 +187,20 @@ def small_evaluation(model: MVAE, data: Data, **options: Any) -> Evaluation:
 def small_data(n: int) -> Data:
     batch = small_batch(2, n)
     return Data(tensors={name: x.float() if x.is_floating_point() else x for name, x in batch.items()})
+
+
+def test_an_evaluation_prints_as_a_table_that_marks_bad_variances() -> None:
+    few = small_evaluation(small_model(2).float(), small_data(9)[:4])
+    key = next(iter(few.estimates))
+    estimates = {which: Estimate(one.log_p, one.log_p * 0 + 2) for which, one in few.estimates.items()}
+    good = few._replace(estimates=estimates)
+    bad = good._replace(estimates={**estimates, key: Estimate(estimates[key].log_p, estimates[key].log_p * 0 + 9)})
+    header, first, *_ = str(good).splitlines()
+    assert header.split() == ["quantity", "proposal", "log-likelihood", "variance"]
+    assert f"{few.estimates[key].log_p.mean():.3f} ±" in first
+    assert "*" not in str(good)
+    assert "9.00*" in str(bad)
+    assert "* above 4.8: a few of the 11 samples" in str(bad)  # 2 ln 11
 
 
 def test_an_examples_evaluation_does_not_depend_on_batch_size_or_other_examples() -> None:

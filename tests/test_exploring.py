@@ -97,7 +97,7 @@ def test_strongest_latent_changes_the_picture_most(model: MVAE) -> None:
 
 @pytest.fixture(scope="module")
 def explore() -> Any:
-    pytest.importorskip("dash", reason="the page needs Dash: pip install -r requirements-explore.txt")
+    pytest.importorskip("dash", reason="the page needs Dash: pip install dash")
     return importlib.import_module("mvae.tools.explore")
 
 

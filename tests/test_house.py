@@ -20,7 +20,7 @@ from helpers import ROOT, assert_refused, environment, run, run_warm, script
 EXPERIMENTS = ("mnist", "fashionmnist", "multimnist", "celeba", "celeba19", "vision")
 
 FLOORS = {
-    "bottom": {"errors", "files", "cli"},
+    "bottom": {"errors", "files", "cli", "progress"},
     "paper": {"experts", "likelihoods", "layers", "model", "objective", "estimators"},
     "data": {"data"},
     "run": {"run"},

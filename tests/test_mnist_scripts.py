@@ -202,7 +202,7 @@ def test_loglike_writes_and_prints_every_quantity_with_every_proposal(estimated:
         assert re.search(f"{printed}{row['mean']:.3f} ± {row['standard_error']:.3f}", done.stdout, re.MULTILINE)
     (accuracy,) = numbers["measures"].values()
     assert 0 <= accuracy["mean"] <= 1
-    assert done.stdout.startswith("Test log-likelihood in nats: mean ± standard error over 60 examples, 20 importance")
+    assert "Test log-likelihood in nats: mean ± standard error over 60 examples, 20 importance" in done.stdout
     for proposal in ("q(z | image)", "q(z | image, text)"):
         difference = means(numbers)["log p(image, text)", proposal] - means(numbers)["log p(image | text)", proposal]
         assert difference == pytest.approx(means(numbers)["log p(text)", "p(z)"], abs=1e-6)
@@ -259,7 +259,7 @@ def test_loglike_reads_the_split_examples_draws_and_seed_asked_for(
 ) -> None:
     words = ["--split", "validation", "--limit", 30, "--n-samples", 5, "--seed", 7, "--per-example", "each.npz"]
     _, done = estimate(trained.out_dir / checkpoint.BEST, digits_dir, tmp_path, *words)
-    assert done.stdout.startswith("Validation log-likelihood")
+    assert "Validation log-likelihood" in done.stdout
     found = np.load(tmp_path / "each.npz")
     assert found["log_p"].shape == (30, len(found["quantity"]))
     assert f"{found['log_p'][:, 0].mean():.3f} ±" in done.stdout

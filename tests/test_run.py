@@ -12,7 +12,7 @@ from mvae import MVAE, Objective, Run, Term, Training, UsageError
 from mvae.data.dataset import permuted_rows, seed_of
 from mvae.model import Batch
 from mvae.objective import random_subsets
-from mvae.run import checkpoint, config, schedules
+from mvae.run import checkpoint, config, reports, schedules
 
 import numpy as np
 import pytest
@@ -210,21 +210,33 @@ def test_the_best_model_has_the_least_loss_or_the_greatest_joint_elbo(select: st
 # Reports
 
 
+def test_an_epochs_line_has_as_many_metrics_as_fit() -> None:
+    record = {"epoch": 10, "beta": 0.5, "seconds": 3600.0, "train/loss": 13440.731, "validation/loss": 13440.731}
+    record |= {f"validation/{name}_accuracy": 0.91234 for name in ("label", "attribute", "string")}
+    record["validation/joint/elbo"] = -6400.0
+    text = reports.line(record, 100, ["joint"], best=True)
+    assert len(text) < 100
+    assert "label_accuracy 0.9123" in text
+    assert text.endswith("90.0 h left  best")
+
+
 def test_a_run_prints_what_it_trains_and_how_far_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = {"value": value, "bad": lambda model, batch: value(model, batch) / 0}
     records = run_small(tmp_path, log_interval=2, n_subsets=3, metrics=metrics).history
     header, *lines = capsys.readouterr().out.splitlines()
     machine = r"cpu \(\d+ threads\), fp32"
-    assert re.fullmatch(rf"small: 24 training examples, 0\.00M parameters, {machine}, writing to {tmp_path}", header)
+    assert re.fullmatch(rf"small: 2 epochs of 24 examples, 0\.00M parameters, {machine}, writing to {tmp_path}", header)
+    assert max(map(len, lines)) < 100
     steps = [line for line in lines if "  step " in line]
     assert [line.split("  loss")[0] for line in steps] == [f"epoch {i}/2  step {j}/4" for i in (1, 2) for j in (2, 4)]
     assert all(re.search(r"loss \d+\.\d\d  \d+ examples/s  < 1 min left$", line) for line in steps)
-    for line, record in zip([line for line in lines if line not in steps], records, strict=True):
-        assert f"epoch {record['epoch']}/2  β {record['beta']:.3f}" in line
-        assert f"loss {record['train/loss']:.2f}  validation loss {record['validation/loss']:.2f}" in line
-        assert f"ELBO(joint) {record['validation/joint/elbo']:.2f}" in line
+    first, note, second = [line for line in lines if line not in steps]
+    assert "validation loss is at β = 1" in note
+    for line, record in zip([first, second], records, strict=True):
+        assert f"epoch {record['epoch']}/2  β {record['beta']:.2f}" in line
+        assert f"loss {record['train/loss']:.2f} (validation {record['validation/loss']:.2f})" in line
         assert f"value {record['validation/value']:.4f}  bad –" in line
-        assert ("(validation: β = 1)" in line) == (record["epoch"] == 1)
+        assert ("< 1 min left" in line) == (record["epoch"] == 1)
         terms = ["joint", "image", "attrs", "label"]
         elbos = [f"train/{name}/elbo" for name in [*terms, "subset"]] + [f"validation/{name}/elbo" for name in terms]
         assert [name for name in record if name.endswith("/elbo")] == elbos

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mvae import UsageError, UserError
+from mvae import UsageError, UserError, progress
 from mvae.data.dataset import DataDir
 from mvae.errors import is_out_of_memory
 from mvae.files import check_writable, whole, write_atomically
+from mvae.run import device
 from mvae.run.device import Machine
 from mvae.tools.folder import Tool, with_source
 
@@ -198,7 +199,33 @@ def test_file_that_is_read_or_belongs_to_a_run_is_not_overwritten(
         tool.check_outputs(None, *map(Path, outputs.split()), inputs=[Path("pictures")])
 
 
+# Progress
+
+
+def test_without_a_terminal_progress_is_lines_with_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "mvae")
+    seconds = iter([0, 3, 11, 20, 42, 50])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    assert list(progress.progress(range(5), "decoding", 5)) == [0, 1, 2, 3, 4]
+    assert caplog.messages == ["decoding: 40 %, < 1 min left", "decoding: 80 %, < 1 min left"]
+    assert [progress.duration(x) for x in (20, 90 * 60, 150 * 60)] == ["< 1 min", "90 min", "2.5 h"]
+
+
 # Machines
+
+
+def test_a_cuda_device_that_is_not_used_is_mentioned_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "mvae")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    device._mention_cuda.cache_clear()
+    for _ in range(2):
+        assert Machine(threads=1).device() == torch.device("cpu")
+    assert [text for text in caplog.messages if "--cuda" in text] == caplog.messages
+    assert len(caplog.messages) == 1
 
 
 def test_a_process_has_one_of_the_devices_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,10 +155,17 @@ def test_a_rerun_makes_what_is_missing_or_cut_short(pictures: Path, greys: Path,
     assert contents(tmp_path) == contents(greys)
 
 
-def test_overwrite_replaces_complete_results_and_limit_takes_the_first(pictures: Path, greys: Path, tmp_path: Path):
+def test_overwrite_replaces_complete_results(pictures: Path, greys: Path, tmp_path: Path):
     (tmp_path / "0.png").write_bytes((pictures / "0.png").read_bytes())
     assert_ended(run_warm(SCRIPT, "grayscale", pictures, tmp_path, "--overwrite", "--limit", 1, cwd=tmp_path))
     assert contents(tmp_path) == {"0.png": (greys / "0.png").read_bytes()}
+
+
+def test_limit_takes_pictures_evenly_by_name(pictures: Path, greys: Path, tmp_path: Path):
+    """So that the official list, whose splits are ranges of names, leaves some in each."""
+    assert_ended(run_warm(SCRIPT, "grayscale", pictures, tmp_path, "--limit", 3, cwd=tmp_path))
+    names = sorted(contents(greys))
+    assert sorted(contents(tmp_path)) == [names[0], names[len(names) // 3], names[2 * len(names) // 3]]
 
 
 def test_damaged_pictures_are_named_and_counted_and_the_rest_is_done(pictures: Path, greys: Path, tmp_path: Path):

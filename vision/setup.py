@@ -26,12 +26,12 @@ from mvae.data.pictures import eight_bit, fault, is_named_as_picture, open_pictu
 from mvae.data.pool import in_parallel
 from mvae.errors import UsageError, UserError
 from mvae.files import check_readable, write_atomically
+from mvae.progress import progress
 
 import cv2
 import numpy as np
 from PIL import Image
 from skimage import feature
-from tqdm import tqdm
 
 try:
     import dlib
@@ -62,7 +62,7 @@ class Config:
     dst: Path  # folder to write into, created if missing
 
     # Pictures
-    limit: int | None = None  # number of pictures to use, the first by name
+    limit: int | None = None  # number of pictures to use, evenly spaced by name, so that all splits have some
     overwrite: bool = False  # replace results that are complete
     workers: int = os.cpu_count() or 1  # number of processes
 
@@ -212,10 +212,10 @@ def convert_all(config: Config, sources: Sequence[Path], predictor: Path | None 
     statuses: Counter[str] = Counter()
     job = functools.partial(convert, config, predictor)
     with contextlib.closing(in_parallel(job, sources, config.workers)) as outcomes:
-        for status, what in tqdm(outcomes, config.command, len(sources), leave=False, unit="picture", disable=None):
+        for status, what in progress(outcomes, config.command, len(sources)):
             statuses[status] += 1
             if status == "damaged":
-                tqdm.write(what, file=sys.stderr)
+                print(what, file=sys.stderr)
     n_made = statuses["made"] + statuses["no face"]
     print(f"{config.dst}: made {n_made}, kept {statuses['kept']} that are complete")
     if statuses["no face"]:
@@ -238,7 +238,9 @@ def list_pictures(folder: Path) -> list[Path]:
 
 def main() -> None:
     config = cli.parse(__doc__, Config)
-    sources = list_pictures(config.src)[: config.limit]
+    sources = list_pictures(config.src)
+    n = min(config.limit or len(sources), len(sources))
+    sources = [sources[i * len(sources) // n] for i in range(n)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     if config.command != "mask":
         convert_all(config, sources)

@@ -21,10 +21,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import locked
+from ..progress import progress
 from .dataset import SAMPLED, DataDir
 from .pictures import Mode, fault, is_named_as_picture, pixels
 from .pool import in_parallel
@@ -152,17 +152,13 @@ def _build(source: Path, path: Path, layout: _Layout, workers: int) -> None:
     done = layout.n - sum(len(names) for _, names in jobs)
     log.info("decoding %d pictures of %s%s", layout.n, source, f", {done} of which are done" * (done > 0))
     results = in_parallel(functools.partial(_decode, source, layout.mode, layout.size), jobs, workers)
-    with (
-        open(partial, "r+b") as file,
-        tqdm(total=layout.n, initial=done, leave=False, unit=" pictures", disable=None) as bar,
-        contextlib.closing(results),
-    ):
-        for block, content in results:
+    n = len(layout.blocks)
+    with open(partial, "r+b") as file, contextlib.closing(results):
+        for block, content in progress(results, "decoding", n, done=n - len(jobs)):
             file.seek(block * layout.block_bytes)
             file.write(content)
             file.seek(layout.checksums + 4 * block)
             file.write(zlib.crc32(content).to_bytes(4, "little"))
-            bar.update(len(layout.blocks[block]))
         file.flush()
         os.fsync(file.fileno())  # a power cut would leave blocks of zeros, which a sample may miss
     os.replace(partial, path)

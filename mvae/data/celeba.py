@@ -2,8 +2,9 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ class Source(CacheDir):
     """The flags of every script that reads CelebA."""
 
     # Pictures
-    allow_missing: bool = False  # use the images that exist, if the lists name more
+    allow_missing: bool = False  # use the images that exist, if the lists name more; a model's scripts follow its run
 
 
 def pictures_and_attributes(rows: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -78,9 +79,12 @@ def training_data(config: Source, *, limit: int | None = None) -> tuple[Data, Da
     return train[:limit], validation
 
 
-def examples(split: str, config: Source) -> Data:
-    """Return the official split "train", "validation" or "test". Raises UserError as `training_data` does."""
-    return _splits(config)[SPLITS.index(split)]
+def examples(split: str, config: Source, settings: Mapping[str, Any]) -> Data:
+    """Return the official split "train", "validation" or "test". Raises UserError as `training_data` does.
+
+    If the run with these settings allowed missing images, so does this.
+    """
+    return _splits(config, settings.get("allow_missing", False))[SPLITS.index(split)]
 
 
 def prepare(config: Source) -> None:
@@ -89,7 +93,7 @@ def prepare(config: Source) -> None:
     print(f"CelebA in {config.data_dir}: {counts} images, decoded in {config.cache_dir}")
 
 
-def _splits(config: Source) -> list[Data]:
+def _splits(config: Source, allow_missing: bool = False) -> list[Data]:
     """Return the data of each of `SPLITS`, in the order of the lists: slices of one file of decoded pictures.
 
     An image 000001.jpg of the lists may be 000001.png. Missing images are counted in a warning.
@@ -110,7 +114,7 @@ def _splits(config: Source) -> list[Data]:
         left = ", ".join(f"{n} for {split}" for split, n in zip(SPLITS, counts, strict=True))
         raise UserError(f"every split needs images, found {left}: {missing}")
     if len(rows) < len(names):
-        if not config.allow_missing:
+        if not (config.allow_missing or allow_missing):
             raise UserError(f"{missing}: pass --allow-missing to use the rest")
         log.warning("%s: using the rest", missing)
     entries = [entry for row in rows if (entry := found[row])]

@@ -109,9 +109,11 @@ def digest(content: Any, most: float = math.inf) -> str:
 
 
 def load_model(
-    path: Path | str, experiment: str, build: Callable[[int], MVAE], device: torch.device
+    path: Path | str, experiment: str, build: Callable[[int], MVAE], device: torch.device | str = "cpu"
 ) -> tuple[MVAE, dict[str, Any]]:
     """Rebuild the model of a checkpoint: `build(n_latents)` with its weights, in evaluation mode on `device`.
+
+    Its weights require no gradients; to train from a checkpoint's weights, see `initialised`.
 
     Returns the model and what the file says of its training: `settings` (the flags), `epoch`, `validation_loss` and
     `training_seconds`; of a state within an epoch, `settings` and that `epoch`. Raises UserError as `load` does, and if
@@ -129,7 +131,7 @@ def load_model(
         content |= {"epoch": last["epoch"], "validation_loss": last["validation/loss"], "training_seconds": seconds}
     content["settings"] = {**content.get("facts", {}), **content["settings"]}
     names = ("settings", "epoch", "validation_loss", "training_seconds")
-    return model.to(device).eval(), {name: content[name] for name in names if name in content}
+    return model.to(device).eval().requires_grad_(False), {name: content[name] for name in names if name in content}
 
 
 def set_weights(model: MVAE, content: Mapping[str, Any], path: Path | str) -> None:

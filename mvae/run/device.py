@@ -1,5 +1,6 @@
 """The machine a script computes on: its device, threads and precision."""
 
+import functools
 import logging
 import os
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class Machine:
         default = torch.get_num_threads()  # OMP_NUM_THREADS, or all cores: too many for networks of a hundred examples
         torch.set_num_threads(self.threads or (default if "OMP_NUM_THREADS" in os.environ else min(default, 4)))
         if not self.cuda:
+            _mention_cuda()
             return torch.device("cpu")
         if not torch.cuda.is_available():
             log.warning("--cuda: no CUDA device is available to torch; using the CPU")
@@ -39,6 +41,12 @@ class Machine:
         if not rank.isdecimal() or int(rank) >= n:
             raise UsageError(f"LOCAL_RANK must be a number below {n}, the number of CUDA devices, got {rank!r}")
         return torch.device("cuda", int(rank))
+
+
+@functools.cache  # once per process
+def _mention_cuda() -> None:
+    if torch.cuda.is_available():
+        log.info("using the CPU; there is a CUDA device, which --cuda uses")
 
 
 def resolve(precision: Literal["fp32", "bf16", "auto"], device: torch.device) -> Precision:

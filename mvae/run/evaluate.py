@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data.dataset import Data, seed_of
 from ..errors import UsageError
 from ..estimators import Estimate, Modalities, estimate_and_predict
 from ..model import MVAE, Precision, autocast
+from ..progress import progress
 from .distributed import Processes
 
 
@@ -58,12 +58,28 @@ class Evaluation(NamedTuple):
     predictions: by modality, (n, *event), of the examples that have it and what it is predicted from; truth: the same
         modalities of the data.
     examples: by quantity and proposal, (n,): the numbers in the data of the examples that have the modalities of both.
+    n_samples: draws per example and proposal; 0 if unknown.
+
+    Printed, it is a table; see `table`.
     """
 
     estimates: dict[tuple[Quantity, Modalities], Estimate]
     predictions: dict[str, Tensor]
     truth: dict[str, Tensor]
     examples: dict[tuple[Quantity, Modalities], Tensor]
+    n_samples: int = 0
+
+    @property
+    def n_examples(self) -> int:
+        """The number of examples that have an estimate."""
+        return len(torch.cat([*self.examples.values()]).unique())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the estimates as plain values, a row for each quantity and proposal."""
+        return [row(quantity.name, under(proposal), *one) for (quantity, proposal), one in self.estimates.items()]
+
+    def __str__(self) -> str:
+        return table(self.rows(), self.n_examples, self.n_samples)
 
 
 def evaluate(
@@ -146,7 +162,7 @@ def evaluate(
     size = max(1, max_rows // n_samples)
     batches = [(has, some) for has, members in patterns for some in members.split(size) if inside[some].any()]
     mine = batches[processes.rank :: processes.world]
-    for has, numbers in tqdm(mine, leave=False, disable=True if processes.rank else None):
+    for has, numbers in mine if processes.rank else progress(mine, "log-likelihoods", len(mine)):
         batch, _ = data.batch(numbers)
         noise = torch.stack([_noise(n_samples, model.n_latents, seed, row) for row in numbers.tolist()], dim=1)
         noise = noise.to(data.device, next(model.parameters()).dtype)
@@ -174,7 +190,7 @@ def evaluate(
             log_p = log_p - found[condition].log_p
         estimates[which] = Estimate(log_p[examples[which]], variance[examples[which]])
     predicted, truth = ({name: part[name][some] for name, some in predictable.items()} for part in (predicted, truth))
-    return Evaluation(estimates, predicted, truth, examples)
+    return Evaluation(estimates, predicted, truth, examples, n_samples)
 
 
 _Key = tuple[Modalities, Modalities]  # a proposal and a target
@@ -216,3 +232,46 @@ def mean_and_error(values: Tensor) -> tuple[float, Any]:
 def shown(mean: float, error: float | None, digits: int) -> str:
     """Return mean ± standard error as text."""
     return f"{mean:.{digits}f} ± " + ("–" if error is None else f"{error:.{digits}f}")
+
+
+def under(proposal: Modalities) -> str:
+    """Return the name of a proposal distribution."""
+    return f"q(z | {listed(proposal)})" if proposal else "p(z)"
+
+
+def row(quantity: str, proposal: str, log_p: Tensor, variance: Tensor) -> dict[str, Any]:
+    """Return an estimate over (n,) examples as plain values."""
+    names = {"quantity": quantity, "proposal": proposal}
+    return {**names, **summary(log_p), "log_weight_variance": variance.mean().item()}
+
+
+def summary(values: Tensor) -> dict[str, Any]:
+    """Return the mean of (n,) values, its standard error and n."""
+    mean, error = mean_and_error(values)
+    return {"mean": mean, "standard_error": error, "n_examples": len(values)}
+
+
+def table(rows: Sequence[Mapping[str, Any]], n: int, n_samples: int = 0) -> str:
+    """Return rows as text: means over n examples in nats, and the variance of the log importance weights.
+
+    If some are over fewer examples, a column says so. A variance above 2 ln(n_samples) is marked: if log weights are
+    normal, importance sampling needs at least exp(variance / 2) samples (Chatterjee & Diaconis 2018).
+    """
+    bad = 2 * math.log(n_samples) if n_samples else math.inf
+    own = any(row["n_examples"] != n for row in rows)
+    cells = [("quantity", "proposal", "log-likelihood", "variance", "examples")]
+    for row in rows:
+        variance = f"{row['log_weight_variance']:.2f}" + "*" * (row["log_weight_variance"] > bad)
+        value = shown(row["mean"], row["standard_error"], 3)
+        cells.append((row["quantity"], row["proposal"], value, variance, str(row["n_examples"])))
+    left, right = (max(24, 2 + max(map(len, column))) for column in [*zip(*cells, strict=True)][:2])
+    lines = [
+        f"{name:{left}}{proposal:{right}}{value:>20}{variance:>12}" + f"{examples:>12}" * own
+        for name, proposal, value, variance, examples in cells
+    ]
+    if any(row["log_weight_variance"] > bad for row in rows):
+        lines += [
+            f"* above {bad:.1f}: a few of the {n_samples:,} samples decide log p (of a conditional: its joint's),",
+            "  which is then too low on average; prefer the lower variance, or take more samples",
+        ]
+    return "\n".join(lines)

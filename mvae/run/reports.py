@@ -18,6 +18,7 @@ from ..data.dataset import Data
 from ..errors import UserError
 from ..files import write_atomically
 from ..model import MVAE, evaluating
+from ..progress import duration
 from . import grids, maps
 
 log = logging.getLogger(__name__)
@@ -117,22 +118,26 @@ class Reports:
         self.writer.add_figure(f"latents/{first}", figure, epoch)
 
 
+WIDTH = 99  # characters of a line
+
+
 def line(record: Record, n_epochs: int, names: Sequence[str], *, best: bool) -> str:
-    """Return an epoch in a line, with the ELBOs of the first three of `names`; the others are in stats.jsonl."""
-    elbos = [
-        f"ELBO({name}) {record[f'validation/{name}/elbo']:.2f}"
-        for name in names[:3]
-        if f"validation/{name}/elbo" in record
-    ]
+    """Return an epoch in a line: its losses, and as many metrics and joint ELBOs as fit; stats.jsonl has them all."""
+    epoch = record["epoch"]
+    losses = f"loss {record['train/loss']:.2f} (validation {record['validation/loss']:.2f})"
+    parts = [f"epoch {epoch}/{n_epochs}", f"β {record['beta']:.2f}", losses]
+    left = [f"{duration(record['seconds'] * (n_epochs - epoch))} left"] * (epoch < n_epochs)
+    ending = [*left, *["best"] * best]
     metrics = [
         f"{name.removeprefix('validation/')} {'–' if value is None else f'{value:.4f}'}"
         for name, value in record.items()
         if name.startswith("validation/") and name.count("/") == 1 and name != "validation/loss"
     ]
-    losses = f"loss {record['train/loss']:.2f}  validation loss {record['validation/loss']:.2f}"
-    beta = f"β {record['beta']:.3f}" + " (validation: β = 1)" * (record["beta"] < 1)
-    speed = f"{record['examples_per_second']:.0f} examples/s"
-    return "  ".join([f"epoch {record['epoch']}/{n_epochs}", beta, losses, *elbos, *metrics, speed, *["(best)"] * best])
+    elbos = [f"ELBO({name}) {record[f'validation/{name}/elbo']:.2f}" for name in names[:1]]
+    for part in [*metrics, *elbos]:
+        if len("  ".join([*parts, part, *ending])) <= WIDTH:
+            parts.append(part)
+    return "  ".join([*parts, *ending])
 
 
 def progress(
@@ -150,13 +155,8 @@ def progress(
         yield rows
         if step % every == 0:
             pace = (time.perf_counter() - began) / (step - done)
-            left = _duration(pace * (n - step + more))
+            left = duration(pace * (n - step + more))
             bar.set_postfix_str(f"loss {loss():.2f}, {left} left")
             if not terminal:
                 speed = f"{len(rows) / pace:.0f} examples/s"
                 say(f"{title}  step {step}/{n}  loss {loss():.2f}  {speed}  {left} left")
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "< 1 min"

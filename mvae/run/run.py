@@ -106,6 +106,7 @@ class Run:
         self.terms: tuple[str, ...] = ()  # of those sums
         self.last: Tensor | None = None  # the last step's sums, or those of the first bad step
         self.pending = False  # gradients since the last step
+        self.annealing = False  # whether β was below 1 at the last epoch's end
         self.saved: dict[str, Any] | None = None  # the checkpoint's facts, kept states and optimizer
         self.kept: dict[str, Any] = {}
         self.saved_at = self.asked_at = time.monotonic()
@@ -294,6 +295,9 @@ class Run:
             if self.rank == 0:
                 self.reports.write(record, data)
         self._say(line(record, self.n_epochs, self.bare.names, best=best))
+        if record["beta"] < 1 and not self.annealing:
+            self._say("the validation loss is at β = 1: it is higher than the training loss while β rises")
+        self.annealing = record["beta"] < 1
 
     def save(self, *, best: bool = False) -> None:
         """Save the state; if it is the best, save the model first. Raises UserError if the state isn't good."""
@@ -391,7 +395,7 @@ class Run:
         n = sum(weight.numel() for weight in self.bare.parameters())
         threads = f" ({torch.get_num_threads()} threads)" * (self.device.type == "cpu")
         machine = f"{world} x " * (world > 1) + f"{self.device}{threads}, {self.precision}"
-        size = f"{len(data)} training examples, {n / 1e6:.2f}M parameters"
+        size = f"{self.n_epochs} epochs of {len(data):,} examples, {n / 1e6:.2f}M parameters"
         self._say(f"{self.name}: {size}, {machine}, writing to {self.out_dir}")
 
     def _progress(self, order: list[Tensor]) -> Iterator[Tensor]:

@@ -14,13 +14,13 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import cli
 from ..data.dataset import consecutive_rows
 from ..errors import UsageError, UserError
 from ..files import whole
 from ..model import Batch
+from ..progress import progress
 from ..run import maps
 from ..run.checkpoint import load_model
 from .controls import Controls, Kind
@@ -76,7 +76,7 @@ def embed(config: Embedding, folder: Experiment) -> None:
     labelled = {name: kind for name, kind in controls.items() if not kind.size and not config.files}
     found: dict[str, list[Tensor]] = {name: [] for name in ("mu", "logvar", *labelled)}
     sources = []
-    for batch, some in tqdm(batches, total=-(-n // BATCH), leave=False, disable=None):
+    for batch, some in progress(batches, "encoding", -(-n // BATCH)):
         sources += some
         posterior = model.fused({name: batch[name].to(device) for name in conditioned})
         values = dict(zip(("mu", "logvar"), posterior, strict=True))
@@ -93,6 +93,8 @@ def embed(config: Embedding, folder: Experiment) -> None:
         shown = {name: torch.from_numpy(arrays[name][rows]) for name in labelled}
         by, classes, names = colours_of(shown, controls, config.colour_by, len(rows))
         title = f"{config.map} of the means of {about}, {len(rows)} of {n}{by and ', by '}{by}"
+        if config.map != "pca":
+            log.info("computing a map of %d points by %s", len(rows), config.map)
         points = maps.project(arrays["mu"][rows], config.map, config.seed)
         with whole(config.plot) as file:
             maps.figure(points, classes.numpy(), names, title).savefig(file, format="png")

@@ -1,7 +1,7 @@
 """Open a page in your browser: condition a trained model on what you like, and see what it draws and infers.
 
-Run it in an experiment's folder: cd mnist && python -m mvae.tools.explore CHECKPOINT. It needs Dash: pip install -r
-requirements-explore.txt. The page is served to this machine only, unless --host is set.
+Run it in an experiment's folder: cd mnist && python -m mvae.tools.explore CHECKPOINT. It needs Dash: pip install dash.
+The page is served to this machine only, unless --host is set.
 """
 
 import base64
@@ -397,7 +397,7 @@ def _bounds(model: MVAE, batch: dict[str, Tensor], seed: int) -> Any:
 
 def main() -> None:
     if Dash is None:
-        raise UserError("the page needs Dash: pip install -r requirements-explore.txt")
+        raise UserError("the page needs Dash: pip install dash")
     folder = experiment()
     explore(cli.parse(__doc__, Exploring), folder)
 

@@ -28,7 +28,7 @@ from ..model import MVAE
 from ..run.checkpoint import load_model, origin
 from ..run.device import resolve
 from ..run.distributed import Processes, is_first
-from ..run.evaluate import Evaluation, Quantity, evaluate, listed, mean_and_error, shown
+from ..run.evaluate import Evaluation, Quantity, evaluate, row, shown, summary, table, under
 from ..run.signals import end_by_signals
 from .folder import Build, Examples, with_source
 from .prior import WithPrior
@@ -124,11 +124,8 @@ def report(found: Evaluation, measures: Mapping[str, Tensor], config: Loglike, t
     """
     if not is_first():
         return
-    rows: list[dict[str, Any]] = []
-    for (quantity, proposal), one in found.estimates.items():
-        rows.append(_row(quantity.name, _under(proposal), *one))
-    others = {name: _summary(values) for name, values in measures.items()}
-    n = len(torch.cat([*found.examples.values()]).unique())
+    rows, n = found.rows(), found.n_examples
+    others = {name: summary(values) for name, values in measures.items()}
     if config.json:
         settings = {name: value for name, value in trained["settings"].items() if not name.endswith("_dir")}
         content = {
@@ -154,36 +151,19 @@ def report(found: Evaluation, measures: Mapping[str, Tensor], config: Loglike, t
     if config.per_example:
         write_per_example(found, config.per_example)
     head = f"{config.split.capitalize()} log-likelihood" + " under the fitted prior" * (config.prior == "fitted")
-    own = _print(rows, n, head, f", {config.n_samples} importance samples")
+    _print(rows, n, head, config.n_samples)
     for name, other in others.items():
         text = f"{name}: {shown(other['mean'], other['standard_error'], 4)}"
-        print(text + f", over {other['n_examples']} examples" * own)
+        print(text + f", over {other['n_examples']} examples" * (other["n_examples"] != n))
 
 
-def _row(quantity: str, proposal: str, log_p: Tensor, variance: Tensor) -> dict[str, Any]:
-    names = {"quantity": quantity, "proposal": proposal}
-    return {**names, **_summary(log_p), "log_weight_variance": variance.mean().item()}
-
-
-def _summary(values: Tensor) -> dict[str, Any]:
-    mean, error = mean_and_error(values)
-    return {"mean": mean, "standard_error": error, "n_examples": len(values)}
-
-
-def _print(rows: Sequence[Mapping[str, Any]], n: int, head: str, how: str = "") -> bool:
-    """Print a table of estimates. Return whether some are over fewer than the n examples, and so in a column."""
+def _print(rows: Sequence[Mapping[str, Any]], n: int, head: str, n_samples: int = 0) -> None:
     own = any(row["n_examples"] != n for row in rows)
     over = f"those of {n} examples that have its modalities" if own else f"{n} examples"
+    how = f", {n_samples} importance samples" if n_samples else ""
     print(f"{head} in nats: mean ± standard error over {over}{how},")
     print("and the variance of the log importance weights (mean over examples).")
-    table = [("quantity", "proposal", "log-likelihood", "variance", "examples")]
-    for row in rows:
-        value, variance = shown(row["mean"], row["standard_error"], 3), f"{row['log_weight_variance']:.2f}"
-        table.append((row["quantity"], row["proposal"], value, variance, str(row["n_examples"])))
-    left, right = (max(24, 2 + max(map(len, column))) for column in [*zip(*table, strict=True)][:2])
-    for name, under, value, variance, examples in table:
-        print(f"{name:{left}}{under:{right}}{value:>20}{variance:>12}" + f"{examples:>12}" * own)
-    return own
+    print(table(rows, n, n_samples))
 
 
 def write_per_example(found: Evaluation, path: Path) -> None:
@@ -192,7 +172,7 @@ def write_per_example(found: Evaluation, path: Path) -> None:
     There is a column for each quantity and proposal. If an example lacks a modality, a value is empty, or NaN in .npz.
     """
     quantities = [quantity.name for quantity, _ in found.estimates]
-    proposals = [_under(proposal) for _, proposal in found.estimates]
+    proposals = [under(proposal) for _, proposal in found.estimates]
     example = torch.cat([*found.examples.values()]).unique()
     log_p, variance = np.full((2, len(example), len(found.estimates)), np.nan)
     for column, (which, one) in enumerate(found.estimates.items()):
@@ -201,6 +181,7 @@ def write_per_example(found: Evaluation, path: Path) -> None:
     with whole(path) as file:
         if path.suffix == ".npz":
             columns = {"quantity": np.array(quantities), "proposal": np.array(proposals), "example": example.numpy()}
+            columns["n_samples"] = np.array(found.n_samples)
             np.savez(file, log_p=log_p, log_weight_variance=variance, **columns)  # type: ignore[arg-type]
         else:
             text = io.StringIO()
@@ -211,10 +192,6 @@ def write_per_example(found: Evaluation, path: Path) -> None:
             file.write(text.getvalue().encode())
 
 
-def _under(proposal: tuple[str, ...]) -> str:
-    return f"q(z | {listed(proposal)})" if proposal else "p(z)"
-
-
 @dataclass(kw_only=True)
 class Parts:
     """The flags of this module as a command."""
@@ -223,8 +200,8 @@ class Parts:
     json: Path | None = None  # file to write the results to, as JSON
 
 
-def join(parts: Sequence[Path]) -> tuple[int, list[dict[str, Any]]]:
-    """Return the number of examples in the files, and the estimates over them all.
+def join(parts: Sequence[Path]) -> tuple[int, list[dict[str, Any]], int]:
+    """Return the number of examples in the files, the estimates over them all, and the least number of samples.
 
     Raises UserError for a file that isn't one of `write_per_example`, other columns, or an example that is in two.
     """
@@ -232,7 +209,8 @@ def join(parts: Sequence[Path]) -> tuple[int, list[dict[str, Any]]]:
     for path in parts:
         try:
             with np.load(path) as file:
-                found.append({name: file[name] for name in (*COLUMNS, "example", "log_p", "log_weight_variance")})
+                names = (*COLUMNS, "example", "log_p", "log_weight_variance", "n_samples")
+                found.append({name: file[name] for name in names})
         except (OSError, KeyError, ValueError, zipfile.BadZipFile):
             raise UserError(f"{path} is missing, or not an .npz file of loglike.py --per-example") from None
         if any(not np.array_equal(found[-1][name], found[0][name]) for name in COLUMNS):
@@ -244,19 +222,19 @@ def join(parts: Sequence[Path]) -> tuple[int, list[dict[str, Any]]]:
     if len(numbers) != len(example):
         raise UserError(f"{len(example) - len(numbers)} examples are in more than one of the files")
     rows = []
-    for i, names in enumerate(zip(*(found[0][name].tolist() for name in COLUMNS), strict=True)):
+    for i, (quantity, proposal) in enumerate(zip(*(found[0][name].tolist() for name in COLUMNS), strict=True)):
         here = order[~np.isnan(log_p[order, i])]
-        rows.append(_row(names[0], names[1], torch.from_numpy(log_p[here, i]), torch.from_numpy(variance[here, i])))
-    return len(numbers), rows
+        rows.append(row(quantity, proposal, torch.from_numpy(log_p[here, i]), torch.from_numpy(variance[here, i])))
+    return len(numbers), rows, min(int(part["n_samples"]) for part in found)
 
 
 def main() -> None:
     config = cli.parse(__doc__, Parts)
-    n, rows = join(config.parts)
+    n, rows, n_samples = join(config.parts)
     if config.json:
         content = {**origin(), "n_examples": n, "log_likelihood": rows}
         write_atomically(config.json, (json.dumps(content, indent=2) + "\n").encode())
-    _print(rows, n, "Log-likelihood")
+    _print(rows, n, "Log-likelihood", n_samples)
 
 
 if __name__ == "__main__":
