@@ -32,7 +32,7 @@ log = logging.getLogger("mvae.prior")  # run as __main__
 
 NAME = "prior.npz"
 CHOICES = {True: (1, 3, 5), False: (10, 20, 40)}  # numbers of components to choose from: of each class, of all examples
-DRAWS = 8  # of z for each example; with fewer, mixtures of several Gaussians overfit
+DRAWS = {True: 8, False: 3}  # of z for each example, likewise: fewer overfit, but without classes fits are slow
 COVARIANCE = 1e-3  # added to the variances, which are of the order of 1
 
 
@@ -155,11 +155,11 @@ def fitted(
 
     components: Gaussians of each class, or in all without classes (default: chosen on validation).
     """
-    z = torch.cat([draws(model, train) for _ in range(DRAWS)]).cpu()
-    held_out, of = draws(model, validation).cpu(), classes(controls, train).repeat(DRAWS)
-    scored = {}
-    for n in [components] if components else CHOICES[len(of.unique()) > 1]:
-        mixture = fit(z, of, n, seed)
+    of, scored = classes(controls, train), {}
+    several = len(of.unique()) > 1
+    z, held_out = torch.cat([draws(model, train) for _ in range(DRAWS[several])]).cpu(), draws(model, validation).cpu()
+    for n in [components] if components else CHOICES[several]:
+        mixture = fit(z, of.repeat(DRAWS[several]), n, seed)
         score = distribution(mixture, torch.device("cpu")).log_prob(held_out).mean().item()
         log.info("%d components: log p(z) %.3f nats of held-out draws", len(mixture["weights"]), score)
         scored[score] = mixture
