@@ -321,7 +321,9 @@ def quality(root: Path, document: Path) -> str:
                 agreement += f"<br>balanced {Average.of(balanced).percent()}" if balanced else ""
                 distance, variance = (over_seeds([one[key] for one in found], ".1f") for key in ("frechet", "variance"))
                 log_p = [one["log_p"] for one in some if name in one.get("log_p", {})]
-                rows.append(["" if i else f"{recipe} ({len(some)})", name, agreement, distance, variance])
+                epochs = max(one["training"]["epoch"] for one in some)
+                first = f"{recipe}<br>{epochs} epochs, {len(some)} seed{'s' * (len(some) > 1)}"
+                rows.append(["" if i else first, name, agreement, distance, variance])
                 rows[-1].append(Average.of([one[name] for one in log_p]).nats() if log_p else "")
                 if log_p and name == "fitted prior":
                     rows[-1][-1] += f"<br>gain {Average.of([one['gain'] for one in log_p]).nats()}"
@@ -330,8 +332,8 @@ def quality(root: Path, document: Path) -> str:
         "Agreement: how often a classifier reads from a picture its label, mean ± standard error over the draws, or "
         "over strings and attributes given. Distance to real images and variance within a label: of the classifier's "
         "features, mean ± standard error over seeds. Real images are compared with as many training images. log p: by "
-        "1,000 importance samples from q(z | image) under the prior of the row. In brackets: seeds, or their standard "
-        "deviation."
+        "1,000 importance samples from q(z | image) under the prior of the row. In brackets: standard deviation over "
+        "seeds."
     )
     headings = ["", "drawn from", "agreement", "Fréchet distance", "variance within a label", "log p(image), nats"]
     return page(headings, rows, about, every)

@@ -15,7 +15,7 @@ from PIL import Image, ImageChops
 
 from helpers import ROOT, assert_ended, assert_refused, run_warm
 
-TRAINED = {"validation_loss": 200.0, "training_seconds": 1500.0}
+TRAINED = {"epoch": 25, "validation_loss": 200.0, "training_seconds": 1500.0}
 IMAGE, BOTH, LABEL = "q(z | image)", "q(z | image, text)", "accuracy of the label predicted from the image"
 COHERENCE = "coherence, label to image"
 
@@ -106,7 +106,7 @@ def root(tmp_path: Path, modules: Any) -> Path:
         drawn = {"N(0, I)": row, "fitted prior": row}
         write(
             results / f"quality-mnist-fast-{seed}.json",
-            {**command, "commit": "e" * 40, "drawn": drawn, **({"log_p": log_p} if seed else {})},
+            {**command, "commit": "e" * 40, "training": TRAINED, "drawn": drawn, **({"log_p": log_p} if seed else {})},
         )
     all_19 = "Bald, Bangs, ..., Wearing_Hat"
     joint = ("log p(image, Bald, ..., Wearing_Hat)", "q(z | image, Bald, ..., Wearing_Hat)")
@@ -175,7 +175,10 @@ def test_a_table_that_differs_from_its_results_is_found(root: Path) -> None:
                 *("63.00", "+12.00 (2.00)"),
             ],
         ),
-        ("quality", ["mnist-fast (2)", "N(0, I)", "55.0 ± 1.0 (seeds 7.1) %", "10.5 ± 0.5", "40.5 ± 0.5", ""]),
+        (
+            "quality",
+            ["mnist-fast<br>25 epochs, 2 seeds", "N(0, I)", "55.0 ± 1.0 (seeds 7.1) %", "10.5 ± 0.5", "40.5 ± 0.5", ""],
+        ),
         (
             "quality",
             [
