@@ -299,7 +299,10 @@ def main() -> None:
         "n_labels": len(labels),
         "n_draws": n,
         "components": len(mixture["weights"]),
-        "training": {name: value for name, value in trained.items() if name != "settings"},
+        "training": {
+            **{name: value for name, value in trained.items() if name != "settings"},
+            **{name: settings[name] for name in ("command", "commit")},
+        },
         "drawn": found,
         "n_samples": config.n_samples,
         "log_p": log_p,

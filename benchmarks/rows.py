@@ -327,7 +327,9 @@ def quality(root: Path, document: Path) -> str:
                 rows[-1].append(Average.of([one[name] for one in log_p]).nats() if log_p else "")
                 if log_p and name == "fitted prior":
                     rows[-1][-1] += f"<br>gain {Average.of([one['gain'] for one in log_p]).nats()}"
-    every = [one for some in files.values() for one in some]
+    every = [
+        source for some in files.values() for one in some for source in (one["training"], one) if "command" in source
+    ]
     about = (
         "Agreement: how often a classifier reads from a picture its label, mean ± standard error over the draws, or "
         "over strings and attributes given. Distance to real images and variance within a label: of the classifier's "

@@ -176,6 +176,7 @@ def test_the_command_writes_what_it_prints_and_keeps_its_classifier(
     assert (found["split"], found["n_real"], found["n_labels"]) == ("validation", 200, 10)
     for name, row in found["drawn"].items():
         assert f"{name}: agreement {row['mean']:.4f} ± {row['standard_error']:.4f}" in first.stdout
+    assert found["training"]["command"].startswith("python mnist/train.py")
     log_p = {name: one["mean"] for name, one in found["log_p"].items()}
     assert log_p["gain"] == pytest.approx(log_p["fitted prior"] - log_p["N(0, I)"]) != 0
     again = run_warm("benchmarks/quality.py", *arguments, "--classifier-epochs", 9, cwd=tmp_path)
