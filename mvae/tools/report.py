@@ -47,7 +47,7 @@ class Loglike(WithPrior):
     split: Literal["test", "validation"] = "test"  # split to read
     offset: int = 0  # number of the first example, to split the work; the estimates are those of the whole
     limit: int | None = None  # number of examples (default: all from --offset on)
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"  # of the networks; auto: bf16 if the processor supports it
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"  # network precision; auto: bf16 if the processor supports it
 
     # Output
     json: Path | None = None  # file to write the results to, as JSON
