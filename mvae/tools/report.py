@@ -212,7 +212,7 @@ def join(parts: Sequence[Path]) -> tuple[int, list[dict[str, Any]], int]:
         try:
             with np.load(path) as file:
                 part = {name: file[name] for name in (*COLUMNS, "example", "log_p", "log_weight_variance")}
-                found.append(part | {"n_samples": file.get("n_samples", 0)})
+                found.append(part | {"n_samples": np.array(file.get("n_samples", 0))})
         except (OSError, KeyError, ValueError, zipfile.BadZipFile):
             raise UserError(f"{path} is missing, or not an .npz file of loglike.py --per-example") from None
         if any(not np.array_equal(found[-1][name], found[0][name]) for name in COLUMNS):
