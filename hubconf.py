@@ -11,7 +11,7 @@ from mvae import MVAE, load_model
 
 import torch
 
-dependencies = ["torch", "torchvision", "numpy", "sklearn", "scipy", "filelock", "matplotlib", "tensorboard"]
+dependencies = ["torch", "numpy", "sklearn", "scipy", "filelock", "matplotlib", "tensorboard", "tqdm", "PIL"]
 
 
 def mvae(experiment: str, checkpoint: str, device: str = "cpu") -> MVAE:

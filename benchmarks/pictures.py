@@ -36,7 +36,7 @@ SCALE = 3  # size of a pixel in the walk
 
 @dataclass(kw_only=True)
 class Config(Machine):
-    model_path: Path  # MNIST checkpoint with a fitted prior beside it
+    model_path: Path  # MNIST checkpoint with a fitted prior next to it
 
     seed: int = 0  # random seed
     out_dir: Path = STATIC  # folder to write to

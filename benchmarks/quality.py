@@ -265,9 +265,10 @@ def main() -> None:
     n, real = config.n_draws, viewer.real(held_out, experiment.label)
     labels = (torch.arange(10) if experiment.shape == (10,) else real.labels[: config.n_labels]).to(device)
     each = n // len(labels)
+    examples = own.examples(config.split, config, settings).to(device)
     rows = {
         "real images": real,
-        "q(z | image, label)": viewer.drawn(prior.draws(model, own.examples(config.split, config, settings))),
+        "q(z | image, label)": viewer.drawn(prior.draws(model, examples)),
         "N(0, I)": viewer.drawn(model.draw({}, n, device)),
         "N(0, I), temperature 0.5": viewer.drawn(model.draw({}, n, device, 0.5)),
         "fitted prior": viewer.drawn(fitted.sample(torch.Size([n]))),
@@ -275,7 +276,7 @@ def main() -> None:
         "q(z | label)": viewer.given(labels, lambda given: model.draw(given, each, device)),
         "q(z | label), temperature 0.5": viewer.given(labels, lambda given: model.draw(given, each, device, 0.5)),
     }
-    log_p = log_likelihoods(model, own.examples(config.split, config, settings), fitted, config.n_samples)
+    log_p = log_likelihoods(model, examples, fitted, config.n_samples)
     for name, mixture_of_z in {"": fitted, ", temperature 0.8": cooler}.items():
         model.prior = mixture_of_z
         rows[f"fitted prior, given label{name}"] = viewer.given(labels, lambda x: prior.draw_given(model, x, each))

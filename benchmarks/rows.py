@@ -333,10 +333,11 @@ def quality(root: Path, document: Path) -> str:
     about = (
         "Agreement: how often a classifier reads from a picture its label, mean ± standard error over the draws, or "
         "over strings and attributes given. Distance to real images and variance within a label: of the classifier's "
-        "features, mean ± standard error over seeds. Real images are compared with as many training images. log p: by "
-        "1,000 importance samples from q(z | image) under the prior of the row. In brackets: standard deviation over "
-        "seeds."
+        "features, mean ± standard error over seeds. Real images are compared with as many training images. In "
+        "brackets: standard deviation over seeds."
     )
+    if some := [one["n_samples"] for one in every if one.get("log_p")]:
+        about += f" log p: by {either(some)} importance samples from q(z | image) under the prior of the row."
     headings = ["", "drawn from", "agreement", "Fréchet distance", "variance within a label", "log p(image), nats"]
     return page(headings, rows, about, every)
 

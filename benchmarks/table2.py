@@ -44,10 +44,9 @@ def table2(experiment: str) -> Make:
         columns = ["", *columns, "variance of log weights", "label accuracy", "epochs (best / run)", "minutes", "seeds"]
         about = (
             f"Nats per test example, mean ± standard error over {either(run.content['n_examples'] for run in every)} "
-            f"examples, by {either(run.content['n_samples'] for run in every)} importance samples; in brackets the "
-            "standard deviation over seeds. Estimates are lower bounds in expectation: of two proposal distributions, "
-            "the one that gives more. Variance: of log p(image)'s log weights, for the CVAE of log p(image | text)'s. "
-            "The paper: arXiv 1802.05335, Table 2; 500 epochs."
+            f"examples, by {either(run.content['n_samples'] for run in every)} importance samples, from the "
+            "proposal distribution with the highest estimate. In brackets: standard deviation over seeds. Variance: of "
+            "the log weights of log p(image), for the CVAE of log p(image | text). The paper: Table 2, 500 epochs."
         )
         return page(columns, rows, about, [run.content["training"]["settings"] for run in every])
 

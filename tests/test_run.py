@@ -218,6 +218,8 @@ def test_an_epochs_line_has_as_many_metrics_as_fit() -> None:
     assert len(text) < 100
     assert "label_accuracy 0.9123" in text
     assert text.endswith("90.0 h left  best")
+    del record["validation/joint/elbo"]  # no validation example has a modality of the term
+    assert reports.line(record, 100, ["joint"], best=True) == text
 
 
 def test_a_run_prints_what_it_trains_and_how_far_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,7 @@ import cv2
 import numpy as np
 from PIL import Image
 from skimage import feature
+from tqdm import tqdm
 
 try:
     import dlib
@@ -215,7 +216,7 @@ def convert_all(config: Config, sources: Sequence[Path], predictor: Path | None 
         for status, what in progress(outcomes, config.command, len(sources)):
             statuses[status] += 1
             if status == "damaged":
-                print(what, file=sys.stderr)
+                tqdm.write(what, file=sys.stderr)  # not into the progress bar
     n_made = statuses["made"] + statuses["no face"]
     print(f"{config.dst}: made {n_made}, kept {statuses['kept']} that are complete")
     if statuses["no face"]:

@@ -42,7 +42,7 @@ class Training(Machine):
 
     # Rarely needed
     select: Literal["loss", "joint"] = "loss"  # best model by validation loss, or by the joint term's ELBO
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"  # of the networks; auto: bf16 if the processor supports it
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"  # network precision; auto: bf16 if the processor supports it
     compile: bool = False  # compile the objective with torch.compile, on CUDA with CUDA graphs
     wait: bool = False  # if another run is writing to --out-dir: wait and share its result instead of refusing
     log_interval: int = 100  # steps between progress reports

@@ -122,7 +122,7 @@ WIDTH = 99  # characters of a line
 
 
 def line(record: Record, n_epochs: int, names: Sequence[str], *, best: bool) -> str:
-    """Return an epoch in a line: its losses, and as many metrics and joint ELBOs as fit; stats.jsonl has them all."""
+    """Return an epoch in a line: its losses, and as many metrics as fit, then the first term's ELBO."""
     epoch = record["epoch"]
     losses = f"loss {record['train/loss']:.2f} (validation {record['validation/loss']:.2f})"
     parts = [f"epoch {epoch}/{n_epochs}", f"β {record['beta']:.2f}", losses]
@@ -133,7 +133,11 @@ def line(record: Record, n_epochs: int, names: Sequence[str], *, best: bool) -> 
         for name, value in record.items()
         if name.startswith("validation/") and name.count("/") == 1 and name != "validation/loss"
     ]
-    elbos = [f"ELBO({name}) {record[f'validation/{name}/elbo']:.2f}" for name in names[:1]]
+    elbos = [
+        f"ELBO({name}) {record[f'validation/{name}/elbo']:.2f}"
+        for name in names[:1]
+        if f"validation/{name}/elbo" in record
+    ]
     for part in [*metrics, *elbos]:
         if len("  ".join([*parts, part, *ending])) <= WIDTH:
             parts.append(part)

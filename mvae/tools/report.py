@@ -47,7 +47,7 @@ class Loglike(WithPrior):
     split: Literal["test", "validation"] = "test"  # split to read
     offset: int = 0  # number of the first example, to split the work; the estimates are those of the whole
     limit: int | None = None  # number of examples (default: all from --offset on)
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"  # of the networks; auto: bf16 if the processor supports it
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"  # network precision; auto: bf16 if the processor supports it
 
     # Output
     json: Path | None = None  # file to write the results to, as JSON
@@ -203,14 +203,16 @@ class Parts:
 def join(parts: Sequence[Path]) -> tuple[int, list[dict[str, Any]], int]:
     """Return the number of examples in the files, the estimates over them all, and the least number of samples.
 
+    That is 0 if a file doesn't say; earlier versions didn't write it.
+
     Raises UserError for a file that isn't one of `write_per_example`, other columns, or an example that is in two.
     """
     found = []
     for path in parts:
         try:
             with np.load(path) as file:
-                names = (*COLUMNS, "example", "log_p", "log_weight_variance", "n_samples")
-                found.append({name: file[name] for name in names})
+                part = {name: file[name] for name in (*COLUMNS, "example", "log_p", "log_weight_variance")}
+                found.append(part | {"n_samples": np.array(file.get("n_samples", 0))})
         except (OSError, KeyError, ValueError, zipfile.BadZipFile):
             raise UserError(f"{path} is missing, or not an .npz file of loglike.py --per-example") from None
         if any(not np.array_equal(found[-1][name], found[0][name]) for name in COLUMNS):
