@@ -106,7 +106,13 @@ def root(tmp_path: Path, modules: Any) -> Path:
         drawn = {"N(0, I)": row, "fitted prior": row}
         write(
             results / f"quality-mnist-fast-{seed}.json",
-            {**command, "commit": "e" * 40, "training": TRAINED, "drawn": drawn, **({"log_p": log_p} if seed else {})},
+            {
+                **command,
+                "commit": "e" * 40,
+                "training": TRAINED,
+                "drawn": drawn,
+                **({"log_p": log_p, "n_samples": 1000} if seed else {}),
+            },
         )
     all_19 = "Bald, Bangs, ..., Wearing_Hat"
     joint = ("log p(image, Bald, ..., Wearing_Hat)", "q(z | image, Bald, ..., Wearing_Hat)")
