@@ -109,7 +109,7 @@ def quotient(mu: Tensor, logvar: Tensor, present: Tensor | None = None) -> tuple
 
 
 class Joint(MVAE):
-    """A model of a picture and a label whose posterior given both is a network of its own, the last of three experts.
+    """A model of an image and its label with a joint inference network: its output is the last of three experts.
 
     joint: (batch, 1, 28, 28), labels (batch,) -> mu, logvar, each (batch, latents).
     """

@@ -314,19 +314,10 @@ def quality(root: Path, document: Path) -> str:
         for recipe, some in files.items():
             if recipe.partition("-")[0] != experiment:
                 continue
-            for i, name in enumerate(some[0]["drawn"]):
-                found = [one["drawn"][name] for one in some]
-                balanced = [one["balanced"] for one in found if "balanced" in one]
-                agreement = Average.of(found).percent()
-                agreement += f"<br>balanced {Average.of(balanced).percent()}" if balanced else ""
-                distance, variance = (over_seeds([one[key] for one in found], ".1f") for key in ("frechet", "variance"))
-                log_p = [one["log_p"] for one in some if name in one.get("log_p", {})]
-                epochs = max(one["training"]["epoch"] for one in some)
-                first = f"{recipe}<br>{epochs} epochs, {len(some)} seed{'s' * (len(some) > 1)}"
-                rows.append(["" if i else first, name, agreement, distance, variance])
-                rows[-1].append(Average.of([one[name] for one in log_p]).nats() if log_p else "")
-                if log_p and name == "fitted prior":
-                    rows[-1][-1] += f"<br>gain {Average.of([one['gain'] for one in log_p]).nats()}"
+            epochs = max(one["training"]["epoch"] for one in some)
+            first = f"{recipe}<br>{epochs} epochs, {len(some)} seed{'s' * (len(some) > 1)}"
+            names = some[0]["drawn"]
+            rows += [["" if i else first, name, *_drawn(some, name)] for i, name in enumerate(names)]
     every = [
         source for some in files.values() for one in some for source in (one["training"], one) if "command" in source
     ]
@@ -340,6 +331,20 @@ def quality(root: Path, document: Path) -> str:
         about += f" log p: by {either(some)} importance samples from q(z | image) under the prior of the row."
     headings = ["", "drawn from", "agreement", "Fréchet distance", "variance within a label", "log p(image), nats"]
     return page(headings, rows, about, every)
+
+
+def _drawn(some: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    """Return the cells of one kind of draw, over the seeds of a recipe."""
+    found = [one["drawn"][name] for one in some]
+    agreement = Average.of(found).percent()
+    if balanced := [one["balanced"] for one in found if "balanced" in one]:
+        agreement += f"<br>balanced {Average.of(balanced).percent()}"
+    distance, variance = (over_seeds([one[key] for one in found], ".1f") for key in ("frechet", "variance"))
+    log_p = [one["log_p"] for one in some if name in one.get("log_p", {})]
+    nats = Average.of([one[name] for one in log_p]).nats() if log_p else ""
+    if log_p and name == "fitted prior":
+        nats += f"<br>gain {Average.of([one['gain'] for one in log_p]).nats()}"
+    return [agreement, distance, variance, nats]
 
 
 # Paired differences: recipes compared with a base by example, and batch norm's statistics by seed.
