@@ -1,13 +1,13 @@
-"""Train recipes of an experiment with several seeds and estimate their test log-likelihoods, run by run.
+"""Train recipes of an experiment with several seeds and estimate their log-likelihoods, run by run.
 
     python benchmarks/recipes.py mnist ablation --seeds 0 1 2
     python benchmarks/recipes.py celeba fast --seeds 0 --flags=--allow-missing
 
 A run that was interrupted is continued, and one whose results exist is skipped. Each writes
-results/GRID/EXPERIMENT-RECIPE-SEED.json, and each example's log p, so that two runs can be compared example by example.
-The runs of `fast` and `longer` are those of the experiments' own tables: they write
-results/EXPERIMENT-RECIPE-SEED.json, with their curves and the quality of their draws. `python benchmarks/tables.py`
-makes the tables.
+results/GRID/EXPERIMENT-RECIPE-SEED.json, and each example's log p, so that two runs can be compared example by example:
+on validation examples, since recipes are chosen by it. The runs of `fast` and `longer` are those of the experiments'
+own tables, on test examples: they write results/EXPERIMENT-RECIPE-SEED.json, with their curves and the quality of their
+draws. `python benchmarks/tables.py` makes the tables.
 """
 
 import os
@@ -31,8 +31,9 @@ from common import ROOT
 class Grid(NamedTuple):
     """Recipes that are compared with each other; the first is the base.
 
-    train: flags of all. recipes: further flags of each, by name. n_samples: importance samples. limit: test examples
-    (None: all). compared: example by example, in a table of their own. quality: whether that of draws is measured.
+    train: flags of all. recipes: further flags of each, by name. n_samples: importance samples. limit: examples
+    (None: all). compared: example by example on validation, in a table of their own. quality: whether that of draws is
+    measured.
     """
 
     train: Sequence[str]
@@ -119,7 +120,7 @@ def run(config: Config, recipe: str, seed: int) -> None:
     grid, experiment = GRIDS[config.grid], config.experiment.removeprefix("binary")
     own = ["--binarize"] if config.experiment == "binarymnist" else []
     name = f"{config.experiment}-{recipe}-{seed}"
-    folder = Path("results") / config.grid if grid.compared else Path("results")
+    folder, split = (Path("results", config.grid), "validation") if grid.compared else (Path("results"), "test")
     result = folder / f"{name}.json"
     if result.exists():
         print(f"{result} exists: {name} is skipped", flush=True)
@@ -134,8 +135,8 @@ def run(config: Config, recipe: str, seed: int) -> None:
     if grid.quality and experiment != "vision":
         classifier = str(config.runs_dir / f"classifier-{experiment}.pth.tar")
         files = ["--classifier", classifier, "--json", str(folder / f"quality-{name}.json")]
-        call("benchmarks/quality.py", experiment, model, "--split", "test", *files, *flags)
-    how = ["--n-samples", str(config.n_samples or grid.n_samples)]
+        call("benchmarks/quality.py", experiment, model, "--split", split, *files, *flags)
+    how = ["--split", split, "--n-samples", str(config.n_samples or grid.n_samples)]
     how += ["--limit", str(grid.limit)] if grid.limit else []
     how += ["--per-example", str(result.with_suffix(".csv"))] if grid.compared else []
     call(f"{experiment}/loglike.py", model, *how, *precision, "--json", str(result), *flags)
