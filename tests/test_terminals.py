@@ -163,15 +163,8 @@ def test_an_error_leaves_no_file(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
-def test_file_that_a_killed_writer_left_is_used_up(tmp_path: Path) -> None:
+def test_of_two_writers_the_last_to_end_has_the_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    if not (pid := os.fork()):
-        with whole(path) as file:
-            file.write(b"half")
-            file.flush()
-            os._exit(9)
-    os.waitpid(pid, 0)
-    assert os.listdir(tmp_path) == ["file.partial"]
     with whole(path) as file:
         write_atomically(path, b"of another writer meanwhile")
         file.write(b"new")
