@@ -1,10 +1,7 @@
-"""loglike.py in parts: array jobs and signals. The parts of a split join to the numbers of the whole, bit for bit."""
+"""loglike.py in parts: array jobs. The parts of a split join to the numbers of the whole, bit for bit."""
 
 import json
-import os
 import shlex
-import signal
-import time
 from pathlib import Path
 
 from mvae import Data
@@ -16,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import ROOT, Trained, assert_ended, assert_refused, run_warm, small_data, small_model, start_warm
+from helpers import ROOT, Trained, assert_ended, assert_refused, run_warm, small_data, small_model
 
 N_SAMPLES = 200  # 6 examples in a batch
 
@@ -99,21 +96,3 @@ def test_wrong_slices_are_refused(trained: Trained, digits_dir: Path, tmp_path: 
     done = run_warm("mnist/loglike.py", best, "--data-dir", digits_dir, "--offset", 300, cwd=tmp_path)
     assert_refused(done, 2, "offset must be below 300, the number of examples, got 300")
     assert_refused(run_warm("mnist/loglike.py", best, "--limit", 0, cwd=tmp_path), 2, "limit must be an integer >= 1")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGXCPU])
-def test_a_signal_ends_loglike_in_one_line(
-    number: signal.Signals, trained: Trained, digits_dir: Path, tmp_path: Path
-) -> None:
-    out, err = tmp_path / "out", tmp_path / "err"
-    words = [trained.out_dir / "model_best.pth.tar", "--data-dir", digits_dir, "--n-samples", 20000]
-    words += ["--per-example", "each.npz", "--precision", "auto"]
-    process = start_warm("mnist/loglike.py", *words, logs=(out, err), cwd=tmp_path)
-    while not (out.exists() and "precision auto" in out.read_text()):  # the estimates begin
-        assert process.is_alive(), err.read_text()
-        time.sleep(0.01)
-    assert process.pid
-    os.kill(process.pid, number)
-    process.join(timeout=60)
-    assert (process.exitcode, err.read_text()) == (128 + number, f"loglike.py: stopped by {number.name}\n")
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "err"}

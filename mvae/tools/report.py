@@ -29,7 +29,6 @@ from ..run.checkpoint import load_model, origin
 from ..run.device import resolve
 from ..run.distributed import Processes, is_first
 from ..run.evaluate import Evaluation, Quantity, evaluate, row, shown, summary, table, under
-from ..run.signals import end_by_signals
 from .folder import Build, Examples, with_source
 from .prior import WithPrior
 
@@ -72,12 +71,8 @@ class Loglike(WithPrior):
 def load(
     description: str | None, experiment: str, source: type, build: Build, examples: Examples
 ) -> tuple[Loglike, MVAE, Data, dict[str, Any]]:
-    """Return the flags (with those of `source`), the model, the split on its device, and what trained the model.
-
-    From here on the signals of batch systems end the script.
-    """
+    """Return the flags (with those of `source`), the model, the split on its device, and what trained the model."""
     config = cli.parse(description, with_source(Loglike, source))
-    end_by_signals()
     origin()  # the commit that the run began with
     device = config.device()
     model, trained = load_model(config.model_path, experiment, build, device)
