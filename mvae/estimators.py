@@ -5,10 +5,8 @@ log p(X) = log E_q(z|Y) [ prod_{i in X} p(x_i | z) p(z) / q(z | Y) ], estimated 
 rises to it with K. The weights λ of training have no part in it.
 """
 
-import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,16 +55,6 @@ def log_likelihood(
     return estimate_and_predict(model, batch, proposal, targets, (), noise, max_rows)[0]
 
 
-def predict(
-    model: MVAE, batch: Batch, *, given: Modalities, names: Sequence[str], noise: Tensor, max_rows: int = 4096
-) -> dict[str, Tensor]:
-    """Return the means of the modalities `names` given others, E_q(z|given)[mean of p(x | z)], each (batch, *event).
-
-    For a label they are its probabilities. `noise`, `max_rows` and errors: see `log_likelihood`.
-    """
-    return estimate_and_predict(model, batch, given, (), names, noise, max_rows)[1]
-
-
 @torch.no_grad()
 def estimate_and_predict(
     model: MVAE,
@@ -77,7 +65,10 @@ def estimate_and_predict(
     noise: Tensor,
     max_rows: int,
 ) -> tuple[dict[Modalities, Estimate], dict[str, Tensor]]:
-    """Return `log_likelihood` of `targets` and `predict` of the modalities `predicted`, from the same draws."""
+    """Return `log_likelihood` of `targets`, and the means E_q(z|proposal)[E[x | z]] of the modalities `predicted`.
+
+    Both are from the same draws. A mean has the shape (batch, *event); for a label it is its probabilities.
+    """
     model.check_names(*proposal, *predicted, *(name for target in targets for name in target))
     if noise.dim() != 3 or len(noise) < 2 or noise.shape[2] != model.n_latents:
         expected = f"(draws >= 2, batch, {model.n_latents})"
@@ -96,10 +87,9 @@ def estimate_and_predict(
         sums: dict[str, list[Tensor]] = {name: [] for name in predicted}
         for eps in noise[:, rows].split(max(1, max_rows // len(rows))):
             z = experts.draw(mu[rows], logvar[rows], eps)
-            with _decoding_once(model, set(scored).intersection(predicted)):
-                log_prob = model.log_prob(z, some, [scored] * len(z))
-                for name, mean in model.mean(z, predicted).items():
-                    sums[name].append(mean.sum(dim=0))
+            log_prob = model.log_prob(z, some, [scored] * len(z))
+            for name, mean in model.mean(z, predicted).items():
+                sums[name].append(mean.sum(dim=0))
             log_q = experts.log_standard_normal(eps) - 0.5 * logvar[rows].sum(dim=-1)
             ratio = model.log_prior(z) - log_q
             log_probs = dict(zip(model.modalities, log_prob.unbind(dim=1), strict=True))
@@ -113,16 +103,3 @@ def estimate_and_predict(
             means[name].append(torch.stack(sums[name]).sum(dim=0) / n_draws)
     estimates = {target: Estimate(*map(torch.cat, zip(*found, strict=True))) for target, found in parts.items()}
     return estimates, {name: torch.cat(found) for name, found in means.items()}
-
-
-@contextmanager
-def _decoding_once(model: MVAE, names: Iterable[str]) -> Iterator[None]:
-    """Cache the last result of these decoders, for modalities that are both scored and predicted."""
-    likelihoods = [model.likelihood(name) for name in names]
-    for likelihood in likelihoods:
-        vars(likelihood)["decode"] = functools.lru_cache(maxsize=1)(likelihood.decode)
-    try:
-        yield
-    finally:
-        for likelihood in likelihoods:
-            del vars(likelihood)["decode"]

@@ -77,13 +77,14 @@ def test_one_example_has_no_standard_error(parts: Path, recwarn: pytest.Warnings
     assert (parts / "2.txt").read_text().count(" ± –") == 11
 
 
-def test_parts_of_data_that_lack_modalities_add_up() -> None:
-    """A batch holds examples that lack the same."""
+def test_parts_of_data_that_lack_modalities_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch holds 4 examples that lack the same."""
+    monkeypatch.setattr("mvae.run.evaluate.VALUES_PER_CALL", (3 * 4 * 36, 0))
     data = small_data(50, seed=0, present={"attrs": torch.arange(50) % 3 > 0})
     quantities = of_a_pair(("image",), ("attrs",))
 
     def found(data: Data, rows: range | None = None) -> list[torch.Tensor]:
-        how = {"n_samples": 3, "max_rows": 12, "predictions": {"label": ("image",)}, "rows": rows}
+        how = {"n_samples": 3, "predictions": {"label": ("image",)}, "rows": rows}
         got = evaluate(small_model(), data, quantities=quantities, **how)  # type: ignore[arg-type]
         return [*(one.log_p for one in got.estimates.values()), *got.examples.values(), got.predictions["label"]]
 
