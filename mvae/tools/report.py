@@ -27,7 +27,7 @@ from ..files import whole, write_atomically
 from ..model import MVAE
 from ..run.checkpoint import load_model, origin
 from ..run.device import resolve
-from ..run.distributed import Processes, is_first
+from ..run.distributed import Processes, is_first, together
 from ..run.evaluate import Evaluation, Quantity, evaluate, row, shown, summary, table, under
 from .folder import Build, Examples, with_source
 from .prior import WithPrior
@@ -98,7 +98,7 @@ def estimate(
         }
     config.precision = resolve(config.precision, data.device)  # recorded by `report`
     processes = Processes.join(data.device)
-    with processes.together():
+    with together():
         return evaluate(
             model,
             data,
