@@ -99,14 +99,6 @@ def test_characters_that_a_terminal_cannot_show_are_escaped(variables: dict[str,
     assert done.stdout.startswith("\\u03b2 \\xb1 a")
 
 
-def test_closed_streams_take_nothing_from_a_file(tmp_path: Path) -> None:
-    write = f"f = open({str(tmp_path / 'file')!r}, 'w'); print('a'); print('b', file=sys.stderr); os.write(1, b'c')"
-    done = shell(f"{write}; f.write('d')", ">&- 2>&-")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert (tmp_path / "file").read_text() == "d"
-    assert shell("raise OSError('x')", "2>&-").returncode == 1
-
-
 @pytest.mark.parametrize("main", ["print('said'); sys.exit(0)", "[print(i, flush=True) for i in range(9999)]"])
 def test_reader_that_leaves_ends_a_script_as_sigpipe_does(main: str) -> None:
     done = shell(main, "| true; exit ${PIPESTATUS[0]}")
