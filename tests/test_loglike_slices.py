@@ -61,13 +61,6 @@ def test_files_that_do_not_join_are_refused(parts: Path) -> None:
         report.join([parts / "1.json"])
 
 
-def test_a_file_of_an_earlier_version_joins_without_its_number_of_samples(parts: Path, tmp_path: Path) -> None:
-    file = dict(np.load(parts / "1.npz"))
-    del file["n_samples"]
-    np.savez(tmp_path / "old.npz", **file)
-    assert report.join([tmp_path / "old.npz"]) == (*report.join([parts / "1.npz"])[:2], 0)
-
-
 def test_one_example_has_no_standard_error(parts: Path, recwarn: pytest.WarningsRecorder) -> None:
     assert mean_and_error(torch.tensor([3.0])) == (3, None)
     assert shown(*mean_and_error(torch.tensor([3.0])), digits=2) == "3.00 ± –"

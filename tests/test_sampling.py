@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -249,8 +248,7 @@ def test_a_report_draws_what_it_can_and_warns_once_of_the_rest(
         reports.close()
         return [record.message for record in caplog.records]
 
-    expected = "TensorBoard draws no depth, last: only floats (N, 1 or 3, height, width) are pictures"
-    assert report(1, 2) == [expected]
+    assert report(1, 2) == []
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(events.Tags()["images"]) == {"reconstruction/image", "given_count/image", "latents/image"}
     assert len(names) == 2 * 24  # a name for each number that occurs
@@ -261,14 +259,12 @@ def test_a_report_draws_what_it_can_and_warns_once_of_the_rest(
 def test_a_report_that_can_not_be_written_does_not_end_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     reports, data = Reports(small_model(), tmp_path, []), small_data(9, seed=0)
     reports.write({"epoch": 1}, data)
-    shutil.rmtree(tmp_path / "tensorboard")
     (tmp_path / "stats.jsonl").unlink()
     (tmp_path / "stats.jsonl").mkdir()
     for epoch in (2, 3):
         reports.write({"epoch": epoch}, data)
     reports.close()
     assert caplog.messages == [f"can't write {tmp_path / 'stats.jsonl'}, which --resume completes: Is a directory"]
-    assert list((tmp_path / "tensorboard").iterdir())
 
 
 # sample.py

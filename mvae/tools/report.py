@@ -198,16 +198,14 @@ class Parts:
 def join(parts: Sequence[Path]) -> tuple[int, list[dict[str, Any]], int]:
     """Return the number of examples in the files, the estimates over them all, and the least number of samples.
 
-    That is 0 if a file doesn't say; earlier versions didn't write it.
-
     Raises UserError for a file that isn't one of `write_per_example`, other columns, or an example that is in two.
     """
     found = []
     for path in parts:
         try:
             with np.load(path) as file:
-                part = {name: file[name] for name in (*COLUMNS, "example", "log_p", "log_weight_variance")}
-                found.append(part | {"n_samples": np.array(file.get("n_samples", 0))})
+                names = (*COLUMNS, "example", "log_p", "log_weight_variance", "n_samples")
+                found.append({name: file[name] for name in names})
         except (OSError, KeyError, ValueError, zipfile.BadZipFile):
             raise UserError(f"{path} is missing, or not an .npz file of loglike.py --per-example") from None
         if any(not np.array_equal(found[-1][name], found[0][name]) for name in COLUMNS):
