@@ -273,7 +273,8 @@ class Run:
         except (KeyboardInterrupt, UsageError, torch.OutOfMemoryError):  # such as a second signal: the steps are kept
             self.save()
             raise
-        self._ending(lambda: check_means({name: x for name, x in found.items() if name not in metrics}, self.start))
+        parts = {name: value for name, value in found.items() if name not in metrics}
+        self._ending(lambda: check_means(parts, self.start, "validation"))
         if bad := [name for name in metrics if not math.isfinite(found.get(name, 0.0))]:
             log.warning("not finite in epoch %d, recorded as null: %s", self.epoch, ", ".join(bad))
         train = Totals.of(self.processes.sum(self.sums).cpu(), self.terms, self.model.modalities)
