@@ -48,7 +48,8 @@ def log_likelihood(
         proposal: z is drawn from q(z | these modalities); from the prior if there are none.
         targets: sets of one or more modalities.
         noise: standard normal (draws, batch, latents), two or more draws; nothing else is random.
-        max_rows: bounds the latents decoded in one call, and so the memory; the result doesn't depend on it.
+        max_rows: bounds the latents decoded in one call, and so the memory, but for one draw per example; the result
+            doesn't depend on it.
 
     Raises UsageError for an unknown modality, or noise of another shape.
     """
@@ -79,27 +80,20 @@ def estimate_and_predict(
         mu, logvar = model.fused({name: batch[name] for name in proposal})
     else:
         mu = logvar = torch.zeros_like(noise[0])
-    parts: dict[Modalities, list[Estimate]] = {target: [] for target in targets}
-    means: dict[str, list[Tensor]] = {name: [] for name in predicted}
-    for rows in torch.arange(n, device=noise.device).split(max(1, max_rows // n_draws)):
-        some = {name: batch[name][rows] for name in scored}
-        weights: dict[Modalities, list[Tensor]] = {target: [] for target in targets}
-        sums: dict[str, list[Tensor]] = {name: [] for name in predicted}
-        for eps in noise[:, rows].split(max(1, max_rows // len(rows))):
-            z = experts.draw(mu[rows], logvar[rows], eps)
-            log_prob = model.log_prob(z, some, [scored] * len(z))
-            for name, mean in model.mean(z, predicted).items():
-                sums[name].append(mean.sum(dim=0))
-            log_q = experts.log_standard_normal(eps) - 0.5 * logvar[rows].sum(dim=-1)
-            ratio = model.log_prior(z) - log_q
-            log_probs = dict(zip(model.modalities, log_prob.unbind(dim=1), strict=True))
-            for target in targets:
-                weights[target].append(sum((log_probs[name] for name in target), start=ratio))
+    weights: dict[Modalities, list[Tensor]] = {target: [] for target in targets}
+    sums: dict[str, list[Tensor]] = {name: [] for name in predicted}
+    for eps in noise.split(max(1, max_rows // n)):
+        z = experts.draw(mu, logvar, eps)
+        log_prob = model.log_prob(z, batch, [scored] * len(z))
+        for name, mean in model.mean(z, predicted).items():
+            sums[name].append(mean.sum(dim=0))
+        log_q = experts.log_standard_normal(eps) - 0.5 * logvar.sum(dim=-1)
+        ratio = model.log_prior(z) - log_q
+        log_probs = dict(zip(model.modalities, log_prob.unbind(dim=1), strict=True))
         for target in targets:
-            weight = torch.cat(weights[target]).double()
-            estimate = Estimate(weight.logsumexp(dim=0) - math.log(n_draws), weight.var(dim=0))
-            parts[target].append(estimate)
-        for name in predicted:
-            means[name].append(torch.stack(sums[name]).sum(dim=0) / n_draws)
-    estimates = {target: Estimate(*map(torch.cat, zip(*found, strict=True))) for target, found in parts.items()}
-    return estimates, {name: torch.cat(found) for name, found in means.items()}
+            weights[target].append(sum((log_probs[name] for name in target), start=ratio))
+    estimates = {}
+    for target in targets:
+        weight = torch.cat(weights[target]).double()
+        estimates[target] = Estimate(weight.logsumexp(dim=0) - math.log(n_draws), weight.var(dim=0))
+    return estimates, {name: torch.stack(sums[name]).sum(dim=0) / n_draws for name in predicted}
