@@ -34,21 +34,18 @@ def whole(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
     """
     check_writable(path)
     target = Path(os.path.realpath(path))
+    partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{target}.{secrets.token_hex(4)}.partial", "xb") as file:
-            try:
+        try:
+            with open(partial, "xb") as file:
                 yield file
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())
-                if os.name == "nt":
-                    file.close()  # Windows doesn't rename an open file
-                os.replace(file.name, target)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(file.name)
-                raise
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from None
 
