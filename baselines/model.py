@@ -20,7 +20,7 @@ A posterior without a product is its network's Gaussian; the MVAE's has the prio
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from mvae import MVAE, Bernoulli, Data, Objective, Term, experts
@@ -170,8 +170,15 @@ class JMVAE(Objective):
     model: Joint
     alpha: float
 
-    def forward(self, batch: Batch, beta: Tensor | float = 1.0, *others: Any) -> tuple[Tensor, Totals]:  # type: ignore[override]
-        loss, parts = super().forward(batch, beta, *others)
+    def forward(
+        self,
+        batch: Batch,
+        beta: Tensor | float = 1.0,
+        subsets: Tensor | None = None,
+        present: Mapping[str, Tensor] | None = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Totals]:
+        loss, parts = super().forward(batch, beta, subsets, present, noise)
         mu, logvar = self.model.experts  # of the image, the text, and both
         surplus = kl(mu[2], logvar[2], mu[0], logvar[0]) + kl(mu[2], logvar[2], mu[1], logvar[1])
         loss = loss + self.alpha * beta * surplus.mean()
