@@ -1,7 +1,7 @@
 """Log-likelihoods of a data set: log p(x), log p(x, y), log p(x | y) = log p(x, y) - log p(y), with predictions."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -143,30 +143,9 @@ def evaluate(
     max_rows = VALUES_PER_CALL[data.device.type != "cpu"] // max(x.numel() for x in example.values())
     size = max(1, max_rows // n_samples)
     batches = [(has, some) for has, members in patterns for some in members.split(size) if inside[some].any()]
-    batches = batches[processes.rank :: processes.world]
-    # All results are allocated here and filled in the loop. Small tensors that outlive a batch would lie between the
-    # large ones of the next: freed places then no longer fit, and the memory of the process grows with every batch.
-    n, weight = len(data), next(model.parameters())
-    found = {key: Estimate(*torch.zeros(2, n, dtype=torch.float64)) for key in keys}
-    means = model.mean(weight.new_zeros(1, model.n_latents), tuple(predictions))  # of one example, for their shapes
-    predicted = {name: torch.zeros(n, *mean.shape[1:], dtype=mean.dtype) for name, mean in means.items()}
-    for has, numbers in batches if processes.rank else progress(batches, "log-likelihoods", len(batches)):
-        batch, _ = data.batch(numbers)
-        noise = torch.stack([_noise(n_samples, model.n_latents, seed, row) for row in numbers.tolist()], dim=1)
-        noise = noise.to(data.device, weight.dtype)
-        for proposal in dict.fromkeys([*(proposal for proposal, _ in keys), *predictions.values()]):
-            targets = [target for other, target in keys if other == proposal and has.issuperset(proposal + target)]
-            asked = [name for name, given in predictions.items() if given == proposal]
-            names = [name for name in asked if has.issuperset((name, *proposal))]
-            if not targets and not names:
-                continue
-            with autocast(precision, data.device):
-                some, means = estimate_and_predict(model, batch, proposal, targets, names, noise, max_rows)
-            for target, estimate in some.items():
-                for whole, part in zip(found[proposal, target], estimate, strict=True):
-                    whole[numbers] = part.cpu()
-            for name, mean in means.items():
-                predicted[name][numbers] = mean.cpu()
+    mine = batches[processes.rank :: processes.world]
+    watched = mine if processes.rank else progress(mine, "log-likelihoods", len(mine))
+    found, predicted = _estimated(model, data, keys, predictions, watched, n_samples, max_rows, seed, precision)
     # Each process has filled its own rows of zeros.
     found = {key: Estimate(*map(processes.sum, estimate)) for key, estimate in found.items()}
     predicted = {name: processes.sum(predicted[name])[some] for name, some in predictable.items()}
@@ -188,6 +167,44 @@ def _needed(model: MVAE, quantity: Quantity, proposal: Modalities) -> list[_Key]
         raise UsageError(f"{quantity.name} must have a target of one or more modalities")
     joint = tuple(name for name in model.modalities if name in quantity.target + quantity.given)
     return [(proposal, joint), *([(quantity.given_proposal, quantity.given)] if quantity.given else [])]
+
+
+def _estimated(
+    model: MVAE,
+    data: Data,
+    keys: Collection[_Key],
+    predictions: Mapping[str, Modalities],
+    batches: Iterable[tuple[frozenset[str], Tensor]],
+    n_samples: int,
+    max_rows: int,
+    seed: int,
+    precision: Precision,
+) -> tuple[dict[_Key, Estimate], dict[str, Tensor]]:
+    """Return the estimates and predictions of the examples in `batches`, each (n, ...) of all in the data; else 0."""
+    # All results are allocated here and filled in the loop. Small tensors that outlive a batch would lie between the
+    # large ones of the next: freed places then no longer fit, and the memory of the process grows with every batch.
+    n, weight = len(data), next(model.parameters())
+    found = {key: Estimate(*torch.zeros(2, n, dtype=torch.float64)) for key in keys}
+    means = model.mean(weight.new_zeros(1, model.n_latents), tuple(predictions))  # of one example, for their shapes
+    predicted = {name: torch.zeros(n, *mean.shape[1:], dtype=mean.dtype) for name, mean in means.items()}
+    for has, numbers in batches:
+        batch, _ = data.batch(numbers)
+        noise = torch.stack([_noise(n_samples, model.n_latents, seed, row) for row in numbers.tolist()], dim=1)
+        noise = noise.to(data.device, weight.dtype)
+        for proposal in dict.fromkeys([*(proposal for proposal, _ in keys), *predictions.values()]):
+            targets = [target for other, target in keys if other == proposal and has.issuperset(proposal + target)]
+            asked = [name for name, given in predictions.items() if given == proposal]
+            names = [name for name in asked if has.issuperset((name, *proposal))]
+            if not targets and not names:
+                continue
+            with autocast(precision, data.device):
+                some, means = estimate_and_predict(model, batch, proposal, targets, names, noise, max_rows)
+            for target, estimate in some.items():
+                for whole, part in zip(found[proposal, target], estimate, strict=True):
+                    whole[numbers] = part.cpu()
+            for name, mean in means.items():
+                predicted[name][numbers] = mean.cpu()
+    return found, predicted
 
 
 def _difference(found: Mapping[_Key, Estimate], needed: Sequence[_Key], examples: Tensor) -> Estimate:
