@@ -33,7 +33,7 @@ def published(model: nn.Module) -> nn.Module:
         if isinstance(child, nn.SiLU):  # one operation; a Swish is two
             setattr(model, name, Swish())
         elif isinstance(child, FoldConvTranspose2d):
-            child.__class__ = nn.ConvTranspose2d  # the weights stay
+            child.__class__ = nn.ConvTranspose2d  # type: ignore[assignment]  # the weights stay
         else:
             published(child)
     return model.to(memory_format=torch.contiguous_format)
