@@ -51,7 +51,7 @@ def load(path: Path | str, experiment: str) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: train.py writes one") from None
-    except OSError as error:
+    except (PermissionError, IsADirectoryError) as error:
         raise UserError(f"can't read {path}: {error.strerror or error}") from None
     except Exception:  # torch.load fails in many ways on a damaged file; each means the same to the user
         raise UserError(f"{path} is not a checkpoint, or is damaged") from None
