@@ -13,7 +13,10 @@ from mvae import (
     Data,
     Gaussian,
     Likelihood,
+    Objective,
     Quantity,
+    Run,
+    Training,
     UsageError,
     evaluate,
     of_a_pair,
@@ -115,7 +118,7 @@ def test_a_wrong_value_is_found_in_the_last_example(
 ) -> None:
     bad = last(good, value)
     for train, validation, which in ((bad, good, "training"), (good, bad, "validation")):
-        with pytest.raises(UsageError, match=rf"^{which} data: x: .*{said}"):
+        with pytest.raises(UsageError, match=rf"^{which} data, example 1199: x: .*{said}"):
             train_one(tmp_path / which, model, train, validation)
     assert not (tmp_path / "training" / checkpoint.LATEST).exists()
     assert (tmp_path / "validation" / checkpoint.LATEST).exists()  # the epoch's steps are kept
@@ -206,6 +209,12 @@ def test_validation_gets_at_most_a_fifth_of_few_labels(caplog: pytest.LogCapture
 
 
 # Where a model may run
+
+
+def test_an_optimizer_that_computes_the_loss_itself_is_refused(tmp_path: Path) -> None:
+    objective = Objective(small_model())
+    with pytest.raises(UsageError, match="LBFGS computes the loss several times a step"):
+        Run("small", objective, torch.optim.LBFGS(objective.parameters()), Training(out_dir=tmp_path))
 
 
 def test_a_run_may_be_in_a_thread(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import base64
 import importlib
 import io
+import json
+import math
 import os
 import re
 import shutil
@@ -200,6 +202,13 @@ def test_large_requests_are_refused(explore: Any, model: MVAE) -> None:
     assert client.post("/_dash-update-component", data=body, content_type="application/json").status_code == 413
 
 
+@pytest.mark.parametrize("body", [None, [], {}, 1, "x", math.nan, {"output": "found.children", "inputs": None}])
+def test_malformed_request_is_refused(explore: Any, model: MVAE, body: Any) -> None:
+    client = explore.page(model, CONTROLS, "made").server.test_client()
+    found = client.post("/_dash-update-component", data=json.dumps(body), content_type="application/json")
+    assert found.status_code == 400
+
+
 @pytest.fixture
 def address(explore: Any, trained: Trained, tmp_path: Path) -> Iterator[str]:
     """Where `python -m mvae.tools.explore` serves the model of synthetic digits. Ctrl-C ends it; it writes no file."""
@@ -221,9 +230,11 @@ def address(explore: Any, trained: Trained, tmp_path: Path) -> Iterator[str]:
     assert sorted(path.name for path in folder.iterdir()) == ["datasets.py", "model.py"]
 
 
-def test_page_is_served(address: str) -> None:
+def test_page_is_served_to_this_machine_only(address: str) -> None:
     with urllib.request.urlopen(address) as page:
         assert "MVAE: mnist, epoch 3" in page.read().decode()
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(urllib.request.Request(address, headers={"Host": "elsewhere.example"}))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")

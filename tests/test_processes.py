@@ -83,7 +83,6 @@ def run_as(
     """
     os.environ.update(variables)
     torch.set_num_threads(1)
-    mvae.run.run.AGREE_EVERY = 1
     rank = int(variables.get("RANK", "0"))
     (folder / f"disk {rank}").mkdir(exist_ok=True)
     os.chdir(folder / f"disk {rank}")

@@ -43,8 +43,6 @@ from .validation import check_good, check_means, explained, measured
 
 log = logging.getLogger(__name__)
 
-AGREE_EVERY = 10  # steps after which several processes agree on whether to save or stop
-
 STATE = ("epoch", "done", "t", "lr", "beta_now", "seconds", "start", "best", "history", "sums", "terms")
 """The attributes of a Run that its checkpoint holds."""
 
@@ -88,6 +86,8 @@ class Run:
         owned = {id(weight) for weight in objective.parameters()}
         if not owned.issuperset(id(weight) for group in optimizer.param_groups for weight in group["params"]):
             raise UsageError("build the optimizer from objective.parameters()")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise UsageError("LBFGS computes the loss several times a step, which a Run can't: use another optimizer")
         if config.select == JOINT and JOINT not in objective.names:
             raise UsageError("select joint needs a term whose inputs are all modalities")
         self.device = config.device()
@@ -163,7 +163,7 @@ class Run:
 
         An incomplete last batch is dropped: of 99 examples in batches of 50, each epoch leaves out another 49.
         Between two steps it saves the state when that is due, and stops if a signal has asked for it; several processes
-        do so every `AGREE_EVERY` steps. pairs: see `mvae.data.supervision.composed_rows`.
+        do so after the same step. pairs: see `mvae.data.supervision.composed_rows`.
         """
         rank, world, seed = self.rank, self.processes.world, self.config.seed
         data = self._on_device(data, batch_size, "training")
@@ -364,10 +364,18 @@ class Run:
             first, extremes = consecutive_rows(moved, batch_size)[0], moved.extremes()
             try:
                 self.model.check(*moved.batch(torch.cat([first, extremes]).unique()))
-            except UsageError as error:
-                raise UsageError(f"{use} data: {error}") from error.__cause__
+            except UsageError:
+                self._refuse(moved, use, {**{f"example {row}": row for row in extremes}, "the first batch": first})
             self._data[use] = data, moved
         return self._data[use][1]
+
+    def _refuse(self, data: Data, use: str, parts: Mapping[str, Tensor]) -> None:
+        """Raise UsageError with the first of these parts of the data that doesn't fit the model."""
+        for which, rows in parts.items():
+            try:
+                self.model.check(*data.batch(rows.view(-1)))
+            except UsageError as error:
+                raise UsageError(f"{use} data, {which}: {error}") from error.__cause__
 
     def _begin(self, data: Data, batch_size: int) -> None:
         """Prepare to train on the data, and print what is trained, where and how."""
@@ -407,8 +415,9 @@ class Run:
 
     def _save_or_stop(self, between_steps: bool = False) -> None:
         """Save the state if it is time, or if a signal asks to stop; then stop. The processes agree on it."""
-        if between_steps and self.processes.world > 1 and self.done % AGREE_EVERY and self.done < self.n_steps:
-            return  # agreeing makes all wait for the slowest
+        every = 10 if self.device.type == "cuda" else 1  # agreeing makes all processes wait for the slowest
+        if between_steps and self.done % every and self.done < self.n_steps:
+            return
         number, due = self.processes.agree(
             self.caught.number or self.processes.abandoned(),
             time.monotonic() - self.saved_at > 60 * self.config.save_every,

@@ -35,6 +35,7 @@ from .sampling import Row, draw
 try:
     from dash import Dash, Input, Output, ctx, dcc, html, no_update
     from dash.exceptions import PreventUpdate
+    from werkzeug.exceptions import HTTPException
     from werkzeug.serving import make_server
 except ImportError:  # reported by main
     Dash = None  # type: ignore[assignment, misc]
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 # Safety: uploads are bounded in size, decoded as pictures and nothing else, and kept in the page. Nothing is written to
 # disk, no file that a visitor names is read, and the page loads nothing from other servers.
 UPLOAD = 8 * 2**20  # bytes of a file; a request may have one and a half times as many, since base64 is longer
+
+OWN_NAMES = ["127.0.0.1", "localhost", "[::1]"]
 
 NORMAL, FITTED = "N(0, I)", "fitted (without sliders)"
 N_SLIDERS = 8
@@ -89,6 +92,8 @@ def explore(config: Exploring, folder: Experiment) -> None:
         except UserError as error:
             log.warning("without the fitted prior: %s", error)
     app = page(model, folder.controls, f"{folder.name}, epoch {trained.get('epoch', '?')}", fitted)
+    if config.host in OWN_NAMES:
+        app.server.config["TRUSTED_HOSTS"] = OWN_NAMES  # the name of another site may lead here
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # below that it logs every request
     server = make_server(config.host, config.port, app.server, threaded=True)  # exits if it can't serve there
     host = f"[{config.host}]" if ":" in config.host else config.host
@@ -119,6 +124,14 @@ def page(model: MVAE, controls: Controls, title: str, fitted: Distribution | Non
         "temperature": Input("temperature", "value"),
         "which": Input("prior", "value"),
     }
+
+    @app.server.errorhandler(Exception)
+    def _refuse(error: Exception) -> Any:
+        """Answer a malformed request, for which Dash and the callbacks raise errors of many kinds."""
+        if isinstance(error, HTTPException):
+            return error
+        log.warning("a request failed: %.200a", error)
+        return f"{error!a:.200}", 400
 
     @app.callback(output=Output("found", "children"), inputs=inputs)
     def _update(
