@@ -82,7 +82,9 @@ def build_objective(
     }[name]
     weights = {"text": lambda_text} if only == BOTH else {}
     if name == "jmvae":
-        return JMVAE(model, terms, alpha, weights=weights, iw_samples=iw_samples)
+        jmvae = JMVAE(model, terms, weights=weights, iw_samples=iw_samples)
+        jmvae.alpha = alpha
+        return jmvae
     return Objective(model, terms, weights=weights, iw_samples=iw_samples)
 
 
@@ -111,7 +113,8 @@ def quotient(mu: Tensor, logvar: Tensor, present: Tensor | None = None) -> tuple
 class Joint(MVAE):
     """A model of an image and its label with a joint inference network: its output is the last of three experts.
 
-    joint: (batch, 1, 28, 28), labels (batch,) -> mu, logvar, each (batch, latents).
+    joint: (batch, 1, 28, 28), labels (batch,) -> mu, logvar, each (batch, latents). experts: what `encode` returned
+        last, for JMVAE's further KL divergences.
     """
 
     def __init__(self, model: MVAE, joint: nn.Module):
@@ -125,7 +128,8 @@ class Joint(MVAE):
         """Return mu, logvar, each (modalities + 1, batch, latents); see `MVAE.encode`. All examples are complete."""
         mu, logvar = super().encode(batch, present)
         joint = self.joint(batch["image"], batch["text"]) if {*BOTH} <= batch.keys() else (mu[0], logvar[0])
-        return torch.cat([mu, joint[0].unsqueeze(0)]), torch.cat([logvar, joint[1].unsqueeze(0)])
+        self.experts = torch.cat([mu, joint[0].unsqueeze(0)]), torch.cat([logvar, joint[1].unsqueeze(0)])
+        return self.experts
 
     @staticmethod
     def chosen(mu: Tensor, logvar: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -163,11 +167,8 @@ class JMVAE(Objective):
     They are annealed by β as well. Validation's `joint/elbo` is without them.
     """
 
-    def __init__(
-        self, model: MVAE, terms: list[Term], alpha: float, *, weights: Mapping[str, float], iw_samples: int = 1
-    ):
-        super().__init__(model, terms, weights=weights, iw_samples=iw_samples)
-        self.alpha = alpha
+    model: Joint
+    alpha: float
 
     def forward(
         self,
@@ -178,7 +179,7 @@ class JMVAE(Objective):
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Totals]:
         loss, parts = super().forward(batch, beta, subsets, present, noise)
-        mu, logvar = self.model.encode(batch, self.model.presence(batch, present))  # of the image, the text, and both
+        mu, logvar = self.model.experts  # of the image, the text, and both
         surplus = kl(mu[2], logvar[2], mu[0], logvar[0]) + kl(mu[2], logvar[2], mu[1], logvar[1])
         loss = loss + self.alpha * beta * surplus.mean()
         return loss, parts._replace(loss=(loss * parts.n).detach())

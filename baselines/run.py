@@ -63,7 +63,7 @@ class Config(Baseline):
     split: Literal["validation", "test"] = "validation"  # split to read
     n_samples: int = 1000  # importance samples per example
     n_examples: int | None = None  # number of examples (default: all)
-    json: Path | None = None  # file to write (default: in results/baselines; for validation in the run's folder)
+    json: Path | None = None  # file to write (default: results/DIR/RUN.json as in --out-dir, or validation.json there)
 
 
 PAPER = Config(epochs=500, annealing_epochs=200, lr=1e-3, lambda_text=50, reconstruct="given")
@@ -97,8 +97,8 @@ def main() -> None:
     flags = cli.parse(__doc__, PRESETS)
     name = f"{flags.model}-{flags.experiment}-{flags.seed}"
     out_dir = flags.out_dir / name
-    path = Path("results/baselines", f"{name}.json") if flags.split == "test" else out_dir / "validation.json"
-    path = flags.json or path
+    results = Path("results", flags.out_dir.name, f"{name}.json")
+    path = flags.json or (results if flags.split == "test" else out_dir / "validation.json")
     if path.exists():
         print(f"{path} exists: {name} is skipped")
         return

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mvae import MVAE, Batch, Bernoulli, Categorical, Likelihood, Term
-from mvae.layers import FoldConvTranspose2d, PatchConv2d, PatchConvTranspose2d
+from mvae.layers import FoldConvTranspose2d
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,6 @@ from torch.nn import functional as F
 
 Encode = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 """Maps an encoder and its modality to mu and logvar, each (batch, latents)."""
-
-
-TORCHS: dict[type[nn.Module], type[nn.Module]] = {
-    FoldConvTranspose2d: nn.ConvTranspose2d,
-    PatchConvTranspose2d: nn.ConvTranspose2d,
-    PatchConv2d: nn.Conv2d,
-}
-"""The torch equivalent of each of our layers."""
 
 
 class Swish(nn.Module):
@@ -40,8 +32,8 @@ def published(model: nn.Module) -> nn.Module:
     for name, child in model.named_children():
         if isinstance(child, nn.SiLU):  # one operation; a Swish is two
             setattr(model, name, Swish())
-        elif type(child) in TORCHS:
-            child.__class__ = TORCHS[type(child)]  # the weights stay
+        elif isinstance(child, FoldConvTranspose2d):
+            child.__class__ = nn.ConvTranspose2d  # type: ignore[assignment]  # the weights stay
         else:
             published(child)
     return model.to(memory_format=torch.contiguous_format)

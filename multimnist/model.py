@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from mvae import MVAE, Bernoulli, Likelihood, experts
 from mvae.errors import UsageError
-from mvae.layers import FoldConvTranspose2d, PatchConv2d, PatchConvTranspose2d
+from mvae.layers import FoldConvTranspose2d
 from mvae.likelihoods import float32_at_least
 
 import torch
@@ -47,7 +47,7 @@ class ImageEncoder(nn.Module):
             nn.Conv2d(1, 32, 4, 2, 1, bias=False), nn.SiLU(),
             nn.Conv2d(32, 64, 4, 2, 1, bias=False), nn.BatchNorm2d(64), nn.SiLU(),
             nn.Conv2d(64, 128, 4, 2, 1, bias=False), nn.BatchNorm2d(128), nn.SiLU(),
-            PatchConv2d(128, 256, 4, 2), nn.BatchNorm2d(256), nn.SiLU(),
+            nn.Conv2d(128, 256, 4, 2, bias=False), nn.BatchNorm2d(256), nn.SiLU(),
             nn.Flatten(), nn.Linear(1024, 512), nn.SiLU(), nn.Dropout(0.1),
         )  # fmt: skip
         self.mu = nn.Linear(512, n_latents)
@@ -62,7 +62,7 @@ def image_decoder(n_latents: int) -> nn.Sequential:
     """(batch, latents) -> logits (batch, 1, 50, 50)."""
     return nn.Sequential(
         nn.Linear(n_latents, 1024), nn.SiLU(), nn.Unflatten(1, (256, 2, 2)),
-        PatchConvTranspose2d(256, 128, 4, 2), nn.BatchNorm2d(128), nn.SiLU(),
+        nn.ConvTranspose2d(256, 128, 4, 2, bias=False), nn.BatchNorm2d(128), nn.SiLU(),
         nn.ConvTranspose2d(128, 64, 4, 2, 1, bias=False), nn.BatchNorm2d(64), nn.SiLU(),
         nn.ConvTranspose2d(64, 32, 5, 2, 1, bias=False), nn.BatchNorm2d(32), nn.SiLU(),
         FoldConvTranspose2d(32, 1, 4, 2, 1),

@@ -117,7 +117,9 @@ def run(main: Callable[[], None]) -> None:
     Characters that the terminal can't show are escaped, and a closed pipe ends the script with status 141. Of several
     processes only the first logs.
     """
-    _open_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     _keep_freed_memory()
     logger = logging.getLogger("mvae")
     logger.handlers = [logging.NullHandler()]
@@ -208,13 +210,7 @@ def _bare(hint: Any) -> Any:
 def _path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
-    try:
-        text.encode()
-        return Path(text).expanduser()
-    except UnicodeEncodeError:  # torch and TensorBoard reject such names
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid UTF-8") from None
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    return Path(text).expanduser()
 
 
 def _shown(default: Any) -> str:
@@ -222,22 +218,6 @@ def _shown(default: Any) -> str:
     if default is None or default is False or default == ():
         return ""
     return f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
-
-
-def _open_streams() -> None:
-    """Make stdout and stderr accept any text; one that was closed (`>&-`) leads nowhere.
-
-    Otherwise a file that the script opens would get the number of a closed stream, and be written to as that stream.
-    """
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(number, True)
-    os.close(number)
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it stays open)
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _keep_freed_memory() -> None:

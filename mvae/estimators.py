@@ -5,10 +5,8 @@ log p(X) = log E_q(z|Y) [ prod_{i in X} p(x_i | z) p(z) / q(z | Y) ], estimated 
 rises to it with K. The weights λ of training have no part in it.
 """
 
-import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,21 +48,12 @@ def log_likelihood(
         proposal: z is drawn from q(z | these modalities); from the prior if there are none.
         targets: sets of one or more modalities.
         noise: standard normal (draws, batch, latents), two or more draws; nothing else is random.
-        max_rows: bounds the latents decoded in one call, and so the memory; the result doesn't depend on it.
+        max_rows: bounds the latents decoded in one call, and so the memory, but for one draw per example; the result
+            doesn't depend on it.
 
     Raises UsageError for an unknown modality, or noise of another shape.
     """
     return estimate_and_predict(model, batch, proposal, targets, (), noise, max_rows)[0]
-
-
-def predict(
-    model: MVAE, batch: Batch, *, given: Modalities, names: Sequence[str], noise: Tensor, max_rows: int = 4096
-) -> dict[str, Tensor]:
-    """Return the means of the modalities `names` given others, E_q(z|given)[mean of p(x | z)], each (batch, *event).
-
-    For a label they are its probabilities. `noise`, `max_rows` and errors: see `log_likelihood`.
-    """
-    return estimate_and_predict(model, batch, given, (), names, noise, max_rows)[1]
 
 
 @torch.no_grad()
@@ -77,7 +66,10 @@ def estimate_and_predict(
     noise: Tensor,
     max_rows: int,
 ) -> tuple[dict[Modalities, Estimate], dict[str, Tensor]]:
-    """Return `log_likelihood` of `targets` and `predict` of the modalities `predicted`, from the same draws."""
+    """Return `log_likelihood` of `targets`, and the means E_q(z|proposal)[E[x | z]] of the modalities `predicted`.
+
+    Both are from the same draws. A mean has the shape (batch, *event); for a label it is its probabilities.
+    """
     model.check_names(*proposal, *predicted, *(name for target in targets for name in target))
     if noise.dim() != 3 or len(noise) < 2 or noise.shape[2] != model.n_latents:
         expected = f"(draws >= 2, batch, {model.n_latents})"
@@ -88,41 +80,20 @@ def estimate_and_predict(
         mu, logvar = model.fused({name: batch[name] for name in proposal})
     else:
         mu = logvar = torch.zeros_like(noise[0])
-    parts: dict[Modalities, list[Estimate]] = {target: [] for target in targets}
-    means: dict[str, list[Tensor]] = {name: [] for name in predicted}
-    for rows in torch.arange(n, device=noise.device).split(max(1, max_rows // n_draws)):
-        some = {name: batch[name][rows] for name in scored}
-        weights: dict[Modalities, list[Tensor]] = {target: [] for target in targets}
-        sums: dict[str, list[Tensor]] = {name: [] for name in predicted}
-        for eps in noise[:, rows].split(max(1, max_rows // len(rows))):
-            z = experts.draw(mu[rows], logvar[rows], eps)
-            with _decoding_once(model, set(scored).intersection(predicted)):
-                log_prob = model.log_prob(z, some, [scored] * len(z))
-                for name, mean in model.mean(z, predicted).items():
-                    sums[name].append(mean.sum(dim=0))
-            log_q = experts.log_standard_normal(eps) - 0.5 * logvar[rows].sum(dim=-1)
-            ratio = model.log_prior(z) - log_q
-            log_probs = dict(zip(model.modalities, log_prob.unbind(dim=1), strict=True))
-            for target in targets:
-                weights[target].append(sum((log_probs[name] for name in target), start=ratio))
+    weights: dict[Modalities, list[Tensor]] = {target: [] for target in targets}
+    sums: dict[str, list[Tensor]] = {name: [] for name in predicted}
+    for eps in noise.split(max(1, max_rows // n)):
+        z = experts.draw(mu, logvar, eps)
+        log_prob = model.log_prob(z, batch, [scored] * len(z))
+        for name, mean in model.mean(z, predicted).items():
+            sums[name].append(mean.sum(dim=0))
+        log_q = experts.log_standard_normal(eps) - 0.5 * logvar.sum(dim=-1)
+        ratio = model.log_prior(z) - log_q
+        log_probs = dict(zip(model.modalities, log_prob.unbind(dim=1), strict=True))
         for target in targets:
-            weight = torch.cat(weights[target]).double()
-            estimate = Estimate(weight.logsumexp(dim=0) - math.log(n_draws), weight.var(dim=0))
-            parts[target].append(estimate)
-        for name in predicted:
-            means[name].append(torch.stack(sums[name]).sum(dim=0) / n_draws)
-    estimates = {target: Estimate(*map(torch.cat, zip(*found, strict=True))) for target, found in parts.items()}
-    return estimates, {name: torch.cat(found) for name, found in means.items()}
-
-
-@contextmanager
-def _decoding_once(model: MVAE, names: Iterable[str]) -> Iterator[None]:
-    """Cache the last result of these decoders, for modalities that are both scored and predicted."""
-    likelihoods = [model.likelihood(name) for name in names]
-    for likelihood in likelihoods:
-        vars(likelihood)["decode"] = functools.lru_cache(maxsize=1)(likelihood.decode)
-    try:
-        yield
-    finally:
-        for likelihood in likelihoods:
-            del vars(likelihood)["decode"]
+            weights[target].append(sum((log_probs[name] for name in target), start=ratio))
+    estimates = {}
+    for target in targets:
+        weight = torch.cat(weights[target]).double()
+        estimates[target] = Estimate(weight.logsumexp(dim=0) - math.log(n_draws), weight.var(dim=0))
+    return estimates, {name: torch.stack(sums[name]).sum(dim=0) / n_draws for name in predicted}

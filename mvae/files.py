@@ -15,7 +15,6 @@ from .errors import UserError
 
 log = logging.getLogger(__name__)
 
-WRITING: set[str] = set()  # this process's temporary files, which it has locked against others
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, 524}
 """The errors of disks without locks; 524 is Linux's own ENOTSUPP, which some network disks return."""
 
@@ -35,51 +34,20 @@ def whole(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
     """
     check_writable(path)
     target = Path(os.path.realpath(path))
+    partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(target) as file:
-            try:
+        try:
+            with open(partial, "xb") as file:
                 yield file
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())
-                if os.name == "nt":
-                    file.close()  # Windows doesn't rename an open file
-                os.replace(file.name, target)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(file.name)
-                raise
-            finally:
-                WRITING.discard(file.name)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from None
-
-
-def _temporary(target: Path) -> IO[bytes]:
-    """Open an empty file next to `target`. It is TARGET.partial, so that a file that a killed writer left is used up.
-
-    It is locked, also while it is renamed. If another writer holds it, or locks don't work, a random name is used.
-    """
-    path = f"{target}.partial"
-    with contextlib.suppress(OSError):
-        if hasattr(os, "lockf") and path not in WRITING:
-            file = open(path, "r+b", opener=_create)  # noqa: SIM115 (`whole` closes it)
-            try:
-                os.lockf(file.fileno(), os.F_TLOCK, 0)
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # otherwise it was renamed meanwhile
-                    file.truncate()
-                    WRITING.add(path)
-                    return file
-            except OSError as error:
-                if error.errno in NO_LOCKS:
-                    os.unlink(path)
-            file.close()
-    return open(f"{target}.{secrets.token_hex(4)}.partial", "xb")
-
-
-def _create(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
 
 def check_readable(path: Path) -> None:

@@ -1,6 +1,5 @@
 """Layers of several experiments, and the networks for 64x64 faces that three of them share."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,44 +23,6 @@ class FoldConvTranspose2d(nn.ConvTranspose2d):
         kernel_size, stride, padding = self.geometry
         height, width = ((n - 1) * stride - 2 * padding + kernel_size for n in x.shape[2:])
         return F.fold(squares, (height, width), kernel_size, padding=padding, stride=stride)
-
-
-class PatchConvTranspose2d(FoldConvTranspose2d):
-    """As FoldConvTranspose2d without padding, adding up zero-padded patches instead of calling fold.
-
-    On a CPU this is faster for an input of few pixels and an output of many channels.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding=0)
-
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        (n, _, height, width), (size, stride, _) = x.shape, self.geometry
-        squares = x.flatten(2).transpose(1, 2) @ self.weight.permute(0, 2, 3, 1).flatten(1)
-        squares = squares.view(n, height, width, size, size, -1)
-        y = torch.stack([
-            F.pad(squares[:, i, j], (0, 0, stride * j, stride * (width - 1 - j), stride * i, stride * (height - 1 - i)))
-            for i in range(height) for j in range(width)
-        ]).sum(dim=0)  # fmt: skip
-        return y.permute(0, 3, 1, 2)
-
-
-class PatchConv2d(nn.Conv2d):
-    """A convolution with square kernels, without padding, bias, dilation or groups, as one product of the patches.
-
-    Weights and results are those of nn.Conv2d. On a CPU this is faster for an output of few pixels.
-    (n, in_channels, h, w) -> (n, out_channels, (h - kernel_size) // stride + 1, likewise for w).
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int):
-        super().__init__(in_channels, out_channels, kernel_size, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, size, stride = x.permute(0, 2, 3, 1), self.kernel_size[0], self.stride[0]
-        rows, columns = (range(0, n - size + 1, stride) for n in x.shape[1:3])
-        patches = [x[:, i : i + size, j : j + size].flatten(1) for i in rows for j in columns]
-        y = F.linear(torch.stack(patches, dim=1), self.weight.permute(0, 2, 3, 1).flatten(1))
-        return y.unflatten(1, (len(rows), len(columns))).permute(0, 3, 1, 2)
 
 
 class Permute(nn.Module):

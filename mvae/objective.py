@@ -272,18 +272,3 @@ class Totals(NamedTuple):
                 if n:
                     found[f"{term}/log_prob/{name}"] = total / n
         return found
-
-    def not_finite(self) -> list[str]:
-        """Return the names of the parts that aren't finite, those of single modalities before the joint term's.
-
-        If one modality is bad, only its own term and the joint one are.
-        """
-        order = sorted(range(len(self.terms)), key=lambda t: self.terms[t] in (JOINT, SUBSET))
-        parts = [
-            (f"log p of {name} in term {self.terms[t]}", self.log_prob[t, m])
-            for t in order
-            for m, name in enumerate(self.modalities)
-        ]
-        parts += [(f"KL in term {self.terms[t]}", self.kl[t]) for t in order]
-        parts.append(("the loss", self.loss))
-        return list(dict.fromkeys(name for name, value in parts if not math.isfinite(value)))

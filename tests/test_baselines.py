@@ -322,12 +322,12 @@ def test_a_seed_gives_the_same_row_and_a_finished_run_is_read_again(digits_dir: 
     done = run_warm("baselines/run.py", *words, cwd=tmp_path)
     assert_ended(done)
     assert "nothing left to do: a/jmvae-mnist-0 holds a run of 2 epochs" in done.stdout
-    path = tmp_path / "results" / "baselines" / "jmvae-mnist-0.json"
+    path = tmp_path / "results" / "a" / "jmvae-mnist-0.json"
     assert json.loads(path.read_text())["training"]["validation"] == first["training"]["validation"]
     path.write_text("stays")
     done = run_warm("baselines/run.py", *words, cwd=tmp_path)
     assert_ended(done)
-    assert done.stdout == "results/baselines/jmvae-mnist-0.json exists: jmvae-mnist-0 is skipped\n"
+    assert done.stdout == "results/a/jmvae-mnist-0.json exists: jmvae-mnist-0 is skipped\n"
     assert path.read_text() == "stays"
 
 

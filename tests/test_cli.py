@@ -86,7 +86,6 @@ def test_wrong_flags_are_refused_in_one_line(capsys: pytest.CaptureFixture[str])
         (Config, "file --ends x", "argument --ends: expected 2 arguments"),
         (Config, "file --lim 3", "unrecognized arguments: --lim 3"),
         (Config, "file --out-dir=", "argument --out-dir: must not be empty"),
-        (Config, "file --out-dir \udcff", "argument --out-dir: '\\udcff' is not valid UTF-8"),
         (PRESETS, "--preset best", "argument --preset: invalid choice: 'best'"),
         (PRESETS, "--preset", "argument --preset: expected one argument"),
     ]

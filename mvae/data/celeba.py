@@ -168,16 +168,13 @@ def _table(
     path: Path, lines: Sequence[str], n_header: int, n_columns: int, allowed: Sequence[int]
 ) -> tuple[list[str], np.ndarray]:
     """Parse the lines `NAME VALUE ...` below the header as names (N) and values (N, n_columns) int8."""
-    names, values = [], []  # CelebA's list of attributes has eight million: one character each
-    codes = "".join(chr(ord("0") + value) for value in allowed)
+    names, values = [], bytearray()  # CelebA's list of attributes has eight million
+    codes = {str(value): value + 1 for value in allowed}  # a byte isn't negative
     for number, line in enumerate(lines[n_header:], 1 + n_header):
-        name, _, rest = line.strip().partition(" ")
-        row = rest.strip().replace("-1", "/").replace("  ", " ")  # the character before 0
-        row, spaces = row[::2], row[1::2]
-        if len(row) != n_columns or row.strip(codes) or spaces.strip() or "/" in rest:
+        name, *words = line.split() or [""]
+        if len(words) != n_columns or not codes.keys() >= set(words):
             expected = f"a name and {n_columns} values of {' or '.join(map(str, allowed))}"
             raise UserError(f"{path}, line {number}: expected {expected}, found '{line[:80]}'")
         names.append(name)
-        values.append(row)
-    found = np.frombuffer("".join(values).encode(), np.int8) - np.int8(ord("0"))
-    return names, found.reshape(-1, n_columns)
+        values.extend(codes[word] for word in words)
+    return names, np.frombuffer(values, np.int8).reshape(-1, n_columns) - np.int8(1)

@@ -32,6 +32,21 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """Raise UserError instead of torch's error if another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_of_group = isinstance(error, distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+        if not is_of_group:
+            raise
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"another process of this run is gone or can't be reached ({reason}); the last saved state is kept"
+        ) from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Processes:
     """This process's `rank` among `world` processes that share every batch. One process needs no group.
@@ -49,24 +64,18 @@ class Processes:
 
         Several runs of one process, one after the other, share its group.
         """
-        found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-        if (found.get("WORLD_SIZE", "1"), found.get("RANK", "0")) == ("1", "0"):
+        found = {name: os.environ.get(name, "(not set)") for name in VARIABLES}
+        if (os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")) == ("1", "0"):
             return cls(0, 1)
-        numbers = {name: int(value) if value.isdecimal() else -1 for name, value in found.items()}
-        good = (
-            len(found) == len(VARIABLES)
-            and 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]
-            and 0 <= numbers["MASTER_PORT"] < 2**16
-        )
-        if not good:
-            got = ", ".join(f"{name}={found.get(name, '(not set)')}" for name in VARIABLES)
+        if "(not set)" in found.values():
+            got = ", ".join(f"{name}={value}" for name, value in found.items())
             raise UsageError(
                 f"{got}: these must be as torchrun sets them (under srun, start torchrun); for one process unset them"
             )
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if not distributed.is_initialized():
-            with _named_if_lost():
+            with together():
                 distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
             atexit.register(distributed.destroy_process_group)
         launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -75,15 +84,6 @@ class Processes:
     def abandoned(self) -> int:
         """Return SIGTERM if the torchrun that started this process was killed, and so can't send it; else 0."""
         return signal.SIGTERM if self.launcher and os.getppid() != self.launcher else 0
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Raise UserError instead of torch's error if another process is gone."""
-        if self.world == 1:
-            yield
-            return
-        with _named_if_lost():
-            yield
 
     def sum(self, sums: Tensor) -> Tensor:
         """Return the sums of all processes."""
@@ -147,17 +147,3 @@ def parallel(objective: Objective, present: Mapping[str, Tensor] | None, world: 
             raise UsageError(f"compile needs a C++ compiler ({compiler}): install one, set CXX, or omit --compile")
         forward = torch.compile(forward, mode="reduce-overhead" if device.type == "cuda" else None)
     return forward
-
-
-@contextmanager
-def _named_if_lost() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        is_of_group = isinstance(error, distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error)
-        if not is_of_group:
-            raise
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(
-            f"another process of this run is gone or can't be reached ({reason}); the last saved state is kept"
-        ) from None

@@ -1,7 +1,7 @@
 """Log-likelihoods of a data set: log p(x), log p(x, y), log p(x | y) = log p(x, y) - log p(y), with predictions."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,10 @@ from ..estimators import Estimate, Modalities, estimate_and_predict
 from ..model import MVAE, Precision, autocast
 from ..progress import progress
 from .distributed import Processes
+
+VALUES_PER_CALL = 2**20, 2**26
+"""Values of the largest modality that one call decodes: on a CPU, to fit its cache (1,337 images of 28x28), and on
+other devices, which bounds the memory."""
 
 
 class Quantity(NamedTuple):
@@ -91,7 +95,6 @@ def evaluate(
     n_samples: int,
     seed: int = 0,
     precision: Precision = "fp32",
-    max_rows: int | None = None,
     processes: Processes | None = None,
     rows: range | None = None,
 ) -> Evaluation:
@@ -99,13 +102,11 @@ def evaluate(
 
     Args:
         quantities: what to estimate, each with the proposals (of a conditional's joint) to estimate it with.
-        predictions: by modality to predict, what it is predicted from; see `mvae.estimators.predict`.
+        predictions: by modality to predict, what it is predicted from; see `mvae.estimators.estimate_and_predict`.
         n_samples: draws per example and proposal.
         seed: an example's noise depends on the seed and its number alone, so that the result doesn't depend on the
             batch size. All proposals have the same noise.
         precision: of the networks; log-probabilities and sums are float32 or better.
-        max_rows: the most latents to decode in one call, which bounds the memory. By default as many as make 2^20
-            values of the largest modality on a CPU (1,337 images of 28x28), to fit its cache; 2^26 on other devices.
         processes: share the batches; all return what one would.
         rows: numbers of the examples to estimate; None: all. Parts of a data set add up to the whole, bit for bit: they
             compute the whole's batches that hold any of their examples.
@@ -113,12 +114,9 @@ def evaluate(
     Raises UsageError for an unknown modality, a quantity without a target, n_samples < 2, data that don't fit the
     model, or a quantity or prediction for which no example has all modalities.
     """
-    predictions = predictions or {}
-    processes = processes or Processes(0, 1)
-    for quantity in quantities:
-        model.check_names(*quantity.target, *quantity.given, *quantity.given_proposal)
-        if not quantity.target:
-            raise UsageError(f"{quantity.name} must have a target of one or more modalities")
+    predictions, processes = predictions or {}, processes or Processes(0, 1)
+    if n_samples < 2:
+        raise UsageError(f"n_samples must be >= 2, got {n_samples}")
     needed = {
         (quantity, proposal): _needed(model, quantity, proposal)
         for quantity, proposals in quantities.items()
@@ -128,46 +126,73 @@ def evaluate(
     used = {name for proposal, target in keys for name in proposal + target}
     used |= {name for predicted, given in predictions.items() for name in (predicted, *given)}
     model.check_names(*used, *(data.present or {}))
-    if n_samples < 2:
-        raise UsageError(f"n_samples must be >= 2, got {n_samples}")
-    patterns = _patterns(data, used)
     inside = torch.zeros(len(data), dtype=torch.bool)
     inside[slice(None) if rows is None else slice(rows.start, rows.stop)] = True
-    asked_for = [(has, members[inside[members]]) for has, members in patterns if inside[members].any()]
+    patterns = _patterns(data, used)
     examples = {
-        which: _having({name for key in some for part in key for name in part}, asked_for, which[0].name)
+        which: _having({name for key in some for part in key for name in part}, patterns, inside, which[0].name)
         for which, some in needed.items()
     }
     predictable = {
-        name: _having({name, *given}, asked_for, f"{name} predicted from {listed(given)}")
+        name: _having({name, *given}, patterns, inside, f"{name} predicted from {listed(given)}")
         for name, given in predictions.items()
     }
     model.eval()
+    _check_examples(model, data, patterns)
     example, _ = data.batch(torch.zeros(1, dtype=torch.long))
-    if not max_rows:
-        max_rows = 2 ** (20 if data.device.type == "cpu" else 26) // max(x.numel() for x in example.values())
-    extremes = data.extremes().cpu()
-    for has, members in patterns:
-        if has:
-            some = torch.cat([members[:100], members[torch.isin(members, extremes)]]).unique()
-            model.check(data.batch(some)[0], names=[name for name in model.modalities if name in has])
-    # All results are allocated here and filled in the loop. Small tensors that outlive a batch would lie between the
-    # large ones of the next: freed places then no longer fit, and the memory of the process grows with every batch.
-    n = len(data)
-    found = {key: Estimate(*torch.zeros(2, n, dtype=torch.float64)) for key in keys}
-    truth = {name: torch.zeros(n, *example[name].shape[1:], dtype=example[name].dtype) for name in predictions}
-    z = next(model.parameters()).new_zeros(1, model.n_latents)
-    means = model.mean(z, tuple(predictions))  # of one example, for their shapes
-    predicted = {name: torch.zeros(n, *mean.shape[1:], dtype=mean.dtype) for name, mean in means.items()}
+    max_rows = VALUES_PER_CALL[data.device.type != "cpu"] // max(x.numel() for x in example.values())
     size = max(1, max_rows // n_samples)
     batches = [(has, some) for has, members in patterns for some in members.split(size) if inside[some].any()]
     mine = batches[processes.rank :: processes.world]
-    for has, numbers in mine if processes.rank else progress(mine, "log-likelihoods", len(mine)):
+    watched = mine if processes.rank else progress(mine, "log-likelihoods", len(mine))
+    found, predicted = _estimated(model, data, keys, predictions, watched, n_samples, max_rows, seed, precision)
+    # Each process has filled its own rows of zeros.
+    found = {key: Estimate(*map(processes.sum, estimate)) for key, estimate in found.items()}
+    predicted = {name: processes.sum(predicted[name])[some] for name, some in predictable.items()}
+    estimates = {which: _difference(found, some, examples[which]) for which, some in needed.items()}
+    truth = {
+        name: torch.cat([data.batch(part)[0][name].cpu() for part in some.split(1000)])
+        for name, some in predictable.items()
+    }
+    return Evaluation(estimates, predicted, truth, examples, n_samples)
+
+
+_Key = tuple[Modalities, Modalities]  # a proposal and a target
+
+
+def _needed(model: MVAE, quantity: Quantity, proposal: Modalities) -> list[_Key]:
+    """Return what the quantity is the difference of: its joint with `proposal`, and what is given, if anything."""
+    model.check_names(*quantity.target, *quantity.given, *quantity.given_proposal)
+    if not quantity.target:
+        raise UsageError(f"{quantity.name} must have a target of one or more modalities")
+    joint = tuple(name for name in model.modalities if name in quantity.target + quantity.given)
+    return [(proposal, joint), *([(quantity.given_proposal, quantity.given)] if quantity.given else [])]
+
+
+def _estimated(
+    model: MVAE,
+    data: Data,
+    keys: Collection[_Key],
+    predictions: Mapping[str, Modalities],
+    batches: Iterable[tuple[frozenset[str], Tensor]],
+    n_samples: int,
+    max_rows: int,
+    seed: int,
+    precision: Precision,
+) -> tuple[dict[_Key, Estimate], dict[str, Tensor]]:
+    """Return the estimates and predictions of the examples in `batches`, each (n, ...) of all in the data; else 0."""
+    # All results are allocated here and filled in the loop. Small tensors that outlive a batch would lie between the
+    # large ones of the next: freed places then no longer fit, and the memory of the process grows with every batch.
+    n, weight = len(data), next(model.parameters())
+    found = {key: Estimate(*torch.zeros(2, n, dtype=torch.float64)) for key in keys}
+    means = model.mean(weight.new_zeros(1, model.n_latents), tuple(predictions))  # of one example, for their shapes
+    predicted = {name: torch.zeros(n, *mean.shape[1:], dtype=mean.dtype) for name, mean in means.items()}
+    for has, numbers in batches:
         batch, _ = data.batch(numbers)
         noise = torch.stack([_noise(n_samples, model.n_latents, seed, row) for row in numbers.tolist()], dim=1)
-        noise = noise.to(data.device, next(model.parameters()).dtype)
-        for proposal in dict.fromkeys([*(proposal for proposal, _ in found), *predictions.values()]):
-            targets = [target for other, target in found if other == proposal and has.issuperset(proposal + target)]
+        noise = noise.to(data.device, weight.dtype)
+        for proposal in dict.fromkeys([*(proposal for proposal, _ in keys), *predictions.values()]):
+            targets = [target for other, target in keys if other == proposal and has.issuperset(proposal + target)]
             asked = [name for name, given in predictions.items() if given == proposal]
             names = [name for name in asked if has.issuperset((name, *proposal))]
             if not targets and not names:
@@ -179,27 +204,14 @@ def evaluate(
                     whole[numbers] = part.cpu()
             for name, mean in means.items():
                 predicted[name][numbers] = mean.cpu()
-                truth[name][numbers] = batch[name].cpu()
-    # Each process has filled its own rows of zeros.
-    found = {key: Estimate(*map(processes.sum, estimate)) for key, estimate in found.items()}
-    predicted, truth = ({name: processes.sum(part) for name, part in parts.items()} for parts in (predicted, truth))
-    estimates = {}
-    for which, (joint, *conditions) in needed.items():
-        log_p, variance = found[joint]
-        for condition in conditions:
-            log_p = log_p - found[condition].log_p
-        estimates[which] = Estimate(log_p[examples[which]], variance[examples[which]])
-    predicted, truth = ({name: part[name][some] for name, some in predictable.items()} for part in (predicted, truth))
-    return Evaluation(estimates, predicted, truth, examples, n_samples)
+    return found, predicted
 
 
-_Key = tuple[Modalities, Modalities]  # a proposal and a target
-
-
-def _needed(model: MVAE, quantity: Quantity, proposal: Modalities) -> list[_Key]:
-    """Return what the quantity is the difference of: its joint with `proposal`, and what is given, if anything."""
-    joint = tuple(name for name in model.modalities if name in quantity.target + quantity.given)
-    return [(proposal, joint), *([(quantity.given_proposal, quantity.given)] if quantity.given else [])]
+def _difference(found: Mapping[_Key, Estimate], needed: Sequence[_Key], examples: Tensor) -> Estimate:
+    """Return the joint's estimate less that of what is given, of these examples."""
+    joint, *given = (found[key] for key in needed)
+    log_p = joint.log_p - given[0].log_p if given else joint.log_p
+    return Estimate(log_p[examples], joint.log_weight_variance[examples])
 
 
 def _patterns(data: Data, names: Collection[str]) -> list[tuple[frozenset[str], Tensor]]:
@@ -212,12 +224,23 @@ def _patterns(data: Data, names: Collection[str]) -> list[tuple[frozenset[str], 
     return [(frozenset(names) - some, (kind_of == i).nonzero().flatten()) for i, some in enumerate(lacking)]
 
 
-def _having(names: Collection[str], patterns: Sequence[tuple[frozenset[str], Tensor]], what: str) -> Tensor:
-    """Return the numbers of the examples that have all of `names`; raise UsageError, naming `what`, for none."""
-    found = [rows for has, rows in patterns if has.issuperset(names)]
-    if not found:
+def _having(
+    names: Collection[str], patterns: Sequence[tuple[frozenset[str], Tensor]], inside: Tensor, what: str
+) -> Tensor:
+    """Return the numbers of the examples `inside` that have all of `names`. Raises UsageError if there are none."""
+    found = [members[inside[members]] for has, members in patterns if has.issuperset(names)]
+    if not any(map(len, found)):
         raise UsageError(f"{what}: no example has all of {listed(sorted(names))}")
     return torch.cat(found).sort().values
+
+
+def _check_examples(model: MVAE, data: Data, patterns: Sequence[tuple[frozenset[str], Tensor]]) -> None:
+    """Check the first hundred examples of each pattern, and those with the extreme values, by a dry run."""
+    extremes = data.extremes().cpu()
+    for has, members in patterns:
+        if has:
+            some = torch.cat([members[:100], members[torch.isin(members, extremes)]]).unique()
+            model.check(data.batch(some)[0], names=[name for name in model.modalities if name in has])
 
 
 def _noise(n_samples: int, n_latents: int, seed: int, row: int) -> Tensor:

@@ -65,8 +65,6 @@ class Reports:
     def _write_tensorboard(self, record: Record, validation: Data | None) -> None:
         epoch = record["epoch"]
         try:
-            if not self.folder.exists():  # it was removed during the run
-                self.writer = None
             self.writer = self.writer or SummaryWriter(str(self.folder), purge_step=epoch)
             for name, value in record.items():
                 if isinstance(value, float):
@@ -98,10 +96,6 @@ class Reports:
         model = self.model
         torch.manual_seed(0)
         some, _ = validation.batch(torch.arange(min(8, len(validation)), device=validation.device))
-        if skipped := [name for name, x in some.items() if x.dim() > 2 and not grids.is_picture(x)]:
-            self._warn(
-                f"TensorBoard draws no {', '.join(skipped)}", "only floats (N, 1 or 3, height, width) are pictures"
-            )
         for name, grid in grids.reconstructions(model, some).items():
             self.writer.add_image(f"reconstruction/{name}", grid, epoch)
         most = max(8, min(500, 2**26 // sum(x[0].numel() for x in some.values())))

@@ -34,7 +34,7 @@ from ..objective import JOINT, Objective, Totals, random_subsets
 from . import checkpoint
 from .config import Training
 from .device import resolve
-from .distributed import Processes, parallel
+from .distributed import Processes, parallel, together
 from .metrics import Metric
 from .reports import Reports, line, progress
 from .resume import DIVERGED, facts_of, only_writer, saved_state
@@ -106,11 +106,9 @@ class Run:
         self.terms: tuple[str, ...] = ()  # of those sums
         self.last: Tensor | None = None  # the last step's sums, or those of the first bad step
         self.pending = False  # gradients since the last step
-        self.annealing = False  # whether β was below 1 at the last epoch's end
         self.saved: dict[str, Any] | None = None  # the checkpoint's facts, kept states and optimizer
         self.kept: dict[str, Any] = {}
-        self.saved_at = self.asked_at = time.monotonic()
-        self.ask_every, self.ask_at = 1, 0  # steps between agreements on stops, and the step of the next one
+        self.saved_at = time.monotonic()
         self._data: dict[str, tuple[Data, Data]] = {}  # for training and validation: as given, and on the device
         self._subsets: tuple[tuple[int, int], Tensor] | None = None
 
@@ -119,7 +117,7 @@ class Run:
             stack.enter_context(only_writer(self.out_dir, wait=self.config.wait))
             self.processes = Processes.join(self.device)
             self.rank = self.processes.rank
-            stack.enter_context(self.processes.together())
+            stack.enter_context(together())
             # Under torchrun a second signal comes from torchrun itself.
             self.caught: Caught = stack.enter_context(catching(held=self.processes.world > 1))
             self._resume()
@@ -165,7 +163,7 @@ class Run:
 
         An incomplete last batch is dropped: of 99 examples in batches of 50, each epoch leaves out another 49.
         Between two steps it saves the state when that is due, and stops if a signal has asked for it; several processes
-        usually do so within a second. pairs: see `mvae.data.supervision.composed_rows`.
+        do so after the same step. pairs: see `mvae.data.supervision.composed_rows`.
         """
         rank, world, seed = self.rank, self.processes.world, self.config.seed
         data = self._on_device(data, batch_size, "training")
@@ -275,7 +273,8 @@ class Run:
         except (KeyboardInterrupt, UsageError, torch.OutOfMemoryError):  # such as a second signal: the steps are kept
             self.save()
             raise
-        self._ending(lambda: check_means({name: x for name, x in found.items() if name not in metrics}, self.start))
+        parts = {name: value for name, value in found.items() if name not in metrics}
+        self._ending(lambda: check_means(parts, self.start, "validation"))
         if bad := [name for name in metrics if not math.isfinite(found.get(name, 0.0))]:
             log.warning("not finite in epoch %d, recorded as null: %s", self.epoch, ", ".join(bad))
         train = Totals.of(self.processes.sum(self.sums).cpu(), self.terms, self.model.modalities)
@@ -289,15 +288,13 @@ class Run:
         best, self.best = score < self.best, min(self.best, score)
         self.history.append(record)
         self.epoch, self.done, self.seconds, self.sums = self.epoch + 1, 0, 0.0, torch.zeros(0).double()
-        self.ask_at = 0
         with self.caught.hold():
             self.save(best=best)
             if self.rank == 0:
                 self.reports.write(record, data)
         self._say(line(record, self.n_epochs, self.bare.names, best=best))
-        if record["beta"] < 1 and not self.annealing:
+        if record["beta"] < 1 and len(self.history) == 1:
             self._say("the validation loss is at β = 1: it is higher than the training loss while β rises")
-        self.annealing = record["beta"] < 1
 
     def save(self, *, best: bool = False) -> None:
         """Save the state; if it is the best, save the model first. Raises UserError if the state isn't good."""
@@ -417,21 +414,14 @@ class Run:
             self.caught.say(text)
 
     def _save_or_stop(self, between_steps: bool = False) -> None:
-        """Save the state if it is time, or if a signal asks to stop; then stop. The processes agree on it.
-
-        Agreeing makes all wait for the slowest: between steps they do it about every half a second.
-        """
-        if between_steps and self.processes.world > 1 and self.done < min(self.ask_at, self.n_steps):
+        """Save the state if it is time, or if a signal asks to stop; then stop. The processes agree on it."""
+        every = 10 if self.device.type == "cuda" else 1  # agreeing makes all processes wait for the slowest
+        if between_steps and self.done % every and self.done < self.n_steps:
             return
-        now = time.monotonic()
-        number, due, seconds = self.processes.agree(
+        number, due = self.processes.agree(
             self.caught.number or self.processes.abandoned(),
-            now - self.saved_at > 60 * self.config.save_every,
-            now - self.asked_at,
+            time.monotonic() - self.saved_at > 60 * self.config.save_every,
         )
-        # At most twice as many: a short interval is a poor estimate, as a GPU only queues the first steps.
-        self.ask_every = max(1, int(self.ask_every * 0.5 / max(seconds, 0.25))) if between_steps else 1
-        self.asked_at, self.ask_at = now, self.done + self.ask_every
         if number or due:
             self.save()
         if number:

@@ -1,9 +1,7 @@
 """The signals that ask a run to stop."""
 
 import dataclasses
-import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,22 +11,6 @@ from typing import Any
 SIGPIPE = 13  # Windows has none
 STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 """Ctrl-C, `kill`, a closed terminal, and the warnings of batch systems such as Slurm."""
-
-
-def end_by_signals() -> None:
-    """Let the signals `STOPPING` end a script that has no state to save: in one line, and with status 128 + number.
-
-    Files that are being written are removed. SIGINT stays Python's KeyboardInterrupt.
-    """
-
-    def end(number: int, frame: Any) -> None:
-        os.write(2, f"{os.path.basename(sys.argv[0])}: stopped by {signal.Signals(number).name}\n".encode())
-        sys.exit(128 + number)
-
-    for name in STOPPING[1:]:
-        number = getattr(signal, name, None)  # Windows lacks some
-        if number and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, end)
 
 
 @dataclasses.dataclass

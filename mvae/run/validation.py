@@ -10,7 +10,7 @@ from torch import Tensor
 from ..data.dataset import Data, consecutive_rows, seed_of
 from ..errors import UserError, is_out_of_memory
 from ..model import MVAE, Batch, Precision, autocast, evaluating
-from ..objective import Objective, Totals
+from ..objective import JOINT, Objective, Totals
 from .distributed import Processes
 from .metrics import Metric
 
@@ -79,26 +79,18 @@ def check_good(model: MVAE, last: Totals | None, start: float) -> None:
     """
     bad = {".".join(name.split(".")[:2]) for name, weight in model.named_parameters() if not weight.isfinite().all()}
     if bad:  # after a finite loss whose gradient was not
-        raise UserError(f"not finite: {_some([f'the gradient of {name}' for name in sorted(bad)])}")
+        raise UserError(f"not finite: the gradient of {_some(sorted(bad))}")
     if last is not None:
-        if parts := last.not_finite():
-            raise UserError(f"not finite: {_some(parts)}")
-        check_loss("loss", (last.loss / last.n).item(), start)
+        check_means(last.means(), start)
 
 
-def check_means(found: Mapping[str, float], start: float) -> None:
-    """Raise UserError unless the validation's means are finite, and the loss has not diverged."""
-    if bad := sorted(
-        (name for name, value in found.items() if not math.isfinite(value)), key=lambda name: "/" not in name
-    ):
-        raise UserError(f"not finite: {_some([f'validation {name}' for name in bad])}")
-    check_loss("validation loss", found["loss"], start)
-
-
-def check_loss(what: str, loss: float, start: float) -> None:
-    """Raise UserError if a loss has diverged."""
-    if loss > LIMIT * max(abs(start), 100.0):
-        raise UserError(f"diverged: {what} {loss:.3g} (first step: {start:.3g})")
+def check_means(found: Mapping[str, float], start: float, split: str = "training") -> None:
+    """Raise UserError unless the means (see `Totals.means`) are finite, and the loss has not diverged."""
+    bad = [name for name, value in found.items() if not math.isfinite(value)]
+    if bad:  # terms of one modality first: if it is bad, so is the joint term
+        raise UserError(f"not finite: {split} {_some(sorted(bad, key=lambda x: (x == 'loss', x.startswith(JOINT))))}")
+    if found["loss"] > LIMIT * max(abs(start), 100.0):
+        raise UserError(f"diverged: {split} loss {found['loss']:.3g} (first step: {start:.3g})")
 
 
 def _some(names: list[str]) -> str:

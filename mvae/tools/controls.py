@@ -31,9 +31,7 @@ class Value(NamedTuple):
 
     said: str  # the value in a few words
     x: Tensor  # the value as a batch of one example, (1, *event); NaN for an attribute that it doesn't name
-    of: str = (
-        ""  # control that has this value in a random held-out example, which is what is given; "" to give x itself
-    )
+    of: str = ""  # control that has this value in a random held-out example, which is given; "" to give x itself
 
 
 class Kind:

@@ -48,19 +48,16 @@ class Tool(Machine):
                 raise UsageError(f"{name} must be an integer >= {least}, got {value}")
 
     def check_outputs(self, *outputs: Path | None, inputs: Collection[Path] = ()) -> None:
-        """Raise UsageError if an output would overwrite another, an input, data, or a file of a run; UserError if it
-        can't be written. An input may be a folder, into which no output may go."""
-        used = {os.path.realpath(path) for path in (self.model_path, *inputs, *files_of(inputs))}
-        folders = {name: path for name, path in vars(self).items() if name.endswith("_dir") and path}
-        data = [] if "out_dir" in folders else [*map(os.path.realpath, folders.values())]  # its files have own names
+        """Raise UsageError if an output would overwrite another, an input, or a file of a run; UserError if it can't be
+        written. An input may be a folder, into which no output may go."""
+        used = {path.resolve() for path in (self.model_path, *inputs, *files_of(inputs))}
         for path in filter(None, outputs):
-            real = Path(os.path.realpath(path))
-            is_data = real.exists() and any(map(real.is_relative_to, data))
-            if is_data or used & {str(real), str(real.parent)}:
+            real = path.resolve()
+            if used & {real, real.parent}:
                 raise UsageError(f"{path} is also read or written: choose another output")
-            if real.name in RUN_FILES or real.parent.name == "tensorboard":
+            if real.name in RUN_FILES:
                 raise UsageError(f"{path} is a file of a run: choose another output")
-            used.add(str(real))
+            used.add(real)
             check_writable(path)
 
 

@@ -27,9 +27,8 @@ from ..files import whole, write_atomically
 from ..model import MVAE
 from ..run.checkpoint import load_model, origin
 from ..run.device import resolve
-from ..run.distributed import Processes, is_first
+from ..run.distributed import Processes, is_first, together
 from ..run.evaluate import Evaluation, Quantity, evaluate, row, shown, summary, table, under
-from ..run.signals import end_by_signals
 from .folder import Build, Examples, with_source
 from .prior import WithPrior
 
@@ -72,12 +71,8 @@ class Loglike(WithPrior):
 def load(
     description: str | None, experiment: str, source: type, build: Build, examples: Examples
 ) -> tuple[Loglike, MVAE, Data, dict[str, Any]]:
-    """Return the flags (with those of `source`), the model, the split on its device, and what trained the model.
-
-    From here on the signals of batch systems end the script.
-    """
+    """Return the flags (with those of `source`), the model, the split on its device, and what trained the model."""
     config = cli.parse(description, with_source(Loglike, source))
-    end_by_signals()
     origin()  # the commit that the run began with
     device = config.device()
     model, trained = load_model(config.model_path, experiment, build, device)
@@ -103,7 +98,7 @@ def estimate(
         }
     config.precision = resolve(config.precision, data.device)  # recorded by `report`
     processes = Processes.join(data.device)
-    with processes.together():
+    with together():
         return evaluate(
             model,
             data,
@@ -203,16 +198,14 @@ class Parts:
 def join(parts: Sequence[Path]) -> tuple[int, list[dict[str, Any]], int]:
     """Return the number of examples in the files, the estimates over them all, and the least number of samples.
 
-    That is 0 if a file doesn't say; earlier versions didn't write it.
-
     Raises UserError for a file that isn't one of `write_per_example`, other columns, or an example that is in two.
     """
     found = []
     for path in parts:
         try:
             with np.load(path) as file:
-                part = {name: file[name] for name in (*COLUMNS, "example", "log_p", "log_weight_variance")}
-                found.append(part | {"n_samples": np.array(file.get("n_samples", 0))})
+                names = (*COLUMNS, "example", "log_p", "log_weight_variance", "n_samples")
+                found.append({name: file[name] for name in names})
         except (OSError, KeyError, ValueError, zipfile.BadZipFile):
             raise UserError(f"{path} is missing, or not an .npz file of loglike.py --per-example") from None
         if any(not np.array_equal(found[-1][name], found[0][name]) for name in COLUMNS):

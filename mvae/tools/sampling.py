@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from ..files import whole, write_atomically
 from ..model import MVAE
 from ..run.checkpoint import load_model
 from ..run.grids import COLUMNS, VIEWABLE, as_bytes, png, sheet
-from .controls import Controls, Picture, Value, endpoint, is_file, parse
+from .controls import Controls, Picture, Value, endpoint, parse
 from .folder import Build, Examples
 from .prior import WithPrior, draw_given
 
@@ -54,12 +54,9 @@ class Sampling(WithPrior):
         if self.prior == "fitted" and self.interpolate:
             raise UsageError("--interpolate can't be combined with --prior fitted")
 
-    def inputs(self) -> list[Path]:
-        """Return the files that the conditions name."""
-        words = [*(self.interpolate or ())]
-        for name, value in vars(self).items():
-            words += map(str, value or []) if name.startswith("condition_") else []
-        return [Path(word).expanduser() for one in words for word in {one, one.partition("=")[2]} if is_file(word)]
+    @property
+    def saved(self) -> Sequence[str]:
+        return self.save or ["grid"]
 
 
 class Row(NamedTuple):
@@ -177,24 +174,14 @@ def sample(
     held_out = functools.cache(lambda: examples("validation", config, trained["settings"]))
     rows = conditions(model, controls, given, ends, held_out)
     n = config.n_samples or (64 if len(rows) == 1 else COLUMNS)
-
-    def path(name: str) -> Path:
-        return config.out_dir / f"{stem}{name}"
-
-    save = config.save or ["grid"]
+    files = [f"{stem}{name}.{suffix}" for name in controls for suffix in ("txt", "npy", "png")]
+    files += ["contact_sheet.png", f"{stem}given.json"]
+    config.check_outputs(*(config.out_dir / file for file in files))
     drawn = {name: kind for name, kind in controls.items() if kind.size}
-    files = [path(f"{name}.{suffix}") for name in controls for suffix in ("txt", "npy", "png")]
-    config.check_outputs(*files, config.out_dir / "contact_sheet.png", path("given.json"), inputs=config.inputs())
-    folders = {name: path(name) for name in drawn if "images" in save}
-    for folder in folders.values():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    for folder in (config.out_dir / f"{stem}{name}" for name in drawn):
+        if "images" in config.saved and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists and isn't empty: choose another --out-dir")
-    total, side = len(rows) * n, max((kind.size for kind in drawn.values()), default=1)
-    columns = COLUMNS if len(rows) == 1 else max(COLUMNS, n)
-    scale = config.scale or max(1, min(WIDTH // (columns * side), math.isqrt(VIEWABLE // total) // side))
-    if "grid" in save and total * (scale * side) ** 2 > VIEWABLE:
-        raise UsageError(f"a grid of {total} samples is too large to view: use fewer --n-samples, or --save images")
-
+    scale = _scale(config, len(rows), n, max((kind.size for kind in drawn.values()), default=1))
     about = {
         "experiment": experiment,
         "epoch": trained.get("epoch"),
@@ -206,28 +193,53 @@ def sample(
         "given": [row.said for row in rows],
     }
     samples = draw(model, controls, rows, n, config.seed, config.temperature, config.draw)
+    _write(config, stem, controls, rows, samples, scale, about)
+    print(f"wrote {len(rows) * n} samples to {config.out_dir / f'{stem}*'}")
+
+
+def _scale(config: Sampling, n_rows: int, n: int, side: int) -> int:
+    """Return the side of a pixel in grids of n_rows x n samples. Raises UsageError for a grid too large to view."""
+    total, columns = n_rows * n, COLUMNS if n_rows == 1 else max(COLUMNS, n)
+    scale = config.scale or max(1, min(WIDTH // (columns * side), math.isqrt(VIEWABLE // total) // side))
+    if "grid" in config.saved and total * (scale * side) ** 2 > VIEWABLE:
+        raise UsageError(f"a grid of {total} samples is too large to view: use fewer --n-samples, or --save images")
+    return scale
+
+
+def _write(
+    config: Sampling,
+    stem: str,
+    controls: Controls,
+    rows: Sequence[Row],
+    samples: Mapping[str, Tensor],
+    scale: int,
+    about: Mapping[str, Any],
+) -> None:
+    """Write the samples of each row, by control: what --save asks for, and of all controls but pictures a text."""
+    drawn = {name: kind for name, kind in controls.items() if kind.size}
     pictures = {
         name: np.concatenate([as_bytes(kind.pictures(some)) for some in samples[name].split(BLOCK)])
         for name, kind in drawn.items()
     }
     for name, kind in controls.items():
+        path = config.out_dir / f"{stem}{name}"
         if not isinstance(kind, Picture):
             lines = "".join(f"{line}\n" for line in kind.lines(samples[name]))
-            write_atomically(path(f"{name}.txt"), lines.encode())
-        if "npy" in save:
-            with whole(path(f"{name}.npy")) as file:
+            write_atomically(Path(f"{path}.txt"), lines.encode())
+        if "npy" in config.saved:
+            with whole(Path(f"{path}.npy")) as file:
                 np.save(file, samples[name].float().numpy())
-        if "grid" in save and name in drawn:
-            write_atomically(path(f"{name}.png"), png(_grid(rows, drawn, pictures[name], scale), about))
-    for name, folder in folders.items():
-        folder.mkdir(parents=True, exist_ok=True)
-        for i, picture in enumerate(pictures[name]):
-            (folder / f"{i:05}.png").write_bytes(png(picture, {**about, "given": rows[i // n].said}))
-    if "npy" in save:
-        write_atomically(path("given.json"), (json.dumps(about, indent=2) + "\n").encode())
+        if "grid" in config.saved and name in drawn:
+            write_atomically(Path(f"{path}.png"), png(_grid(rows, drawn, pictures[name], scale), about))
+        if "images" in config.saved and name in drawn:
+            path.mkdir(parents=True, exist_ok=True)
+            for i, picture in enumerate(pictures[name]):
+                given = rows[i * len(rows) // len(pictures[name])].said
+                (path / f"{i:05}.png").write_bytes(png(picture, {**about, "given": given}))
+    if "npy" in config.saved:
+        write_atomically(config.out_dir / f"{stem}given.json", (json.dumps(about, indent=2) + "\n").encode())
     if len(drawn) > 1:
         write_atomically(config.out_dir / "contact_sheet.png", png(_contact_sheet(rows, drawn, pictures), about))
-    print(f"wrote {total} samples to {path('*')}")
 
 
 def _grid(rows: Sequence[Row], drawn: Controls, pictures: np.ndarray, scale: int) -> np.ndarray:
