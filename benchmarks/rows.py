@@ -347,7 +347,7 @@ def _drawn(some: Sequence[Mapping[str, Any]], name: str) -> list[str]:
     return [agreement, distance, variance, nats]
 
 
-# Paired differences: recipes compared with a base by example, and batch norm's statistics by seed.
+# Paired differences: recipes compared with a base by example.
 
 QUANTITIES = ("log p(image), q(z | image)", "log p(image, text), q(z | image)")
 """What is compared: columns of what loglike.py --per-example wrote."""
@@ -425,34 +425,6 @@ def _difference(ours: BySeed, base: BySeed, name: str) -> str:
     mean = over_seeds([statistics.fmean(values) for values in zip(*by_seed, strict=True)], "+.2f")
     means = [statistics.fmean(values) for values in by_seed]
     return mean + (f" ({statistics.stdev(means) / len(means) ** 0.5:.2f})" if len(means) > 1 else "")
-
-
-def batch_norm(root: Path, document: Path) -> str:
-    """A row for each experiment and objective: batch norm's statistics over all terms against those of each term."""
-    files = [read(path) for path in sorted(root.glob("results/batch_norm/*.json"))]
-    groups: dict[tuple[str, str], dict[int, dict[str, dict[str, float]]]] = {}
-    for file in files:
-        by_seed = groups.setdefault((file["experiment"], file["reconstruct"]), {})
-        by_seed.setdefault(file["seed"], {})[file["statistics"]] = file["validation_loss"]
-    rows, n_seeds = [], set()
-    for (experiment, reconstruct), by_seed in groups.items():
-        pairs = [found for found in by_seed.values() if {"joint", "term"} <= found.keys()]
-        n_seeds.add(len(pairs))
-        joint, term = ([pair[kind]["evaluation"] for pair in pairs] for kind in ("joint", "term"))
-        gaps = [[pair[kind]["evaluation"] - pair[kind]["training"] for pair in pairs] for kind in ("joint", "term")]
-        differences = [ours - other for ours, other in zip(joint, term, strict=True)]
-        rows.append([experiment, f"`{reconstruct}`", *map(over_seeds, [joint, term, differences, *gaps])])
-    columns = ["", "`--reconstruct`", "loss, joint", "loss, per term", "joint - per term", "gap, joint"]
-    sizes = {
-        f"{file['experiment']} {file['n_train']:,} and {file['n_validation']:,} for {file['epochs']} epochs"
-        for file in files
-    }
-    about = (
-        "Validation loss in nats per example (the negative objective at β = 1, λ included), in evaluation mode: mean ± "
-        f"standard error over {either(n_seeds)} seeds; the difference is paired. Gap: this loss minus that with the "
-        f"statistics of each batch. Training and validation examples: {'; '.join(sorted(sizes))}; {commits(files)}."
-    )
-    return page([*columns, "gap, per term"], rows, about)
 
 
 # Weak supervision: a row for each method, a column for each number of labels.
@@ -566,64 +538,8 @@ def speed(root: Path, document: Path) -> str:
     return page([*columns, "given only / ours", "share of the batch"], rows, about, files)
 
 
-def memory(root: Path, document: Path) -> str:
-    """A row for each experiment: peak memory of a step, and the time that loglike.py takes."""
-    files, rows = step_files(root), []
-    for file in files:
-        minutes = {(row["experiment"], row["device"]): spread(row["minutes"], ".1f") for row in file["loglike"]}
-        for row in file["memory"]:
-            found = [row.get(kind) for kind in ("plain", "ours", "ours, compiled")]
-            peaks = [f"{one['peak_mib']:.0f}" if one else "–" for one in found]
-            befores = [f" ({one['before_mib']:.0f})" if one and "before_mib" in one else "" for one in found]
-            cells = [peak + before for peak, before in zip(peaks, befores, strict=True)]
-            waited = minutes.get((row["experiment"], row["device"]), "–")
-            rows.append([row["experiment"], _device(file, {"threads": 1, **row}), row["precision"], *cells, waited])
-    rows.sort(key=lambda row: list(EXPERIMENTS).index(row[0]))
-    columns = ["", "device", "precision", "plain, MiB", "ours, MiB", "ours compiled, MiB", "loglike.py, minutes"]
-    about = (
-        "Peak memory of a process that takes 10 steps; in brackets, Python and torch alone. loglike.py for 1,000 "
-        f"examples with 1,000 importance samples, extrapolated from 10: median (lower to upper quartile). "
-        f"{machines(files)}"
-    )
-    return page(columns, rows, about, files)
-
-
 def _device(file: Mapping[str, Any], step: Mapping[str, Any]) -> str:
     return file["gpu"] if step["device"] != "cpu" else f"CPU, {step['threads']} thread{'s' * (step['threads'] > 1)}"
-
-
-VARIANTS = {
-    "each by itself": "without sharing samples",
-    "predictions apart": "without shared decoding",
-    "larger chunks": "larger chunks",
-    "each logarithm": "without fused log",
-}
-"""The ways to estimate, as the table names them."""
-
-
-def loglike(root: Path, document: Path) -> str:
-    """A row for each experiment, a column for each way to estimate log-likelihoods, divided by ours."""
-    files = [read(path) for path in sorted(root.glob("results/loglike-*.json"))]
-    rows = [[file["experiment"], *(spread(file["ratios"][way]) for way in VARIANTS)] for file in files]
-    about = "CPU time divided by that of loglike.py: median (lower to upper quartile) of turns."
-    return page(["", *(f"{name} / ours" for name in VARIANTS.values())], rows, about, files)
-
-
-def loglike_full(root: Path, document: Path) -> str:
-    """A row for each run of loglike.py over a whole test split: how long it took, and what it found."""
-    files, rows = [read(path) for path in sorted(root.glob("results/full/*.json"))], []
-    for file in files:
-        found = {(row["quantity"], row["proposal"]): row for row in file["log_likelihood"]}
-        both = [found[name, IMAGE] for name in ("log p(image)", "log p(image, text)")]
-        cells = [f"{row['mean']:.3f} ± {row['standard_error']:.3f}" for row in both]
-        processes = file["processes"] if "processes" in file else file["jobs"]
-        rows.append([file["precision"], str(processes), f"{file['seconds'] / 60:.1f}", *cells])
-    columns = ["precision", "processes", "minutes", "log p(image)", "log p(image, text)"]
-    about = (
-        f"A model of mnist, {either(file['n_examples'] for file in files)} test images, "
-        f"{either(file['n_samples'] for file in files)} importance samples of each quantity under each proposal."
-    )
-    return page(columns, rows, about, files)
 
 
 def of_one_file(name: str, rows: Callable[[dict[str, Any]], tuple[list[str], list[list[str]], str]]) -> Make:
@@ -634,19 +550,6 @@ def of_one_file(name: str, rows: Callable[[dict[str, Any]], tuple[list[str], lis
         return page(*rows(content := read(path)), [content]) if path.exists() else NOTHING
 
     return whole
-
-
-def threads(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
-    """A row for each experiment and number of other processes, a column for each way to run a step."""
-    rates: dict[tuple[str, int], dict[str, float]] = {}
-    for row in content["rows"]:
-        rates.setdefault((row["experiment"], row["busy"]), {})[row["way"]] = row["rate"][1]
-    rows = [[name, str(busy), *(f"{rate:.2f}" for rate in by_way.values())] for (name, busy), by_way in rates.items()]
-    about = (
-        "Examples per second, relative to one thread without other processes: medians of turns. The other processes "
-        f"are busy loops. {machines([content])}"
-    )
-    return ["", "other processes", *next(iter(rates.values()))], rows, about
 
 
 def processes(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
@@ -721,11 +624,7 @@ TABLES: dict[str, Make] = {
     **{name: of_experiment(name) for name in EXPERIMENTS},
     **{grid: paired(grid) for grid in ("ablation", "precision", "reconstruct")},
     "quality": quality,
-    "batch_norm": batch_norm,
     **{f"weak_{name}": weak(name) for name in ("mnist", "fashionmnist", "multimnist", "celeba")},
     "speed": speed,
-    "memory": memory,
-    "loglike": loglike,
-    "loglike_full": loglike_full,
-    **{made.__name__: of_one_file(made.__name__, made) for made in (threads, processes, peer, launches, gpu)},
+    **{made.__name__: of_one_file(made.__name__, made) for made in (processes, peer, launches, gpu)},
 }

@@ -11,8 +11,6 @@ TABLES. The files:
     results/weak/*.json                             by weak_supervision.py
     results/{step-*,processes,peer}.json            by step.py, processes.py and peer.py, with --json
     results/{launches,gpu}.json                     by launches.py and gpu.py
-    results/full/*.json                             by loglike.py --json, of a whole test split
-    results/{loglike-*,threads,batch_norm/*}.json   by scripts of earlier commits
     benchmarks/paper.json                           the paper's numbers
 """
 
