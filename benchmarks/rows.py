@@ -5,6 +5,7 @@ import json
 import os
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -594,6 +595,15 @@ def launches(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
     return ["", "batch", "objective", "β, sums, watch", "AdamW", "eager step", "captured step"], rows, about
 
 
+def kills(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
+    """A row for each way to run mnist/train.py, and their sum."""
+    names = ["runs", "SIGKILL", "stop signals", "saved stops"]
+    failures = ["tracebacks", "refusals", "hung", "lost", "differences"]
+    kinds = {**content["kinds"], "all": sum(map(Counter, content["kinds"].values()), Counter())}
+    rows = [[kind, *(str(found.get(name, 0)) for name in names + failures)] for kind, found in kinds.items()]
+    return ["", *names, *failures], rows, "Counts of runs and kills; the last five columns count failures."
+
+
 def gpu(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
     """A row for each experiment and precision: an eager and a captured step, and the device's floors."""
     columns = {
@@ -626,5 +636,5 @@ TABLES: dict[str, Make] = {
     "quality": quality,
     **{f"weak_{name}": weak(name) for name in ("mnist", "fashionmnist", "multimnist", "celeba")},
     "speed": speed,
-    **{made.__name__: of_one_file(made.__name__, made) for made in (processes, peer, launches, gpu)},
+    **{made.__name__: of_one_file(made.__name__, made) for made in (processes, peer, launches, kills, gpu)},
 }

@@ -10,7 +10,7 @@ TABLES. The files:
     results/baselines/MODEL-EXPERIMENT-SEED.json    by baselines/run.py
     results/weak/*.json                             by weak_supervision.py
     results/{step-*,processes,peer}.json            by step.py, processes.py and peer.py, with --json
-    results/{launches,gpu}.json                     by launches.py and gpu.py
+    results/{launches,kills,gpu}.json               by launches.py, kills.py and gpu.py
     benchmarks/paper.json                           the paper's numbers
 """
 
