@@ -39,7 +39,7 @@ class Experiment(NamedTuple):
 
 
 CLASS = ("accuracy of the label predicted from the image",)
-STRING = ("accuracy of the text read off the image, whole strings",)
+STRING = ("accuracy of the text predicted from the image, whole strings",)
 ATTRIBUTE = ("accuracy of an attribute predicted from the image", "balanced accuracy of an attribute")
 ALL_19 = ("Bald, Bangs, ..., Wearing_Hat", "Bald, ..., Wearing_Hat")
 EXPERIMENTS = {
