@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mvae.errors import UserError
+from mvae.run.evaluate import variance_limit
 
 from common import spread
 from markdown import NOTHING, agreed, commits, either, folded, machines, over_seeds, page, read, table
@@ -76,11 +77,15 @@ class Run(NamedTuple):
 
 
 class Average(NamedTuple):
-    """A mean over seeds; the standard error over the test examples, which all seeds share; the seeds' deviation."""
+    """A mean over seeds; the standard error over the test examples, which all seeds share; the seeds' deviation.
+
+    star: "*" for an estimate that a few importance samples decide.
+    """
 
     mean: float
     error: float
     spread: float | None
+    star: str = ""
 
     @classmethod
     def of(cls, found: Sequence[Mapping[str, float]]) -> "Average":
@@ -91,7 +96,7 @@ class Average(NamedTuple):
     def nats(self) -> str:
         digits = ".2f" if self.error < 1 else ".1f"
         seeds = "" if self.spread is None else f" (seeds {self.spread:{digits}})"
-        return f"{self.mean:{digits}} ± {self.error:{digits}}{seeds}"
+        return f"{self.mean:{digits}} ± {self.error:{digits}}{seeds}{self.star}"
 
     def percent(self) -> str:
         seeds = "" if self.spread is None else f" (seeds {100 * self.spread:.1f})"
@@ -126,7 +131,21 @@ def estimates(experiment: str, some: Sequence[Run]) -> dict[tuple[str, str], Ave
     for run in some:
         for row in run.content["log_likelihood"]:
             rows.setdefault((named(row["quantity"]), named(row["proposal"])), []).append(row)
-    return {key: Average.of(found) for key, found in rows.items()}
+    found = {key: Average.of(lines) for key, lines in rows.items()}
+    for key, lines in rows.items():
+        variance = statistics.fmean(line["log_weight_variance"] for line in lines)
+        if variance > variance_limit(some[0].content["n_samples"]):
+            found[key] = found[key]._replace(star="*")
+    return found
+
+
+def starred(averages: Iterable[Average]) -> str:
+    """Return the sentence of a caption that explains stars, if there are any."""
+    text = (
+        " \\*: a few samples decide the estimate (of a conditional: its joint's), which is too low on average: the "
+        "variance of the log weights exceeds 2 ln(samples)."
+    )
+    return text if any(one.star for one in averages) else ""
 
 
 def measures(some: Sequence[Run]) -> dict[str, Average]:
@@ -184,7 +203,7 @@ def experiments(root: Path, document: Path) -> str:
 
 def compared(root: Path, document: Path) -> str:
     """A row for each experiment that the paper has: log-likelihoods of the recommended recipe and the paper's."""
-    rows = []
+    rows, shown = [], []
     for experiment, about in EXPERIMENTS.items():
         paper, some = of_the_paper(experiment), _fast(root, experiment)
         if not paper:
@@ -192,15 +211,16 @@ def compared(root: Path, document: Path) -> str:
         found, measured, row = estimates(experiment, some), measures(some) if some else {}, [experiment]
         for name in (quantity.format(label=about.label) for quantity in OF_THE_IMAGE[:2]):
             digits = ".1f" if abs(paper[name]) > 1000 else ".2f"
-            ours = f"{found[name, IMAGE].mean:{digits}}" if (name, IMAGE) in found else "–"
-            row.append(f"{ours} / {paper[name]:{digits}}")
+            ours = found.get((name, IMAGE))
+            shown += [ours] if ours else []
+            row.append(f"{f'{ours.mean:{digits}}{ours.star}' if ours else '–'} / {paper[name]:{digits}}")
         accuracy = [f"{100 * measured[name].mean:.1f} %" for name in about.accuracies if name in measured]
         rows.append([*row, accuracy[0] if accuracy else "–"])
     columns = ["experiment", "log p(image), ours / paper", "log p(image, label), ours / paper", "label accuracy"]
     about_all = (
         "Nats per test example, by importance sampling from q(z | image): our preset `fast`, and the paper's Table 2."
     )
-    return page(columns, rows, about_all)
+    return page(columns, rows, about_all + starred(shown))
 
 
 def short(experiment: str) -> Make:
@@ -211,11 +231,9 @@ def short(experiment: str) -> Make:
         if not some:
             return NOTHING
         found, measured = estimates(experiment, some), measures(some)
-        rows = []
-        for name in (quantity.format(label=about.label) for quantity in OF_THE_IMAGE):
-            if (name, IMAGE) in found:
-                value = found[name, IMAGE]._replace(spread=None)
-                rows.append([name, value.nats(), f"{paper[name]:.2f}" if name in paper else ""])
+        names = [quantity.format(label=about.label) for quantity in OF_THE_IMAGE]
+        shown = {name: found[name, IMAGE]._replace(spread=None) for name in names if (name, IMAGE) in found}
+        rows = [[name, one.nats(), f"{paper[name]:.2f}" if name in paper else ""] for name, one in shown.items()]
         rows += [[name, measured[name]._replace(spread=None).percent(), ""] for name in about.accuracies]
         epochs, minutes = _epochs_and_minutes(some)
         rows.append(["epochs", epochs.partition(" / ")[2], str(PAPER["epochs"][experiment])])
@@ -225,6 +243,7 @@ def short(experiment: str) -> Make:
             f"Log p in nats: mean ± standard error over {some[0].content['n_examples']:,} test examples{seeds}, by "
             f"{some[0].content['n_samples']:,} importance samples from q(z | image)."
         )
+        about_all += starred(shown.values())
         width = 3 if paper else 2
         return page(["", "`fast`", "the paper"][:width], [row[:width] for row in rows], about_all)
 
@@ -264,7 +283,8 @@ def of_experiment(experiment: str) -> Make:
                 " Coherence: how often a classifier reads the label from images drawn given it. Agreement: how often "
                 "it reads from an image drawn from the prior the label that the same z gives."
             )
-        parts = [page(columns, rows, about + _brackets(recipes.values()))]
+        about += _brackets(recipes.values()) + starred(average for one in found for average in one.values())
+        parts = [page(columns, rows, about)]
         if by_attribute:
             parts.append(folded("Each attribute", _attributes(by_attribute, list(recipes))))
         return "\n\n".join([*parts, *(folded(*_origin(recipe, some)) for recipe, some in recipes.items())])
