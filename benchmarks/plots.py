@@ -11,7 +11,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,10 @@ def curves(root: Path) -> Figure | None:
     if not found:
         return None
     figure, panels = pyplot.subplots(1, 3, figsize=(WIDTH, 2.9), layout="constrained")
-    for colour, (recipe, seeds) in zip(COLOURS, found.items(), strict=False):
+    looks = cycle(product(("-", "--"), COLOURS))
+    for (style, colour), (recipe, seeds) in zip(looks, found.items(), strict=False):
         for i, records in enumerate(seeds):
-            look = {"color": colour, "label": recipe if i == 0 else None}
+            look = {"color": colour, "linestyle": style, "label": recipe if i == 0 else None}
             epochs = [float(record["epoch"]) for record in records]
             minutes = [seconds / 60 for seconds in accumulate(record["seconds"] for record in records)]
             for panel, at, name in zip(panels, (epochs, minutes, epochs), (ELBO, ELBO, ACCURACY), strict=True):

@@ -234,7 +234,9 @@ def short(experiment: str) -> Make:
         names = [quantity.format(label=about.label) for quantity in OF_THE_IMAGE]
         shown = {name: found[name, IMAGE]._replace(spread=None) for name in names if (name, IMAGE) in found}
         rows = [[name, one.nats(), f"{paper[name]:.2f}" if name in paper else ""] for name, one in shown.items()]
-        rows += [[name, measured[name]._replace(spread=None).percent(), ""] for name in about.accuracies]
+        rows += [
+            [name, measured[name]._replace(spread=None).percent(), ""] for name in about.accuracies if name in measured
+        ]
         epochs, minutes = _epochs_and_minutes(some)
         rows.append(["epochs", epochs.partition(" / ")[2], str(PAPER["epochs"][experiment])])
         rows.append(["training minutes", minutes, ""])

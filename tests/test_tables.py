@@ -79,8 +79,8 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The benchmarks `tables` and `rows`."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     yield importlib.import_module("tables")
-    for name in ("tables", "rows"):
-        sys.modules.pop(name)
+    for name in ("tables", "table2", "rows", "plots"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -209,6 +209,12 @@ def test_an_experiments_table_ends_in_the_commands_that_made_it(root: Path, modu
     assert "10,000 test examples with 1,000 importance samples each" in text
 
 
+def test_a_model_without_accuracies_has_no_rows_for_them(root: Path, modules: Any) -> None:
+    write(root / "results" / "fashionmnist-fast-0.json", loglike("fashionmnist", 0, {("log p(image)", IMAGE): -232.5}))
+    names = [row[0] for row in rows_of(root, modules, "short_fashionmnist")[2:]]
+    assert names == ["log p(image)", "epochs", "training minutes"]
+
+
 def test_a_caption_explains_the_stars_of_its_table(root: Path, modules: Any) -> None:
     """Estimates with a variance of log weights above 2 ln 1000 = 13.8."""
     captions = {name: modules.TABLES[name](root, root / "README.md") for name in ("mnist", "short_mnist")}
@@ -273,3 +279,14 @@ def test_plots_are_drawn_from_the_results(root: Path) -> None:
             assert sum(ImageChops.difference(red, blue).histogram()[60:]) > 200  # coloured pixels, not only axes
     curves.write_text("{")
     assert_refused(run_warm("benchmarks/plots.py", "--root", root, cwd=root), 1, "curves-mnist-fast-0.jsonl")
+
+
+def test_each_recipe_has_a_curve(tmp_path: Path, modules: Any) -> None:
+    """Even if there are more of them than colours."""
+    plots = importlib.import_module("plots")
+    names = [f"recipe{i}" for i in range(len(plots.COLOURS) + 2)]
+    for name in names:
+        record = {"epoch": 1, "seconds": 60.0, plots.ELBO: -95.0, plots.ACCURACY: 0.9}
+        write(tmp_path / "results" / f"curves-mnist-{name}-0.jsonl", record)
+    shown = plots.curves(tmp_path).legends[0].get_texts()
+    assert [text.get_text() for text in shown] == [*names, "log p, the paper"]
