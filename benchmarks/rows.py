@@ -337,8 +337,8 @@ def quality(root: Path, document: Path) -> str:
         for recipe, some in files.items():
             if recipe.partition("-")[0] != experiment:
                 continue
-            epochs = max(one["training"]["epoch"] for one in some)
-            first = f"{recipe}<br>{epochs} epochs, {len(some)} seed{'s' * (len(some) > 1)}"
+            epochs = either(one["training"]["epoch"] for one in some)
+            first = f"{recipe}<br>best epoch {epochs}, {len(some)} seed{'s' * (len(some) > 1)}"
             names = some[0]["drawn"]
             rows += [["" if i else first, name, *_drawn(some, name)] for i, name in enumerate(names)]
     every = [

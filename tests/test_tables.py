@@ -183,7 +183,14 @@ def test_a_table_that_differs_from_its_results_is_found(root: Path) -> None:
         ),
         (
             "quality",
-            ["mnist-fast<br>25 epochs, 2 seeds", "N(0, I)", "55.0 ± 1.0 (seeds 7.1) %", "10.5 ± 0.5", "40.5 ± 0.5", ""],
+            [
+                "mnist-fast<br>best epoch 25, 2 seeds",
+                "N(0, I)",
+                "55.0 ± 1.0 (seeds 7.1) %",
+                "10.5 ± 0.5",
+                "40.5 ± 0.5",
+                "",
+            ],
         ),
         (
             "quality",
