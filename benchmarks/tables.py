@@ -60,7 +60,7 @@ def rewritten(text: str, document: Path, root: Path, check: bool = False) -> str
         name = match[1]
         if name not in TABLES:
             raise UserError(f"{where}: no table is called {name}, only {', '.join(TABLES)}")
-        table = f"{START}{name} -->\n\n{TABLES[name](root, document)}\n\n{END}"
+        table = f"{START}{name} -->\n\n{TABLES[name](root)}\n\n{END}"
         if check and table != match[0]:
             raise UserError(f"{where}: table {name} differs from results/: run python benchmarks/tables.py")
         return table

@@ -129,7 +129,7 @@ def root(tmp_path: Path, modules: Any) -> Path:
 
 def rows_of(root: Path, modules: Any, name: str) -> list[list[str]]:
     """The cells of a table, its header first."""
-    text = modules.TABLES[name](root, root / "README.md")
+    text = modules.TABLES[name](root)
     lines = [line.replace("\\|", "¦") for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip().replace("¦", "|") for cell in line.strip("|").split("|")] for line in lines]
 
@@ -171,13 +171,13 @@ def test_a_table_that_differs_from_its_results_is_found(root: Path) -> None:
         ("binarymnist", ["log p(image)", IMAGE, "-86.50 ± 0.25", "*-86.03*"]),
         ("celeba19", ["log p(image, attrs)", "q(z | image, attrs)", "-6350.00 ± 0.25*", ""]),
         ("celeba19", ["Male", "87.5 ± 0.1 %", "87.5 ± 0.1 %"]),
-        ("ablation", ["`base`", "3", "25.0", "-91.33", "", "-92.33", ""]),
-        ("ablation", ["`iw-2`", "3", "25.0", "-90.17", "+1.17 ± 0.50 (0.33)", "-91.17", "+1.17 ± 0.50 (0.33)"]),
-        ("reconstruct", ["`text`", "2", "25.0", "-91.00", "", "-92.00", "", "51.00", ""]),
+        ("ablation", ["`base`", "3", "25", "-91.33", "", "-92.33", ""]),
+        ("ablation", ["`iw-2`", "3", "25", "-90.17", "+1.17 ± 0.50 (0.33)", "-91.17", "+1.17 ± 0.50 (0.33)"]),
+        ("reconstruct", ["`text`", "2", "25", "-91.00", "", "-92.00", "", "51.00", ""]),
         (
             "reconstruct",
             [
-                *("`all`", "2", "25.0", "-91.00", "+0.00 ± 0.00 (0.00)", "-92.00", "+0.00 ± 0.00 (0.00)"),
+                *("`all`", "2", "25", "-91.00", "+0.00 ± 0.00 (0.00)", "-92.00", "+0.00 ± 0.00 (0.00)"),
                 *("63.00", "+12.00 (2.00)"),
             ],
         ),
@@ -210,7 +210,7 @@ def test_a_table_has_the_row(root: Path, modules: Any, name: str, expected: list
 
 
 def test_an_experiments_table_ends_in_the_commands_that_made_it(root: Path, modules: Any) -> None:
-    text = modules.TABLES["mnist"](root, root / "README.md")
+    text = modules.TABLES["mnist"](root)
     for command in ("mnist/train.py --seed 1", "mnist/loglike.py MODEL", "benchmarks/coherence.py mnist --seed 1"):
         assert f"\npython {command}" in text
     assert "10,000 test examples with 1,000 importance samples each" in text
@@ -224,7 +224,7 @@ def test_a_model_without_accuracies_has_no_rows_for_them(root: Path, modules: An
 
 def test_a_caption_explains_the_stars_of_its_table(root: Path, modules: Any) -> None:
     """Estimates with a variance of log weights above 2 ln 1000 = 13.8."""
-    captions = {name: modules.TABLES[name](root, root / "README.md") for name in ("mnist", "short_mnist")}
+    captions = {name: modules.TABLES[name](root) for name in ("mnist", "short_mnist")}
     assert "\\*: a few samples decide" in captions["mnist"]
     assert "*: a few samples decide" not in captions["short_mnist"]
 
@@ -237,7 +237,7 @@ def test_an_experiment_without_results_has_dashes(root: Path, modules: Any) -> N
     assert len(rows) == 7
     assert ["mnist", "– / -90.62", "– / -90.86", "–"] in rows_of(root, modules, "compared")
     for name in ("mnist", "short_mnist", "speed", "weak_celeba", "peer"):
-        assert modules.TABLES[name](root, root / "README.md") == "*There are no results for this table yet.*"
+        assert modules.TABLES[name](root) == "*There are no results for this table yet.*"
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_results_that_do_not_fit_are_refused(
     path = root / "results" / file
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(UserError, match=said):
-        modules.TABLES[table](root, root / "README.md")
+        modules.TABLES[table](root)
 
 
 @pytest.mark.parametrize(
