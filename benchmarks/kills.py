@@ -1,11 +1,11 @@
 """Kill training runs at random moments, resume them, and compare them bit for bit with runs that were never stopped.
 
-    python benchmarks/kills.py --minutes 60 --json results/kills.json
+    python benchmarks/kills.py --minutes 60
 
 mnist/train.py trains on synthetic digits, in one process or two of torchrun's, in one stage or two (--preset weak).
 Each run is killed and resumed until it ends. Half the kills are SIGKILL, the others signals that ask a run to stop;
-under torchrun they hit torchrun, one of its processes, or all three. --json is written after each run, and an existing
-file is continued. At the end a table is printed; with --minutes 0, nothing else. Needs Linux's /proc.
+under torchrun they hit torchrun, one of its processes, or all three. The counts are written after each run, and those
+of an existing file are continued. Needs Linux's /proc.
 """
 
 import contextlib
@@ -40,7 +40,6 @@ ONE = [*SMALL, "--binarize", "--iw-samples", "2", "--annealing-epochs", "2", "--
 TWO = [*SMALL, "--preset", "weak", "--n-paired", "40", "--images-first", "2", "--batch-size", "20"]
 KINDS = {"one stage": (1, ONE), "two stages": (1, TWO), "torchrun": (2, ONE), "torchrun, two stages": (2, TWO)}
 """The number of processes and the flags. Each run has 20 steps."""
-COUNTS = ("runs", "SIGKILL", "stop signals", "saved stops", "tracebacks", "refusals", "hung", "lost", "differences")
 
 FORKED = multiprocessing.get_context("forkserver")  # its server has imported what takes seconds
 PRELOAD = ["mvae.run.run", "mvae.run.config", "mvae.data.mnist", "torch._dynamo", "torch.distributed.launcher.api"]
@@ -51,7 +50,7 @@ FORKED.set_forkserver_preload([*PRELOAD, "torch.utils.tensorboard", "matplotlib.
 class Config:
     minutes: float = 60  # time after which no new run begins
     seed: int = 0  # random seed
-    json: Path | None = None  # file of the counts
+    json: Path = ROOT / "results" / "kills.json"  # file of the counts
 
 
 def start(n_processes: int, folder: Path, flags: list[str]) -> None:
@@ -163,14 +162,13 @@ def main() -> None:
     config = cli.parse(__doc__, Config)
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     kinds: dict[str, dict[str, int]] = {kind: {} for kind in KINDS}
-    if config.json and config.json.exists():
+    if config.json.exists():
         kinds |= json.loads(config.json.read_text())["kinds"]
     ends, spans = time.monotonic() + 60 * config.minutes, dict[str, float]()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        if config.minutes:
-            synthetic.main(["digits", str(root / "data"), "--train", "200", "--test", "100"])
-            FORKED.Process(target=int).start()  # starts the server
+        synthetic.main(["digits", str(root / "data"), "--train", "200", "--test", "100"])
+        FORKED.Process(target=int).start()  # starts the server
         while time.monotonic() < ends:
             kind = min(kinds, key=lambda kind: kinds[kind].get("runs", 0))
             if kind not in spans:
@@ -185,10 +183,6 @@ def main() -> None:
             total = Counter(kinds[kind]) + case(kind, folder, root / kind, spans[kind], rng)
             kinds[kind] = {name: int(n) for name, n in total.items()}
             write(config.json, {**about(), "seed": config.seed, "kinds": kinds})
-    print("", *["", *COUNTS], "", sep=" | ")
-    print("", *["---"] * (1 + len(COUNTS)), "", sep=" | ")
-    for kind, found in [*kinds.items(), ("all", sum(map(Counter, kinds.values()), Counter()))]:
-        print("", kind, *(found.get(name, 0) for name in COUNTS), "", sep=" | ")
 
 
 if __name__ == "__main__":

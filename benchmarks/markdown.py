@@ -1,5 +1,6 @@
 """Files of results, and Markdown."""
 
+import csv
 import json
 import math
 import statistics
@@ -20,6 +21,25 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"can't read {path}: {error}") from None
 
 
+def read_csv(path: Path, names: Iterable[str]) -> dict[str, list[float]]:
+    """Return columns of a CSV file. Raises UserError, naming it, if they can't be read."""
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {name: [float(row[name]) for row in rows] for name in names}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"can't read {path}: {error!r}") from None
+
+
+def by_recipe(folder: Path, prefix: str, suffix: str = ".json") -> dict[str, dict[int, Path]]:
+    """Return the files PREFIX-RECIPE-SEED of a folder by recipe and seed."""
+    found: dict[str, dict[int, Path]] = {}
+    for path in sorted(folder.glob(f"{prefix}-*{suffix}")):
+        recipe, _, seed = path.stem.removeprefix(f"{prefix}-").rpartition("-")
+        found.setdefault(recipe, {})[int(seed)] = path
+    return found
+
+
 def agreed(files: Iterable[Mapping[str, Any]], name: str, whose: str) -> Any:
     """Return the value that all files have for `name`. Raises UserError, naming whose they are, if they differ."""
     values = {file[name] for file in files}
@@ -37,7 +57,7 @@ def page(
     parts = [table(columns, rows), f"*{about}*"]
     if files:
         lines = "\n".join(dict.fromkeys(file["command"] for file in files))
-        parts.append(folded(f"Commands, at {commits(files)}", f"```\n{lines}\n```"))
+        parts.append(fold(f"Commands, at {commits(files)}", f"```\n{lines}\n```"))
     return "\n\n".join(parts)
 
 
@@ -47,7 +67,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-def folded(summary: str, content: str) -> str:
+def fold(summary: str, content: str) -> str:
     """Return content that a click unfolds."""
     return f"<details><summary>{summary}</summary>\n\n{content}\n\n</details>"
 
@@ -60,7 +80,7 @@ def over_seeds(values: Sequence[float], digits: str = ".2f") -> str:
     return f"{statistics.fmean(values):{digits}}{error}"
 
 
-def machines(files: Iterable[Mapping[str, Any]]) -> str:
+def machine(files: Iterable[Mapping[str, Any]]) -> str:
     return " ".join(dict.fromkeys(f"{file['processor']}, torch {file['torch']}." for file in files))
 
 

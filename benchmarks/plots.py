@@ -11,7 +11,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,20 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from common import ROOT
-from rows import EXPERIMENTS, PLOTTED, accuracies, of_the_paper, weak_files
+from markdown import by_recipe
+from rows import EXPERIMENTS, accuracies, of_the_paper, weak_files
 
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9"]
 """Okabe and Ito's, which people with any kind of colour blindness can tell apart."""
 WIDTH, DPI = 8.8, 150  # inches, and pixels per inch: a letter is as large as a README's
+
+PLOTTED = {
+    "weak": "MVAE, preset weak",
+    "pca": "label propagation, no network",
+    "dropout": "classifier, labelled examples only",
+    "paper": "MVAE, the paper's objective",
+}
+"""The methods that the plot of few labels shows, as it names them."""
 
 SHOWN_OF_WEAK = (
     "accuracy",
@@ -69,24 +78,20 @@ def curves(root: Path) -> Figure | None:
 
     A dotted line is the paper's test log p(image, label), of which an ELBO is a lower bound.
     """
-    experiment, found = "mnist", dict[str, list[list[dict[str, Any]]]]()
-    for path in sorted(root.glob(f"results/curves-{experiment}-*.jsonl")):
-        recipe = path.stem.removeprefix(f"curves-{experiment}-").rpartition("-")[0]
-        try:
-            found.setdefault(recipe, []).append([json.loads(line) for line in path.read_text().splitlines()])
-        except ValueError as error:
-            raise UserError(f"can't read {path}: {error}") from None
+    files = by_recipe(root / "results", "curves-mnist", ".jsonl")
+    found = {recipe: [_records(path) for path in paths.values()] for recipe, paths in files.items()}
     if not found:
         return None
     figure, panels = pyplot.subplots(1, 3, figsize=(WIDTH, 2.9), layout="constrained")
-    for colour, (recipe, seeds) in zip(COLOURS, found.items(), strict=False):
+    looks = cycle(product(("-", "--"), COLOURS))
+    for (style, colour), (recipe, seeds) in zip(looks, found.items(), strict=False):
         for i, records in enumerate(seeds):
-            look = {"color": colour, "label": recipe if i == 0 else None}
+            look = {"color": colour, "linestyle": style, "label": recipe if i == 0 else None}
             epochs = [float(record["epoch"]) for record in records]
             minutes = [seconds / 60 for seconds in accumulate(record["seconds"] for record in records)]
             for panel, at, name in zip(panels, (epochs, minutes, epochs), (ELBO, ELBO, ACCURACY), strict=True):
                 _line(panel, records, at, name, **look)
-    paper = of_the_paper(experiment)["log p(image, text)"]
+    paper = of_the_paper("mnist")["log p(image, text)"]
     every = [records for seeds in found.values() for records in seeds]
     for panel in panels[:2]:
         _leave_out_the_first(panel, every, ELBO, paper)
@@ -98,6 +103,13 @@ def curves(root: Path) -> Figure | None:
         panel.set_xlabel(unit)
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
     return figure
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise UserError(f"can't read {path}: {error}") from None
 
 
 def _line(panel: Any, records: Sequence[Mapping[str, Any]], at: Sequence[float], name: str, **look: Any) -> None:

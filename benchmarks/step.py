@@ -5,14 +5,11 @@ A plain step (plain.py) encodes and decodes every modality in every term, in the
 called "given only". Ours is the loop of train.py. Before it is timed, both losses are found equal in evaluation mode.
 
 Each row comes from a process in which blocks of plain steps and of ours take turns; a ratio is that of neighbouring
-blocks. Memory is the peak of a process that takes 10 steps: on a CPU all of it, on CUDA what torch has allocated.
-loglike is the time of loglike.py for 1,000 examples with 1,000 importance samples, extrapolated from 10 examples.
+blocks.
 """
 
 import itertools
 import math
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from mvae import Data, Run, Term, Training, cli, evaluate, random_subsets
+from mvae import Data, Run, Term, Training, cli, random_subsets
 from mvae.data.dataset import permuted_rows
 from mvae.model import Precision, autocast
 
@@ -31,7 +28,6 @@ import plain
 from common import about, alone, in_turns, quartiles, write
 from experiments import EXPERIMENTS, NAMES, Name, build_model
 
-MIB = 2**20
 BLOCK_SECONDS = 0.2
 
 
@@ -57,27 +53,16 @@ class Config:
 def main() -> None:
     config = cli.parse(__doc__, Config)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    content: dict[str, Any] = {**about(), "device": ", ".join(devices), "steps": [], "memory": [], "loglike": []}
+    content: dict[str, Any] = {**about(), "device": ", ".join(devices), "steps": []}
     content["gpu"] = torch.cuda.get_device_name() if len(devices) > 1 else None
     compiled = (False,) if config.eager else (False, True)
     for name, device in itertools.product(config.experiments, devices):
-
-        def add(part: str, row: dict[str, Any], name: str = name, device: str = device) -> None:
-            content[part].append({"experiment": name, "device": device, **row})
-            print(part, content[part][-1], flush=True)
-
         threads = config.threads if device == "cpu" else config.threads[:1]
         for setting in itertools.starmap(Setting, itertools.product([device], threads, config.precision, compiled)):
-            row = alone(time_steps, name, setting, config.seconds)
-            add("steps", {"batch_size": EXPERIMENTS[name].batch_size, **setting._asdict(), **row})
-        for precision in config.precision:
-            found = {"plain": alone(memory, name, plain_step, Setting(device, 1, precision))}
-            for compiles in compiled:
-                setting = Setting(device, 1, precision, compiles)
-                found["ours" + ", compiled" * compiles] = alone(memory, name, our_step, setting)
-            add("memory", {"precision": precision, **found})
-        minutes = [100 * seconds / 60 for seconds in alone(time_loglike, name, device)]
-        add("loglike", {"threads": 1, "minutes": quartiles(minutes)})
+            times = alone(time_steps, name, setting, config.seconds)
+            row = {"experiment": name, "batch_size": EXPERIMENTS[name].batch_size, **setting._asdict(), **times}
+            content["steps"].append(row)
+            print(row, flush=True)
     write(config.json, content)
 
 
@@ -102,35 +87,6 @@ def time_steps(name: str, setting: Setting, seconds: float) -> dict[str, Any]:
         **{f"{kind} / ours": quartiles(times[kind] / times["ours"]) for kind in ("plain", "given only")},
         "data_share": float(np.median(times["batch"]) / np.median(times["ours"])),
     }
-
-
-def memory(name: str, step_of: Callable[..., Callable[[], None]], setting: Setting) -> dict[str, float]:
-    """Return the peak memory of 10 steps in MiB; on a CPU, that of Python and torch alone, too."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    repeated(step_of(name, prepare(name, setting), setting), 10, setting.device)()
-    if setting.device == "cuda":
-        return {"peak_mib": torch.cuda.max_memory_allocated() / MIB}
-    unit = MIB if sys.platform == "darwin" else 1024
-    return {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, "before_mib": before / unit}
-
-
-def time_loglike(name: str, device: str, precision: Precision = "fp32", n_samples: int = 1000) -> list[float]:
-    """Return the seconds that the log-likelihoods of 10 examples take, of several runs."""
-    experiment, data = EXPERIMENTS[name], prepare(name, Setting(device))[:10]
-    model = build_model(name, experiment.n_latents).to(device)
-
-    def run() -> None:
-        evaluate(
-            model,
-            data,
-            quantities=experiment.quantities,
-            predictions=experiment.predictions,
-            n_samples=n_samples,
-            precision=precision,
-        )
-
-    run()  # a first one starts the device
-    return in_turns({"loglike": run}, 5, time.perf_counter)["loglike"]
 
 
 def prepare(name: str, setting: Setting) -> Data:

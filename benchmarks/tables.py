@@ -10,9 +10,7 @@ TABLES. The files:
     results/baselines/MODEL-EXPERIMENT-SEED.json    by baselines/run.py
     results/weak/*.json                             by weak_supervision.py
     results/{step-*,processes,peer}.json            by step.py, processes.py and peer.py, with --json
-    results/{launches,gpu}.json                     by launches.py and gpu.py
-    results/full/*.json                             by loglike.py --json, of a whole test split
-    results/{loglike-*,threads,batch_norm/*}.json   by scripts of earlier commits
+    results/{launches,kills,gpu}.json               by launches.py, kills.py and gpu.py
     benchmarks/paper.json                           the paper's numbers
 """
 
@@ -62,7 +60,7 @@ def rewritten(text: str, document: Path, root: Path, check: bool = False) -> str
         name = match[1]
         if name not in TABLES:
             raise UserError(f"{where}: no table is called {name}, only {', '.join(TABLES)}")
-        table = f"{START}{name} -->\n\n{TABLES[name](root, document)}\n\n{END}"
+        table = f"{START}{name} -->\n\n{TABLES[name](root)}\n\n{END}"
         if check and table != match[0]:
             raise UserError(f"{where}: table {name} differs from results/: run python benchmarks/tables.py")
         return table

@@ -30,10 +30,10 @@ def main() -> None:
     data = data[torch.tensor(config.rows(data))]
     texts = data.tensors["text"]
     right = (read_texts(model, data) == texts).double()
-    measures = {"accuracy of the text read off the image, whole strings": right.prod(dim=1)}
+    measures = {"accuracy of the text predicted from the image, whole strings": right.prod(dim=1)}
     digits = texts != FILL
     if digits.any():
-        measures["accuracy of the text read off the image, per digit"] = right[digits]
+        measures["accuracy of the text predicted from the image, per digit"] = right[digits]
     report(found, measures, config, trained)
 
 

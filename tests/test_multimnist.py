@@ -384,7 +384,7 @@ def test_loglike_reports_both_accuracies(trained: Path) -> None:
     pairs = list(zip(datasets.decode(batch["text"]), datasets.decode(read), strict=True))
     right = [digit == other[i : i + 1] for text, other in pairs for i, digit in enumerate(text)]
     for kind, expected in (("whole strings", [text == other for text, other in pairs]), ("per digit", right)):
-        accuracy = found["measures"][f"accuracy of the text read off the image, {kind}"]["mean"]
+        accuracy = found["measures"][f"accuracy of the text predicted from the image, {kind}"]["mean"]
         assert accuracy == pytest.approx(np.mean(expected))
 
 

@@ -41,7 +41,7 @@ def loglike(experiment: str, seed: int, means: Mapping[tuple[str, str], float], 
         "log_likelihood": [
             {
                 **{"quantity": quantity, "proposal": proposal, "mean": mean, "standard_error": 0.25},
-                "log_weight_variance": 12.0,
+                "log_weight_variance": 12.0 if proposal == IMAGE else 14.0,
             }
             for (quantity, proposal), mean in means.items()
         ],
@@ -79,8 +79,8 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The benchmarks `tables` and `rows`."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     yield importlib.import_module("tables")
-    for name in ("tables", "rows"):
-        sys.modules.pop(name)
+    for name in ("tables", "table2", "rows", "plots"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def root(tmp_path: Path, modules: Any) -> Path:
 
 def rows_of(root: Path, modules: Any, name: str) -> list[list[str]]:
     """The cells of a table, its header first."""
-    text = modules.TABLES[name](root, root / "README.md")
+    text = modules.TABLES[name](root)
     lines = [line.replace("\\|", "¦") for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip().replace("¦", "|") for cell in line.strip("|").split("|")] for line in lines]
 
@@ -165,25 +165,32 @@ def test_a_table_that_differs_from_its_results_is_found(root: Path) -> None:
         ("short_mnist", ["epochs", "50", "500"]),
         ("mnist", ["", "proposal distribution", "`fast`", "`paper`", "the paper"]),
         ("mnist", ["log p(image)", IMAGE, "-90.62 ± 0.25 (seeds 0.18)", "-92.00 ± 0.25", "*-90.62*"]),
-        ("mnist", ["log p(image)", BOTH, "-92.62 ± 0.25 (seeds 0.18)", "-94.00 ± 0.25", ""]),
+        ("mnist", ["log p(image)", BOTH, "-92.62 ± 0.25 (seeds 0.18)*", "-94.00 ± 0.25*", ""]),
         ("mnist", [COHERENCE, "", "75.0 ± 0.1 (seeds 0.0) %", "–", ""]),
         ("mnist", ["training minutes", "", "25", "25", ""]),
         ("binarymnist", ["log p(image)", IMAGE, "-86.50 ± 0.25", "*-86.03*"]),
-        ("celeba19", ["log p(image, attrs)", "q(z | image, attrs)", "-6350.00 ± 0.25", ""]),
+        ("celeba19", ["log p(image, attrs)", "q(z | image, attrs)", "-6350.00 ± 0.25*", ""]),
         ("celeba19", ["Male", "87.5 ± 0.1 %", "87.5 ± 0.1 %"]),
-        ("ablation", ["`base`", "3", "25.0", "-91.33", "", "-92.33", ""]),
-        ("ablation", ["`iw-2`", "3", "25.0", "-90.17", "+1.17 ± 0.50 (0.33)", "-91.17", "+1.17 ± 0.50 (0.33)"]),
-        ("reconstruct", ["`text`", "2", "25.0", "-91.00", "", "-92.00", "", "51.00", ""]),
+        ("ablation", ["`base`", "3", "25", "-91.33", "", "-92.33", ""]),
+        ("ablation", ["`iw-2`", "3", "25", "-90.17", "+1.17 ± 0.50 (0.33)", "-91.17", "+1.17 ± 0.50 (0.33)"]),
+        ("reconstruct", ["`text`", "2", "25", "-91.00", "", "-92.00", "", "51.00", ""]),
         (
             "reconstruct",
             [
-                *("`all`", "2", "25.0", "-91.00", "+0.00 ± 0.00 (0.00)", "-92.00", "+0.00 ± 0.00 (0.00)"),
+                *("`all`", "2", "25", "-91.00", "+0.00 ± 0.00 (0.00)", "-92.00", "+0.00 ± 0.00 (0.00)"),
                 *("63.00", "+12.00 (2.00)"),
             ],
         ),
         (
             "quality",
-            ["mnist-fast<br>25 epochs, 2 seeds", "N(0, I)", "55.0 ± 1.0 (seeds 7.1) %", "10.5 ± 0.5", "40.5 ± 0.5", ""],
+            [
+                "mnist-fast<br>best epoch 25, 2 seeds",
+                "N(0, I)",
+                "55.0 ± 1.0 (seeds 7.1) %",
+                "10.5 ± 0.5",
+                "40.5 ± 0.5",
+                "",
+            ],
         ),
         (
             "quality",
@@ -203,10 +210,23 @@ def test_a_table_has_the_row(root: Path, modules: Any, name: str, expected: list
 
 
 def test_an_experiments_table_ends_in_the_commands_that_made_it(root: Path, modules: Any) -> None:
-    text = modules.TABLES["mnist"](root, root / "README.md")
+    text = modules.TABLES["mnist"](root)
     for command in ("mnist/train.py --seed 1", "mnist/loglike.py MODEL", "benchmarks/coherence.py mnist --seed 1"):
         assert f"\npython {command}" in text
     assert "10,000 test examples with 1,000 importance samples each" in text
+
+
+def test_a_model_without_accuracies_has_no_rows_for_them(root: Path, modules: Any) -> None:
+    write(root / "results" / "fashionmnist-fast-0.json", loglike("fashionmnist", 0, {("log p(image)", IMAGE): -232.5}))
+    names = [row[0] for row in rows_of(root, modules, "short_fashionmnist")[2:]]
+    assert names == ["log p(image)", "epochs", "training minutes"]
+
+
+def test_a_caption_explains_the_stars_of_its_table(root: Path, modules: Any) -> None:
+    """Estimates with a variance of log weights above 2 ln 1000 = 13.8."""
+    captions = {name: modules.TABLES[name](root) for name in ("mnist", "short_mnist")}
+    assert "\\*: a few samples decide" in captions["mnist"]
+    assert "*: a few samples decide" not in captions["short_mnist"]
 
 
 def test_an_experiment_without_results_has_dashes(root: Path, modules: Any) -> None:
@@ -217,7 +237,7 @@ def test_an_experiment_without_results_has_dashes(root: Path, modules: Any) -> N
     assert len(rows) == 7
     assert ["mnist", "– / -90.62", "– / -90.86", "–"] in rows_of(root, modules, "compared")
     for name in ("mnist", "short_mnist", "speed", "weak_celeba", "peer"):
-        assert modules.TABLES[name](root, root / "README.md") == "*There are no results for this table yet.*"
+        assert modules.TABLES[name](root) == "*There are no results for this table yet.*"
 
 
 @pytest.mark.parametrize(
@@ -236,7 +256,7 @@ def test_results_that_do_not_fit_are_refused(
     path = root / "results" / file
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(UserError, match=said):
-        modules.TABLES[table](root, root / "README.md")
+        modules.TABLES[table](root)
 
 
 @pytest.mark.parametrize(
@@ -266,3 +286,14 @@ def test_plots_are_drawn_from_the_results(root: Path) -> None:
             assert sum(ImageChops.difference(red, blue).histogram()[60:]) > 200  # coloured pixels, not only axes
     curves.write_text("{")
     assert_refused(run_warm("benchmarks/plots.py", "--root", root, cwd=root), 1, "curves-mnist-fast-0.jsonl")
+
+
+def test_each_recipe_has_a_curve(tmp_path: Path, modules: Any) -> None:
+    """Even if there are more of them than colours."""
+    plots = importlib.import_module("plots")
+    names = [f"recipe{i}" for i in range(len(plots.COLOURS) + 2)]
+    for name in names:
+        record = {"epoch": 1, "seconds": 60.0, plots.ELBO: -95.0, plots.ACCURACY: 0.9}
+        write(tmp_path / "results" / f"curves-mnist-{name}-0.jsonl", record)
+    shown = plots.curves(tmp_path).legends[0].get_texts()
+    assert [text.get_text() for text in shown] == [*names, "log p, the paper"]

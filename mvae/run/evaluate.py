@@ -274,13 +274,21 @@ def summary(values: Tensor) -> dict[str, Any]:
     return {"mean": mean, "standard_error": error, "n_examples": len(values)}
 
 
+def variance_limit(n_samples: int) -> float:
+    """Return 2 ln(n_samples): with a greater variance of the log weights, a few samples decide an estimate of log p.
+
+    If log weights are normal, importance sampling needs at least exp(variance / 2) samples (Chatterjee & Diaconis
+    2018). 0 samples are an unknown number.
+    """
+    return 2 * math.log(n_samples) if n_samples else math.inf
+
+
 def table(rows: Sequence[Mapping[str, Any]], n: int, n_samples: int = 0) -> str:
     """Return rows as text: means over n examples in nats, and the variance of the log importance weights.
 
-    If some are over fewer examples, a column says so. A variance above 2 ln(n_samples) is marked: if log weights are
-    normal, importance sampling needs at least exp(variance / 2) samples (Chatterjee & Diaconis 2018).
+    If some are over fewer examples, a column says so. A variance above variance_limit(n_samples) is marked.
     """
-    bad = 2 * math.log(n_samples) if n_samples else math.inf
+    bad = variance_limit(n_samples)
     own = any(row["n_examples"] != n for row in rows)
     cells = [("quantity", "proposal", "log-likelihood", "variance", "examples")]
     for row in rows:
