@@ -392,6 +392,6 @@ def test_the_table_shows_the_paper_and_the_better_of_two_proposals(
         (folder / f"vae-mnist-{seed}.json").write_text(json.dumps(content))
     text = table2(tmp_path)
     ours = "-90.00 ± 0.25 (seeds 0.71)"
-    assert f"\n| VAE | *-91.13* | {ours} |  |  |  |  | 8.0 |  | 24 / 25 | 5 | 2 |\n" in text
+    assert f"\n| VAE | *-91.13* | {ours} |  |  |  |  | 8.0 |  | 24 / 25 | 5.0 | 2 |\n" in text
     assert "\n| JMVAE | *-90.70* |  | *-90.77* |  | *-88.70* |  |  |  |  |  |  |\n" in text
     assert "\npython baselines/run.py --seed 1\n" in text
