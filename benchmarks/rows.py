@@ -143,8 +143,8 @@ def notes(averages: Iterable[Average]) -> str:
     about = " In brackets: standard deviation over seeds." if any(one.seeds is not None for one in shown) else ""
     if any(one.star for one in shown):
         about += (
-            " \\*: a few samples decide the estimate (of a conditional: its joint's), which is too low on average: the "
-            "variance of the log weights exceeds 2 ln(samples)."
+            " \\*: a few samples decide the estimate, which is then too low on average (the variance of the log "
+            "weights is above 2 ln(samples))."
         )
     return about
 
