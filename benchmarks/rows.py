@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mvae.errors import UserError
-from mvae.run.evaluate import variance_limit
+from mvae.run.evaluate import decided_by_few
 
 from common import spread
 from markdown import NOTHING, agreed, by_recipe, commits, either, fold, machine, over_seeds, page, read, read_csv, table
@@ -126,7 +126,7 @@ def estimates(some: Sequence[Run]) -> dict[tuple[str, str], Average]:
     found = {}
     for key, lines in rows.items():
         variance = statistics.fmean(line["log_weight_variance"] for line in lines)
-        star = "*" * (variance > variance_limit(some[0].content["n_samples"]))
+        star = "*" * decided_by_few({"proposal": key[1], "log_weight_variance": variance}, some[0].content["n_samples"])
         found[key] = Average.of(lines)._replace(variance=variance, star=star)
     return found
 

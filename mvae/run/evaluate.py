@@ -274,25 +274,25 @@ def summary(values: Tensor) -> dict[str, Any]:
     return {"mean": mean, "standard_error": error, "n_examples": len(values)}
 
 
-def variance_limit(n_samples: int) -> float:
-    """Return 2 ln(n_samples): with a greater variance of the log weights, a few samples decide an estimate of log p.
+def decided_by_few(row: Mapping[str, Any], n_samples: int) -> bool:
+    """Return whether a few of the samples decide an estimate: the variance of its log weights is above 2 ln(n_samples).
 
     If log weights are normal, importance sampling needs at least exp(variance / 2) samples (Chatterjee & Diaconis
-    2018). 0 samples are an unknown number.
+    2018). Those of samples from p(z) aren't: most z explain nothing, yet a tenth of them may explain a label.
     """
-    return 2 * math.log(n_samples) if n_samples else math.inf
+    return bool(n_samples) and row["proposal"] != under(()) and row["log_weight_variance"] > 2 * math.log(n_samples)
 
 
 def table(rows: Sequence[Mapping[str, Any]], n: int, n_samples: int = 0) -> str:
     """Return rows as text: means over n examples in nats, and the variance of the log importance weights.
 
-    If some are over fewer examples, a column says so. A variance above variance_limit(n_samples) is marked.
+    If some are over fewer examples, a column says so. The variance of an estimate `decided_by_few` is marked.
     """
-    bad = variance_limit(n_samples)
+    bad = [decided_by_few(row, n_samples) for row in rows]
     own = any(row["n_examples"] != n for row in rows)
     cells = [("quantity", "proposal", "log-likelihood", "variance", "examples")]
-    for row in rows:
-        variance = f"{row['log_weight_variance']:.2f}" + "*" * (row["log_weight_variance"] > bad)
+    for row, star in zip(rows, bad, strict=True):
+        variance = f"{row['log_weight_variance']:.2f}" + "*" * star
         value = shown(row["mean"], row["standard_error"], 3)
         cells.append((row["quantity"], row["proposal"], value, variance, str(row["n_examples"])))
     left, right = (max(24, 2 + max(map(len, column))) for column in [*zip(*cells, strict=True)][:2])
@@ -300,9 +300,10 @@ def table(rows: Sequence[Mapping[str, Any]], n: int, n_samples: int = 0) -> str:
         f"{name:{left}}{proposal:{right}}{value:>20}{variance:>12}" + f"{examples:>12}" * own
         for name, proposal, value, variance, examples in cells
     ]
-    if any(row["log_weight_variance"] > bad for row in rows):
+    if any(bad):
+        limit = 2 * math.log(n_samples)
         lines += [
-            f"* above {bad:.1f}: a few of the {n_samples:,} samples decide log p (of a conditional: its joint's),",
+            f"* above {limit:.1f}: a few of the {n_samples:,} samples decide log p (of a conditional: its joint's),",
             "  which is then too low on average; prefer the lower variance, or take more samples",
         ]
     return "\n".join(lines)
