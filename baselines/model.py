@@ -168,7 +168,7 @@ class JMVAE(Objective):
     """
 
     model: Joint
-    alpha: float
+    alpha: float = 0.1
 
     def forward(
         self,

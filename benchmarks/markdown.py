@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -34,9 +35,9 @@ def read_csv(path: Path, names: Iterable[str]) -> dict[str, list[float]]:
 def by_recipe(folder: Path, prefix: str, suffix: str = ".json") -> dict[str, dict[int, Path]]:
     """Return the files PREFIX-RECIPE-SEED of a folder by recipe and seed."""
     found: dict[str, dict[int, Path]] = {}
-    for path in sorted(folder.glob(f"{prefix}-*{suffix}")):
-        recipe, _, seed = path.stem.removeprefix(f"{prefix}-").rpartition("-")
-        found.setdefault(recipe, {})[int(seed)] = path
+    named = ((re.fullmatch(rf"{prefix}-(.+)-(\d+)", path.stem), path) for path in folder.glob(f"*{suffix}"))
+    for recipe, seed, path in sorted((name[1], int(name[2]), path) for name, path in named if name):
+        found.setdefault(recipe, {})[seed] = path
     return found
 
 

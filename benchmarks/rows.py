@@ -331,7 +331,7 @@ def _drawn(some: Sequence[Mapping[str, Any]], name: str) -> list[str]:
 
 QUANTITIES = ("log p(image), q(z | image)", "log p(image, text), q(z | image)")  # columns of loglike.py --per-example
 AGREEMENT = "agreement with a given label, %"  # where quality.py measured it
-BySeed = dict[int, list[float]]  # values of the test examples
+BySeed = dict[int, list[float]]  # values of the examples
 
 
 def paired(grid: str, root: Path) -> str:
@@ -350,7 +350,8 @@ def paired(grid: str, root: Path) -> str:
     if base not in files:
         return NOTHING
     every = [file for some in files.values() for file in some]
-    n_examples, n_samples = (agreed(every, name, f"the runs of {grid}") for name in ("n_examples", "n_samples"))
+    same = ("n_examples", "n_samples", "split")
+    n_examples, n_samples, split = (agreed(every, name, f"the runs of {grid}") for name in same)
     rows = []
     for recipe, ours in sorted(values.items(), key=lambda pair: -_mean(pair[1][QUANTITIES[0]])):
         cells = [f"`{recipe}`", str(len(files[recipe])), minutes_of(map(Run, files[recipe]))]
@@ -360,7 +361,7 @@ def paired(grid: str, root: Path) -> str:
         rows.append(cells)
     headings = [heading for name in values[base] for heading in (name.removesuffix(f", {IMAGE}"), f"Δ vs `{base}`")]
     caption = (
-        f"{n_examples:,} test examples with {n_samples:,} importance samples each from q(z | image), the same in "
+        f"{n_examples:,} {split} examples with {n_samples:,} importance samples each from q(z | image), the same in "
         "every run. Δ is paired by seed and example: mean ± standard error over the examples, in brackets that "
         "over the seeds. With so few examples, compare only these runs with each other."
     )

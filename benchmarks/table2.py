@@ -57,7 +57,8 @@ def row(name: str, some: list[Run], papers: dict[str, float]) -> list[str]:
     cells, shown, found = [name], [], estimates(some)
     for quantity in QUANTITIES:
         cells.append(f"*{papers[quantity]:.2f}*" if quantity in papers else "")
-        best = max((average for (which, _), average in found.items() if which == quantity), default=None)
+        which = [average for (name, _), average in found.items() if name == quantity]
+        best = max(which, key=lambda average: average.mean, default=None)
         shown += [best] if best else []
         cells.append(best.nats() if best else "")
     if not some:

@@ -210,7 +210,7 @@ def _bare(hint: Any) -> Any:
 def _path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))  # Path's own raises for an unknown user
 
 
 def _shown(default: Any) -> str:

@@ -45,7 +45,8 @@ def whole(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
                     os.fsync(file.fileno())
             os.replace(partial, target)
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from None
 

@@ -31,7 +31,7 @@ class MVAE(nn.Module):
     prior: p(z) of draws and estimates, a distribution over (latents,), such as one of `mvae.tools.prior`; None for
         N(0, I), which is always that of training and of q(z | X).
 
-    Raises UsageError if the names differ, or a value is of the wrong type.
+    Raises UsageError if the names differ, or `n_latents` or a likelihood is of the wrong type.
     """
 
     def __init__(
@@ -138,6 +138,8 @@ class MVAE(nn.Module):
         if not given and self.prior is not None:
             return self.prior.sample((n,))
         mu, logvar = self.posterior(given)
+        if len(mu) != 1:
+            raise UsageError(f"draw is conditioned on one example, got {len(mu)}")
         noise = torch.randn(n, self.n_latents, device=device, dtype=mu.dtype)
         return experts.draw(mu, logvar, noise, temperature)
 

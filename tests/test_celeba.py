@@ -172,7 +172,7 @@ def test_a_condition_that_is_not_there_is_refused_in_one_line(experiment: Experi
     assert list(tmp_path.iterdir()) == [own]
 
 
-# loglike.py and benchmarks/coherence.py
+# loglike.py and benchmarks/quality.py
 
 
 def test_loglike_reports_every_quantity_and_each_attributes_accuracy(experiment: Experiment, tmp_path: Path) -> None:

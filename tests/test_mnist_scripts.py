@@ -242,7 +242,7 @@ def test_per_example_file_has_each_ones_estimates(tmp_path: Path) -> None:
     estimates = dict(zip(keys, (Estimate(log_p, -log_p), Estimate(log_p[:2] - 1, log_p[:2] + 9)), strict=True))
     numbers = dict(zip(keys, (torch.tensor([0, 1, 2]), torch.tensor([0, 2])), strict=True))
     for name in ("each.csv", "each.npz"):
-        write_per_example(Evaluation(estimates, {}, {}, numbers), tmp_path / name)
+        write_per_example(Evaluation(estimates, {}, {}, numbers, 10), tmp_path / name)
     header, *rows = csv.reader((tmp_path / "each.csv").read_text().splitlines())
     assert header == ["example", "log p(image), q(z | image)", "log p(text | image), p(z)"]
     assert rows == [["0", "-1.5", "-2.5"], ["1", "-2.25", ""], ["2", "-4.0", "-3.25"]]

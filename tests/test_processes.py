@@ -254,6 +254,7 @@ def test_processes_that_do_not_fit_or_are_lost_are_one_error(
     [
         ({"WORLD_SIZE": "4"}, r"WORLD_SIZE=4, RANK=\(not set\), MASTER_ADDR=\(not set\)"),
         ({"RANK": "2"}, r"WORLD_SIZE=\(not set\), RANK=2"),
+        ({"WORLD_SIZE": "2", "RANK": "first", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "RANK=first"),
     ],
 )
 def test_some_of_torchruns_variables_are_refused(

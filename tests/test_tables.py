@@ -36,6 +36,7 @@ def loglike(experiment: str, seed: int, means: Mapping[tuple[str, str], float], 
         "command": f"python {experiment}/loglike.py MODEL --json FILE",
         "commit": "b" * 40,
         "n_examples": 10000,
+        "split": "test",
         "n_samples": 1000,
         "training": {"settings": {**settings, "cuda": False, "threads": 1, "epochs": 50}, "epoch": 48, **TRAINED},
         "log_likelihood": [

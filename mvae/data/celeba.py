@@ -168,8 +168,8 @@ def _table(
     path: Path, lines: Sequence[str], n_header: int, n_columns: int, allowed: Sequence[int]
 ) -> tuple[list[str], np.ndarray]:
     """Parse the lines `NAME VALUE ...` below the header as names (N) and values (N, n_columns) int8."""
-    names, values = [], bytearray()  # CelebA's list of attributes has eight million
-    codes = {str(value): value + 1 for value in allowed}  # a byte isn't negative
+    names, values = [], bytearray()  # CelebA's list of attributes has eight million values
+    codes = {str(value): value + 1 for value in allowed}  # bytes can't be negative
     for number, line in enumerate(lines[n_header:], 1 + n_header):
         name, *words = line.split() or [""]
         if len(words) != n_columns or not codes.keys() >= set(words):

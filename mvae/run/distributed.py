@@ -67,7 +67,7 @@ class Processes:
         found = {name: os.environ.get(name, "(not set)") for name in VARIABLES}
         if (os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")) == ("1", "0"):
             return cls(0, 1)
-        if "(not set)" in found.values():
+        if not all(found[name].isdecimal() for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")):
             got = ", ".join(f"{name}={value}" for name, value in found.items())
             raise UsageError(
                 f"{got}: these must be as torchrun sets them (under srun, start torchrun); for one process unset them"

@@ -15,8 +15,7 @@ from ..progress import progress
 from .distributed import Processes
 
 VALUES_PER_CALL = 2**20, 2**26
-"""Values of the largest modality that one call decodes: on a CPU, to fit its cache (1,337 images of 28x28), and on
-other devices, which bounds the memory."""
+"""Values of the largest modality that one call decodes, on a CPU and on other devices, which bounds the memory."""
 
 
 class Quantity(NamedTuple):
@@ -62,7 +61,7 @@ class Evaluation(NamedTuple):
     predictions: by modality, (n, *event), of the examples that have it and what it is predicted from; truth: the same
         modalities of the data.
     examples: by quantity and proposal, (n,): the numbers in the data of the examples that have the modalities of both.
-    n_samples: draws per example and proposal; 0 if unknown.
+    n_samples: draws per example and proposal.
 
     Printed, it is a table; see `table`.
     """
@@ -71,7 +70,7 @@ class Evaluation(NamedTuple):
     predictions: dict[str, Tensor]
     truth: dict[str, Tensor]
     examples: dict[tuple[Quantity, Modalities], Tensor]
-    n_samples: int = 0
+    n_samples: int
 
     @property
     def n_examples(self) -> int:
@@ -280,10 +279,10 @@ def decided_by_few(row: Mapping[str, Any], n_samples: int) -> bool:
     If log weights are normal, importance sampling needs at least exp(variance / 2) samples (Chatterjee & Diaconis
     2018). Those of samples from p(z) aren't: most z explain nothing, yet a tenth of them may explain a label.
     """
-    return bool(n_samples) and row["proposal"] != under(()) and row["log_weight_variance"] > 2 * math.log(n_samples)
+    return row["proposal"] != under(()) and row["log_weight_variance"] > 2 * math.log(n_samples)
 
 
-def table(rows: Sequence[Mapping[str, Any]], n: int, n_samples: int = 0) -> str:
+def table(rows: Sequence[Mapping[str, Any]], n: int, n_samples: int) -> str:
     """Return rows as text: means over n examples in nats, and the variance of the log importance weights.
 
     If some are over fewer examples, a column says so. The variance of an estimate `decided_by_few` is marked.

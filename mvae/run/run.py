@@ -415,7 +415,8 @@ class Run:
 
     def _save_or_stop(self, between_steps: bool = False) -> None:
         """Save the state if it is time, or if a signal asks to stop; then stop. The processes agree on it."""
-        every = 10 if self.device.type == "cuda" else 1  # agreeing makes all processes wait for the slowest
+        # Agreeing makes all processes wait for the slowest.
+        every = 10 if self.processes.world > 1 and self.device.type == "cuda" else 1
         if between_steps and self.done % every and self.done < self.n_steps:
             return
         number, due = self.processes.agree(

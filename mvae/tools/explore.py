@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 # disk, no file that a visitor names is read, and the page loads nothing from other servers.
 UPLOAD = 8 * 2**20  # bytes of a file; a request may have one and a half times as many, since base64 is longer
 
-OWN_NAMES = ["127.0.0.1", "localhost", "[::1]"]
+OWN_NAMES = ["127.0.0.1", "localhost"]
 
 NORMAL, FITTED = "N(0, I)", "fitted (without sliders)"
 N_SLIDERS = 8
@@ -93,7 +93,7 @@ def explore(config: Exploring, folder: Experiment) -> None:
             log.warning("without the fitted prior: %s", error)
     app = page(model, folder.controls, f"{folder.name}, epoch {trained.get('epoch', '?')}", fitted)
     if config.host in OWN_NAMES:
-        app.server.config["TRUSTED_HOSTS"] = OWN_NAMES  # the name of another site may lead here
+        app.server.config["TRUSTED_HOSTS"] = OWN_NAMES  # another site's name may be made to lead here
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # below that it logs every request
     server = make_server(config.host, config.port, app.server, threaded=True)  # exits if it can't serve there
     host = f"[{config.host}]" if ":" in config.host else config.host

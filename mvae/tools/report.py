@@ -152,11 +152,10 @@ def report(found: Evaluation, measures: Mapping[str, Tensor], config: Loglike, t
         print(text + f", over {other['n_examples']} examples" * (other["n_examples"] != n))
 
 
-def _print(rows: Sequence[Mapping[str, Any]], n: int, head: str, n_samples: int = 0) -> None:
+def _print(rows: Sequence[Mapping[str, Any]], n: int, head: str, n_samples: int) -> None:
     own = any(row["n_examples"] != n for row in rows)
     over = f"those of {n} examples that have its modalities" if own else f"{n} examples"
-    how = f", {n_samples} importance samples" if n_samples else ""
-    print(f"{head} in nats: mean ± standard error over {over}{how},")
+    print(f"{head} in nats: mean ± standard error over {over}, {n_samples} importance samples,")
     print("and the variance of the log importance weights (mean over examples).")
     print(table(rows, n, n_samples))
 

@@ -234,7 +234,7 @@ def _write(
         if "images" in config.saved and name in drawn:
             path.mkdir(parents=True, exist_ok=True)
             for i, picture in enumerate(pictures[name]):
-                given = rows[i * len(rows) // len(pictures[name])].said
+                given = rows[i // about["samples of each"]].said
                 (path / f"{i:05}.png").write_bytes(png(picture, {**about, "given": given}))
     if "npy" in config.saved:
         write_atomically(config.out_dir / f"{stem}given.json", (json.dumps(about, indent=2) + "\n").encode())
