@@ -277,9 +277,11 @@ def main() -> None:
         "q(z | label), temperature 0.5": viewer.given(labels, lambda given: model.draw(given, each, device, 0.5)),
     }
     log_p = log_likelihoods(model, examples, fitted, config.n_samples)
-    for name, mixture_of_z in {"": fitted, ", temperature 0.8": cooler}.items():
-        model.prior = mixture_of_z
-        rows[f"fitted prior, given label{name}"] = viewer.given(labels, lambda x: prior.draw_given(model, x, each))
+    for model.prior, t in ((fitted, 1.0), (cooler, 0.8)):
+        at = f", temperature {t}" if t < 1 else ""
+        rows[f"fitted prior, given label{at}"] = viewer.given(
+            labels, lambda given, t=t: prior.draw_given(model, given, each, t)
+        )
     as_many = viewer.real(train[: len(held_out)], experiment.label)
     found = {}
     for name, pictures in rows.items():

@@ -87,6 +87,17 @@ def test_draws_given_a_value_are_from_the_posterior_of_the_prior() -> None:
     torch.testing.assert_close(z.T.cov(), torch.linalg.inv(precision), atol=0.06, rtol=0)
 
 
+def test_what_few_draws_explain_is_drawn_from_its_own_posterior() -> None:
+    model, batch = linear_gaussian(), drawn(linear_gaussian())
+    model.prior = distributions.MultivariateNormal(torch.full((2,), 9.0).double(), torch.eye(2).double())
+    given = {"y": batch["y"][:1]}
+    mu, logvar = model.posterior(given)
+    torch.manual_seed(0)
+    z = prior.draw_given(model, given, 2000, temperature=0.25)
+    torch.testing.assert_close(z.mean(dim=0), mu[0], atol=0.06, rtol=0)
+    torch.testing.assert_close(z.var(dim=0), 0.25 * logvar[0].exp(), atol=0, rtol=0.1)
+
+
 def test_tool_writes_the_prior_of_this_model(
     trained: Trained, digits_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,19 +133,22 @@ def load(checkpoint: Path, model: MVAE, temperature: float = 1.0) -> Distributio
 
 
 @torch.no_grad()
-def draw_given(model: MVAE, given: Batch, n: int) -> Tensor:
+def draw_given(model: MVAE, given: Batch, n: int, temperature: float = 1.0) -> Tensor:
     """Draw n values of z, (n, latents), from p(z | given) ∝ p(z) p(given | z) under the model's prior.
 
-    They are resampled, without replacement, from many draws of the prior, which suits what many z explain: labels,
-    texts and attributes of one example, but not pictures. Given nothing: from the prior.
+    They are resampled, without replacement, from many draws of the prior, which suits what many z explain: labels and
+    attributes of one example, but not pictures. Where the effective number of draws is below n, as for most texts, z is
+    drawn from q(z | given) instead, at this temperature. Given nothing: from the prior.
     """
     assert model.prior is not None
     if not given:
         return model.prior.sample(torch.Size([n]))
-    z = model.prior.sample(torch.Size([max(5000, 50 * n)]))
+    z = model.prior.sample(torch.Size([max(20_000, 50 * n)]))
     batch = {name: x.expand(len(z), *x.shape[1:]) for name, x in given.items()}
-    log_p = model.log_prob(z.unsqueeze(0), batch, [tuple(given)])[0].sum(dim=0)
-    return z[log_p.double().softmax(dim=0).add(1e-300).multinomial(n)]
+    weights = model.log_prob(z.unsqueeze(0), batch, [tuple(given)])[0].sum(dim=0).double().softmax(dim=0)
+    if 1 / weights.square().sum() < n:
+        return model.draw(given, n, z.device, temperature)
+    return z[weights.multinomial(n)]
 
 
 def fitted(

@@ -137,7 +137,7 @@ def draw(
             noise = torch.randn(n, model.n_latents, generator=torch.Generator().manual_seed(seed))
             latents = experts.draw(row.mu, row.logvar, noise.to(row.mu.device), temperature)
         else:
-            latents = draw_given(model, row.given, n)
+            latents = draw_given(model, row.given, n, temperature)
         for z in tqdm(latents.split(BLOCK), leave=False, delay=1, disable=None):
             for name, kind in controls.items():
                 names = kind.modalities(name)
