@@ -18,6 +18,7 @@ import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -279,9 +280,8 @@ def main() -> None:
     log_p = log_likelihoods(model, examples, fitted, config.n_samples)
     for model.prior, t in ((fitted, 1.0), (cooler, 0.8)):
         at = f", temperature {t}" if t < 1 else ""
-        rows[f"fitted prior, given label{at}"] = viewer.given(
-            labels, lambda given, t=t: prior.draw_given(model, given, each, t)
-        )
+        draw = partial(prior.draw_given, model, n=each, temperature=t)
+        rows[f"fitted prior, given label{at}"] = viewer.given(labels, draw)
     as_many = viewer.real(train[: len(held_out)], experiment.label)
     found = {}
     for name, pictures in rows.items():
