@@ -198,7 +198,7 @@ def test_loglike_reports_every_quantity_and_each_attributes_accuracy(experiment:
 
 
 def test_quality_is_of_each_attribute_and_of_all(experiment: Experiment, run_here: RunHere, tmp_path: Path) -> None:
-    few = ["--n-labels", 12, "--n-draws", 40, "--classifier-epochs", 1, "--json", "found.json"]
+    few = ["--n-labels", 3, "--n-draws", 30, "--classifier-epochs", 1, "--json", "found.json"]
     words = [experiment.name, experiment.out_dir / checkpoint.BEST, *few]
     assert_ended(run_here("benchmarks/quality.py", *words))
     drawn = json.loads((tmp_path / "found.json").read_text())["drawn"]

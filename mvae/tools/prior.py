@@ -144,8 +144,11 @@ def draw_given(model: MVAE, given: Batch, n: int, temperature: float = 1.0) -> T
     if not given:
         return model.prior.sample(torch.Size([n]))
     z = model.prior.sample(torch.Size([max(20_000, 50 * n)]))
-    batch = {name: x.expand(len(z), *x.shape[1:]) for name, x in given.items()}
-    weights = model.log_prob(z.unsqueeze(0), batch, [tuple(given)])[0].sum(dim=0).double().softmax(dim=0)
+    log_p = []
+    for some in z.split(1000):
+        batch = {name: x.expand(len(some), *x.shape[1:]) for name, x in given.items()}
+        log_p.append(model.log_prob(some.unsqueeze(0), batch, [tuple(given)])[0].sum(dim=0))
+    weights = torch.cat(log_p).double().softmax(dim=0)
     if 1 / weights.square().sum() < n:
         return model.draw(given, n, z.device, temperature)
     return z[weights.multinomial(n)]
