@@ -278,7 +278,8 @@ def main() -> None:
         "q(z | label), temperature 0.5": viewer.given(labels, lambda given: model.draw(given, each, device, 0.5)),
     }
     log_p = log_likelihoods(model, examples, fitted, config.n_samples)
-    for model.prior, t in ((fitted, 1.0), (cooler, 0.8)):
+    for mixture_of_z, t in ((fitted, 1.0), (cooler, 0.8)):
+        model.prior = mixture_of_z
         at = f", temperature {t}" if t < 1 else ""
         draw = partial(prior.draw_given, model, n=each, temperature=t)
         rows[f"fitted prior, given label{at}"] = viewer.given(labels, draw)

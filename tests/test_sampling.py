@@ -1,5 +1,6 @@
 """Sampling: values, conditions, noise, temperature and the ways to save."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -359,3 +360,17 @@ def test_curves_are_conditions_and_are_written_as_text_and_pictures(tmp_path: Pa
     with Image.open(tmp_path / "sample_curve.png") as grid:
         assert np.asarray(grid)[:, -66:].any()
         assert json.loads(grid.info["mvae"])["given"] == ["curve -1, 0, 1, ..."]
+
+
+def test_condition_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = {"settings": {}, "n_latents": 2, "model": small_model().state_dict()}
+    checkpoint.save(tmp_path / "model.pt", "small", content)
+    own = picture(tmp_path / "sample_image.png", 0, 255)
+    kind = dataclasses.make_dataclass("Config", [("condition_on_image", list[str])], bases=(Sampling,), kw_only=True)
+    build, examples = lambda _: small_model(), lambda *_: small_data(9, seed=0)
+    for words, ends in (([str(own)], None), ([], (f"image={own.name}", "label=cat"))):
+        config = kind(model_path=tmp_path / "model.pt", condition_on_image=words, interpolate=ends)
+        with pytest.raises(UsageError, match=r"sample_image\.png is also read"):
+            sampling.sample(config, "small", build, CONTROLS, examples, given={})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "sample_image.png"]

@@ -21,7 +21,7 @@ from ..files import whole, write_atomically
 from ..model import MVAE
 from ..run.checkpoint import load_model
 from ..run.grids import COLUMNS, VIEWABLE, as_bytes, png, sheet
-from .controls import Controls, Picture, Value, endpoint, parse
+from .controls import Controls, Picture, Value, endpoint, is_file, parse
 from .folder import Build, Examples
 from .prior import WithPrior, draw_given
 
@@ -53,6 +53,13 @@ class Sampling(WithPrior):
             raise UsageError(f"temperature must be > 0, got {self.temperature}")
         if self.prior == "fitted" and self.interpolate:
             raise UsageError("--interpolate can't be combined with --prior fitted")
+
+    def inputs(self) -> list[Path]:
+        """Return the files that the conditions name."""
+        words = [*(self.interpolate or ())]
+        for name, value in vars(self).items():
+            words += map(str, value or []) if name.startswith("condition_") else []
+        return [Path(word).expanduser() for one in words for word in {one, one.partition("=")[2]} if is_file(word)]
 
     @property
     def saved(self) -> Sequence[str]:
@@ -176,7 +183,7 @@ def sample(
     n = config.n_samples or (64 if len(rows) == 1 else COLUMNS)
     files = [f"{stem}{name}.{suffix}" for name in controls for suffix in ("txt", "npy", "png")]
     files += ["contact_sheet.png", f"{stem}given.json"]
-    config.check_outputs(*(config.out_dir / file for file in files))
+    config.check_outputs(*(config.out_dir / file for file in files), inputs=config.inputs())
     drawn = {name: kind for name, kind in controls.items() if kind.size}
     for folder in (config.out_dir / f"{stem}{name}" for name in drawn):
         if "images" in config.saved and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
