@@ -143,7 +143,7 @@ def notes(averages: Iterable[Average]) -> str:
     about = " In brackets: standard deviation over seeds." if any(one.seeds is not None for one in shown) else ""
     if any(one.star for one in shown):
         about += (
-            " \\*: a few samples decide the estimate, which is then too low on average (the variance of the log "
+            " \\*: a few samples dominate the estimate, which is then too low on average (the variance of the log "
             "weights is above 2 ln(samples))."
         )
     return about
@@ -464,7 +464,7 @@ def speed(root: Path) -> str:
     ]
     columns = ["", "examples", "device", "precision", "compiled", "plain, ms", "ours, ms", "plain / ours"]
     caption = "Milliseconds per step: median (lower to upper quartile) of blocks that take turns in one process. "
-    return page([*columns, "given only / ours", "share of the batch"], rows, caption + machine(files), files)
+    return page([*columns, "given only / ours", "share of data loading"], rows, caption + machine(files), files)
 
 
 Parts = tuple[list[str], list[list[str]], str]  # a table's headings, rows and caption
@@ -500,7 +500,7 @@ def peer(content: dict[str, Any]) -> Parts:
         "matrix products alone, a lower limit: median (lower to upper quartile) of turns on one thread. "
         f"{machine([content])}"
     )
-    return ["mnist", "MultiVae / ours", "matrix products / ours"], rows, caption
+    return ["mnist", "MultiVae / ours", "matrix products alone / ours"], rows, caption
 
 
 def launches(content: dict[str, Any]) -> Parts:
@@ -515,7 +515,7 @@ def launches(content: dict[str, Any]) -> Parts:
         "Tensor operations of a step on a GPU, each a kernel launch or more. Objective: with its gradient; captured, "
         f"two CUDA graphs. torch {content['torch']}."
     )
-    return ["", "batch", "objective", "β, sums, watch", "AdamW", "eager step", "captured step"], rows, caption
+    return ["", "batch", "objective", "bookkeeping", "AdamW", "eager step", "captured step"], rows, caption
 
 
 def kills(content: dict[str, Any]) -> Parts:

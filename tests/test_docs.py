@@ -130,7 +130,7 @@ def test_scripts_know_the_flags_in_the_text_of_a_page(page: str) -> None:
     folders = EXPERIMENTS if page in PAGES_OF_ALL else [str(Path(page).parent)]
     names = ("datasets", "train", "sample", "loglike")
     known = set[str]().union(*(flags_of(f"{folder}/{name}.py") for folder in folders for name in names))
-    known |= set().union(*(flags_of_module(f"mvae.tools.{tool}") for tool in ("embed", "explore")))
+    known |= set().union(*(flags_of_module(f"mvae.tools.{tool}") for tool in ("embed", "explore", "prior")))
     if "vision" in folders:
         known |= set().union(*(flags_of("vision/setup.py", name) for name in ("grayscale", "edge", "mask")))
     codes = re.findall(r"`([^`]+)`", prose_of(page))

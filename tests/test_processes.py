@@ -291,7 +291,7 @@ def test_torchrun_is_stopped_and_resumed_bit_for_bit(digits_dir: Path, tmp_path:
         process.join(timeout=300)
         assert process.exitcode == 0, logs[0][1].read_text()
     said = logs[0][0].read_text()
-    assert said.count("epochs of 1,000 examples") == said.count("2 x cpu (1 threads)") == 2
+    assert said.count("epochs of 1,000 examples") == said.count("2 x cpu (1 thread)") == 2
     assert said.count("(validation ") == 2
     assert logs[1][0].read_text() == ""
     (record,) = stats(tmp_path / "straight")

@@ -226,8 +226,8 @@ def test_a_model_without_accuracies_has_no_rows_for_them(root: Path, modules: An
 def test_a_caption_explains_the_stars_of_its_table(root: Path, modules: Any) -> None:
     """Estimates with a variance of log weights above 2 ln 1000 = 13.8."""
     captions = {name: modules.TABLES[name](root) for name in ("mnist", "short_mnist")}
-    assert "\\*: a few samples decide" in captions["mnist"]
-    assert "*: a few samples decide" not in captions["short_mnist"]
+    assert "\\*: a few samples dominate" in captions["mnist"]
+    assert "*: a few samples dominate" not in captions["short_mnist"]
 
 
 def test_an_experiment_without_results_has_dashes(root: Path, modules: Any) -> None:

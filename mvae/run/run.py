@@ -390,7 +390,8 @@ class Run:
         self._check_fact("data_crc32", "training data")
         self._forward = parallel(self.bare, data.present, world, self.config.compile)
         n = sum(weight.numel() for weight in self.bare.parameters())
-        threads = f" ({torch.get_num_threads()} threads)" * (self.device.type == "cpu")
+        n_threads = torch.get_num_threads()
+        threads = f" ({n_threads} thread{'s' * (n_threads > 1)})" * (self.device.type == "cpu")
         machine = f"{world} x " * (world > 1) + f"{self.device}{threads}, {self.precision}"
         size = f"{self.n_epochs} epochs of {len(data):,} examples, {n / 1e6:.2f}M parameters"
         self._say(f"{self.name}: {size}, {machine}, writing to {self.out_dir}")
