@@ -26,7 +26,7 @@ from PIL import Image
 
 from common import ROOT
 from markdown import by_recipe
-from rows import EXPERIMENTS, accuracies, of_the_paper, weak_files
+from rows import EXPERIMENTS, SHOWN_OF_WEAK, accuracies, of_the_paper, weak_files
 
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9"]
 """Okabe and Ito's, which people with any kind of colour blindness can tell apart."""
@@ -35,16 +35,11 @@ WIDTH, DPI = 8.8, 150  # inches, and pixels per inch: a letter is as large as a 
 PLOTTED = {
     "weak": "MVAE, preset weak",
     "pca": "label propagation, no network",
-    "dropout": "classifier, labelled examples only",
+    "graph_net": "classifier of propagated labels",
+    "shifted": "classifier of the N labels",
     "paper": "MVAE, the paper's objective",
 }
 """The methods that the plot of few labels shows, as it names them."""
-
-SHOWN_OF_WEAK = (
-    "accuracy",
-    "balanced accuracy of an attribute, said to be there where its probability exceeds its share",
-)
-"""The measure of each experiment that the plot of few labels shows."""
 
 ELBO, ACCURACY = "validation/joint/elbo", "validation/label_accuracy"
 

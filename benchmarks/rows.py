@@ -386,20 +386,33 @@ def _difference(ours: BySeed, base: BySeed) -> str:
 
 METHODS = {  # in the tables' order
     "weak": "`--preset weak`",
-    "no_hold": "`--preset weak`, β rising from the start",
-    "half": "`--preset weak`, self-labels for the most confident half",
-    "no_labels": "`--preset weak`, without self-labels",
+    "both": "`--preset weak --unpaired both`: half of the others without their image",
     "paper": "the paper's terms, one stage",
-    "spread": "label propagation on the VAE's means, transductive",
     "pca": "label propagation on 50 principal components, transductive",
     "pixels": "label propagation on pixels, transductive",
+    "spread": "label propagation on the VAE's means, transductive",
+    "graph_net": "network on propagated labels (principal components), with dropout and shifts",
     "m1": "M1: VAE, logistic regression on its means",
-    "dropout": "supervised, with dropout",
+    "shifted": "supervised on all N labels, with dropout and shifts",
     "favoured": "supervised, with dropout, stopped early on all validation labels",
-    "supervised": "supervised",
+    "dropout": "supervised, with dropout",
     "logistic": "logistic regression on pixels",
 }
-AGAINST = ("pca", "favoured", "dropout", "m1")  # what `weak` is compared with, seed by seed
+AGAINST = ("pca", "graph_net", "shifted", "favoured", "dropout")  # what `weak` is compared with, seed by seed
+WITHOUT = {
+    "no_rounds": "one round",
+    "no_shift": "no shifts",
+    "no_hold": "β rising from the start",
+    "half": "self-labels for the most confident half",
+    "no_labels": "no self-labels",
+}
+"""`--preset weak` with one change each, at 100 labels of mnist."""
+
+SHOWN_OF_WEAK = (
+    "accuracy",
+    "balanced accuracy of an attribute, said to be there where its probability exceeds its share",
+)
+"""The measure of each experiment that its table and plot show."""
 
 
 def weak_files(root: Path, experiment: str) -> list[dict[str, Any]]:
@@ -417,32 +430,52 @@ def accuracies(files: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, dict[i
 
 
 def weak(experiment: str, root: Path) -> str:
-    """The table of one experiment; one for each measure, if there are several."""
-    files, parts, n_seeds = weak_files(root, experiment), [], set()
-    for measure, by_method in accuracies(files).items():
-        numbers = sorted({n for by_n in by_method.values() for n in by_n})
-        rows = []
-        for method in (method for method in METHODS if method in by_method):
-            found = [by_method[method].get(n, {}) for n in numbers]
-            n_seeds |= {len(by_seed) for by_seed in found if by_seed}
-            rows.append([METHODS[method], *(over_seeds([100 * x for x in one.values()], ".1f") for one in found)])
-        for method in (method for method in AGAINST if method in by_method):
-            row = [f"*Δ: preset weak − {METHODS[method]}*"]
-            for n in numbers:
-                ours, theirs = (by_method[one].get(n, {}) for one in ("weak", method))
-                both = ours.keys() & theirs.keys()
-                row.append(over_seeds([100 * (ours[seed] - theirs[seed]) for seed in both], "+.1f"))
-            rows.append(row)
-        parts.append(table([f"{measure}, %", *(f"{n:,} labels" for n in numbers)], rows))
-    if not files:
+    """The table of one experiment: a row for each method, and the paired differences of some."""
+    files = [file for file in weak_files(root, experiment) if file["method"] in METHODS]
+    found = {name: by_method for name, by_method in accuracies(files).items() if name in SHOWN_OF_WEAK}
+    if not found:
         return NOTHING
+    ((measure, by_method),) = found.items()
+    numbers = sorted({n for by_n in by_method.values() for n in by_n})
+    rows = []
+    for method in (method for method in METHODS if method in by_method):
+        cells = [[100 * x for x in by_method[method].get(n, {}).values()] for n in numbers]
+        rows.append([METHODS[method], *(over_seeds(cell, ".1f") for cell in cells)])
+    for method in (method for method in AGAINST if method in by_method):
+        pairs = [(by_method["weak"].get(n, {}), by_method[method].get(n, {})) for n in numbers]
+        rows.append([f"*Δ against {METHODS[method]}*", *(difference(*pair) for pair in pairs)])
+    return table([f"{measure}, %", *(f"{n:,} labels" for n in numbers)], rows) + "\n\n" + about_weak(files)
+
+
+def weak_ablation(root: Path) -> str:
+    """The table of what each part of `--preset weak` is worth."""
+    files = [file for file in weak_files(root, "mnist") if file["n"] == 100 and file["method"] in {"weak", *WITHOUT}]
+    by_method = {method: by_n[100] for method, by_n in accuracies(files).get("accuracy", {}).items()}
+    base, rows = by_method.get("weak", {}), []
+    for method in (method for method in WITHOUT if method in by_method):
+        found = by_method[method]
+        rows.append([WITHOUT[method], over_seeds([100 * x for x in found.values()], ".1f"), difference(found, base)])
+    if not rows:
+        return NOTHING
+    return table(["`--preset weak`, 100 labels", "accuracy, %", "Δ"], rows) + "\n\n" + about_weak(files)
+
+
+def difference(some: Mapping[int, float], others: Mapping[int, float]) -> str:
+    """Return the mean difference of two accuracies by seed, in percentage points."""
+    return over_seeds([100 * (some[seed] - others[seed]) for seed in some.keys() & others.keys()], "+.1f")
+
+
+def about_weak(files: Sequence[Mapping[str, Any]]) -> str:
+    seeds: dict[Any, set[int]] = {}
+    for file in files:
+        seeds.setdefault((file["method"], file["n"]), set()).add(file["seed"])
+    count = either({len(some) for some in seeds.values()})
     total = either(file["total"] for file in files if "total" in file)
-    parts.append(
-        f"*{f'{total} training and validation examples; ' if total else ''}{files[0]['n_examples']:,} test "
-        f"examples. Means ± standard errors over {either(n_seeds)} seed{'s' * (n_seeds != {1})} of the labels and "
-        f"the weights; Δ is paired. A fraction of the labels validates. {commits(files).capitalize()}.*"
+    return (
+        f"*{f'{total} training and validation examples; ' if total else ''}{files[0]['n_examples']:,} test examples. "
+        f"Means ± standard errors over {count} seed{'s' * (count != '1')} of the labels and the weights; Δ, in "
+        f"percentage points, is paired by seed. {commits(files).capitalize()}.*"
     )
-    return "\n\n".join(parts)
 
 
 def speed(root: Path) -> str:
@@ -553,6 +586,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     **{grid: partial(paired, grid) for grid in ("ablation", "precision", "reconstruct")},
     "quality": quality,
     **{f"weak_{name}": partial(weak, name) for name in ("mnist", "fashionmnist", "multimnist", "celeba")},
+    "weak_ablation": weak_ablation,
     "speed": speed,
     **{parts.__name__: partial(of_one_file, parts) for parts in (processes, peer, launches, kills, gpu)},
 }

@@ -3,9 +3,11 @@
     python benchmarks/weak_supervision.py mnist --n 20 100 500 2000 10000 60000
 
 N of the examples keep their label, spread evenly over the classes if there are any; the others keep their image only. A
-fraction of the N validates. All methods have the same N labels and choose by the validating ones, except `favoured`,
-which also trains on those and stops by the labels of all validation examples. `spread`, `pca` and `pixels` see the test
-images without their labels. `no_hold`, `half` and `no_labels` are `weak` without one of its parts; rows.py describes
+fraction of the N validates. All methods have the same N labels and choose by the validating ones, but for two:
+`favoured` also trains on those, and stops by the labels of all validation examples; `shifted` trains on all N for a
+fixed number of steps, its images shifted as in `weak`. `spread`, `pca` and `pixels` see the test images without their
+labels. `graph_net` is a network that learns what `pca` says of the training images, shifted as well. Methods that begin
+with `no_` and `half` are `weak` without one of its parts; `both` hides the images of half the others; rows.py describes
 all methods.
 
 Each run writes results/weak/EXPERIMENT-METHOD-N-SEED.json, and is skipped if that exists.
@@ -21,9 +23,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from mvae import MVAE, Data, cli, load_model
+from mvae.data import augment
 from mvae.data.celeba import ATTRIBUTES
 from mvae.data.dataset import consecutive_rows
-from mvae.data.supervision import neighbour_graph, regressed, share_pairs, spread
+from mvae.data.supervision import most_confident, neighbour_graph, regressed, share_pairs, spread
 from mvae.run import metrics
 from mvae.run.checkpoint import BEST, LATEST
 from mvae.run.evaluate import mean_and_error, shown
@@ -39,11 +42,13 @@ from quality import EXPERIMENTS, Experiment, Where
 from recipes import call
 
 Method = Literal[
-    "weak", "spread", "pca", "pixels", "m1", "supervised", "dropout", "favoured", "logistic", "paper",
-    "no_hold", "half", "no_labels",
+    "weak", "spread", "pca", "pixels", "graph_net", "m1", "dropout", "shifted", "favoured", "logistic",
+    "paper", "both", "no_hold", "half", "no_labels", "no_shift", "no_rounds",
 ]  # fmt: skip
 SPLITS = ("train", "validation", "test")
-PAPER = ["--epochs", "12", "--annealing-epochs", "5", "--pairs-per-batch", "0"]
+SHIFT = 2
+"""Pixels by which `shifted` and `graph_net` shift images, at most; as `--preset weak` of mnist."""
+PAPER = ["--lambda-text", "50", "--epochs", "40", "--annealing-epochs", "16", "--pairs-per-batch", "0"]
 
 
 @dataclass(kw_only=True)
@@ -52,7 +57,7 @@ class Config(Where):
 
     n: tuple[int, ...] = (20, 100, 500, 2000, 10000, 60000)  # numbers of labelled examples
     seeds: tuple[int, ...] = (0, 1, 2)  # random seeds
-    methods: tuple[Method, ...] = get_args(Method)[:10]  # methods to run
+    methods: tuple[Method, ...] = get_args(Method)[:11]  # methods to run
     limit: int | None = None  # train on the first N examples only
     runs_dir: Path = Path("runs/weak")  # folder of the runs' own folders
 
@@ -134,32 +139,45 @@ def guess(logits: Tensor, kind: Experiment) -> Tensor:
     return logits.sigmoid() if kind.binary else logits.argmax(dim=-1)
 
 
-def supervised(task: Task, dropout: float = 0.0, *, favoured: bool = False) -> Tensor:
-    """Train the image encoder's network with one more layer by Adam at 1e-3, and infer the test labels.
-
-    Of the weights with the fewest validation errors, those with the lowest validation loss are kept.
-    """
+def network_for(task: Task) -> nn.Sequential:
+    """Return the image encoder's network with dropout and one more layer, for the labels' logits."""
     torch.manual_seed(task.seed)
-    kind = task.kind
-    encoder: Any = kind.build_model(SETTINGS[task.config.experiment].n_latents).encoders["image"]
-    layers = [[layer, *[nn.Dropout(dropout)] * isinstance(layer, nn.SiLU)] for layer in encoder.hidden]
-    network = nn.Sequential(
+    encoder: Any = task.kind.build_model(SETTINGS[task.config.experiment].n_latents).encoders["image"]
+    layers = [[layer, *[nn.Dropout(0.5)] * isinstance(layer, nn.SiLU)] for layer in encoder.hidden]
+    return nn.Sequential(
         *(part for parts in layers for part in parts),
-        nn.Linear(encoder.mu.in_features, torch.Size(kind.shape).numel()),
-        nn.Unflatten(1, kind.shape),
+        nn.Linear(encoder.mu.in_features, torch.Size(task.kind.shape).numel()),
+        nn.Unflatten(1, task.kind.shape),
     )
+
+
+def steps_of(network: nn.Module, train: Data, kind: Experiment) -> Iterator[tuple[int, int]]:
+    """Train by Adam at 1e-3, ten epochs or at least a thousand steps; yield each step's number and their total."""
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
+    steps = max(1000, 10 * len(train) // 100)
+    for step in range(1, steps + 1):
+        batch, _ = train.batch(torch.randint(len(train), (min(100, len(train)),)))
+        loss_of(network(batch["image"]), batch[kind.label], kind).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield step, steps
+
+
+@torch.no_grad()
+def inferred(network: nn.Module, task: Task) -> Tensor:
+    network.eval()
+    return torch.cat([guess(network(batch["image"]), task.kind) for batch in batches(task.test)])
+
+
+def supervised(task: Task, *, favoured: bool = False) -> Tensor:
+    """Of the weights with the fewest validation errors, keep those with the lowest validation loss."""
+    network, kind = network_for(task), task.kind
     (x, y), (held_x, held_y) = task.labelled(task.train), task.labelled(task.validation)
     if favoured:
         x, y = torch.cat([x, held_x]), torch.cat([y, held_y])
         held_x, held_y = task.labelled(dataclasses.replace(task.validation, present=None))
-    optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
-    steps, size = max(1000, 10 * len(x) // 100), min(100, len(x))
     best, kept = (math.inf, math.inf), {}
-    for step in range(1, steps + 1):
-        rows = torch.randint(len(x), (size,))
-        loss_of(network(x[rows]), y[rows], kind).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    for step, steps in steps_of(network, Data(tensors={"image": x, kind.label: y}), kind):
         if step % max(20, steps // 50) == 0:
             network.eval()
             with torch.no_grad():
@@ -171,9 +189,31 @@ def supervised(task: Task, dropout: float = 0.0, *, favoured: bool = False) -> T
             if score < best:
                 best, kept = score, {name: value.clone() for name, value in network.state_dict().items()}
     network.load_state_dict(kept)
-    network.eval()
-    with torch.no_grad():
-        return torch.cat([guess(network(batch["image"]), kind) for batch in batches(task.test)])
+    return inferred(network, task)
+
+
+def shifted(task: Task, x: Tensor, y: Tensor) -> Tensor:
+    """Train on shifted images and their labels for a fixed number of steps."""
+    network = network_for(task)
+    train = augment.shifted(Data(tensors={"image": x, task.kind.label: y}), "image", SHIFT)
+    for _ in steps_of(network, train, task.kind):
+        pass
+    return inferred(network, task)
+
+
+def of_all_labels(task: Task) -> Tensor:
+    parts = [task.labelled(task.train), task.labelled(task.validation)]
+    return shifted(task, *(torch.cat(some) for some in zip(*parts, strict=True)))
+
+
+def of_graph_labels(task: Task) -> Tensor:
+    """Train on the labels that spread from the given ones to the most confident 95 % of the training images."""
+    name, train = task.kind.label, task.train
+    assert train.present is not None
+    probabilities = spread(neighbour_graph(components(pixels(train))), train.tensors[name], train.present[name])
+    rows = train.present[name] | most_confident(probabilities, train.present[name], 0.95)
+    labels = torch.where(train.present[name], train.tensors[name].long(), probabilities.argmax(dim=-1))
+    return shifted(task, train.batch(rows.nonzero().flatten())[0]["image"], labels[rows])
 
 
 def logistic(task: Task) -> Tensor:
@@ -205,12 +245,12 @@ def latents(task: Task) -> Tensor:
     return torch.cat([means(model, data) for data in (task.train, task.test)])
 
 
-def pixels(task: Task) -> Tensor:
-    return torch.cat([batch["image"].flatten(1) for data in (task.train, task.test) for batch in batches(data)])
+def pixels(*some: Data) -> Tensor:
+    return torch.cat([batch["image"].flatten(1) for data in some for batch in batches(data)])
 
 
-def components(task: Task) -> Tensor:
-    return torch.from_numpy(PCA(50, svd_solver="covariance_eigh").fit_transform(pixels(task).numpy()))
+def components(points: Tensor) -> Tensor:
+    return torch.from_numpy(PCA(50, svd_solver="covariance_eigh").fit_transform(points.numpy()))
 
 
 @torch.no_grad()
@@ -229,17 +269,21 @@ def spread_to_test(task: Task, points: Callable[[Task], Tensor] = latents) -> Te
 METHODS: dict[Method, Callable[[Task], Tensor]] = {
     "weak": weak,
     "spread": spread_to_test,
-    "pca": functools.partial(spread_to_test, points=components),
-    "pixels": functools.partial(spread_to_test, points=pixels),
+    "pca": functools.partial(spread_to_test, points=lambda task: components(pixels(task.train, task.test))),
+    "pixels": functools.partial(spread_to_test, points=lambda task: pixels(task.train, task.test)),
+    "graph_net": of_graph_labels,
     "m1": m1,
-    "supervised": supervised,
-    "dropout": functools.partial(supervised, dropout=0.5),
-    "favoured": functools.partial(supervised, dropout=0.5, favoured=True),
+    "dropout": supervised,
+    "shifted": of_all_labels,
+    "favoured": functools.partial(supervised, favoured=True),
     "logistic": logistic,
     "paper": lambda task: trained(task, "paper", *PAPER),
+    "both": lambda task: weak(task, "both", "--unpaired", "both", "--images-dir", f"{task.images_dir}-both"),
     "no_hold": lambda task: weak(task, "no_hold", "--beta-hold", "0", "--images-dir", f"{task.images_dir}-no-hold"),
     "half": lambda task: weak(task, "half", "--self-labels", "0.5"),
-    "no_labels": lambda task: weak(task, "no_labels", "--self-labels", "0", "--pairs-per-batch", "33"),
+    "no_labels": lambda task: weak(task, "no_labels", "--self-labels", "0", "--pairs-per-batch", "33", "--rounds", "1"),
+    "no_shift": lambda task: weak(task, "no_shift", "--shift", "0"),
+    "no_rounds": lambda task: weak(task, "no_rounds", "--rounds", "1"),
 }
 """By name, what infers the test labels (n, *label), or for attributes their probabilities (n, attributes)."""
 

@@ -67,14 +67,16 @@ def main() -> None:
         images = Objective(model, terms, weights={"image": config.lambda_image}, iw_samples=config.iw_samples)
         first = config.first_stage(NAME)
         fit(first, images, train.only("image"), validation.only("image"), {})
-        if config.self_labels:
-            train = supervision.self_labelled(model, train, ATTRS, share=config.self_labels, by=config.self_labels_by)
 
     also = ALSO[config.reconstruct]
     terms = [Term(BOTH, BOTH + also, iw="image"), Term(IMAGE, IMAGE + also, iw="image"), Term(ATTRS, ATTRS + also)]
     objective = Objective(model, terms, weights=λ, iw_samples=config.iw_samples)
     measure = {"attribute_accuracy": metrics.attribute_accuracy(ATTRS)}
-    fit(config, objective, train, validation, measure, before=config.images_first)
+    for i, stage in enumerate(config.stages_with_labels()):
+        labelled = supervision.self_labelled(
+            model, train, ATTRS, share=config.self_labels, by=config.self_labels_by, again=i > 0
+        )
+        fit(stage, objective, labelled, validation, measure, before=config.images_first)
 
 
 if __name__ == "__main__":

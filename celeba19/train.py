@@ -75,17 +75,17 @@ def main() -> None:
         images = Objective(model, terms, weights={"image": config.lambda_image}, iw_samples=config.iw_samples)
         first = replace(config.first_stage(NAME), approx_m=0)  # one modality has no subsets
         fit(first, images, train.only("image"), validation.only("image"), {})
-        if config.self_labels:
-            train = supervision.self_labelled(
-                model, train, ATTRIBUTES, share=config.self_labels, by=config.self_labels_by
-            )
 
     also = ALSO[config.reconstruct]
     singles = [Term((name,), (name, *also), iw="image" if name == "image" else None) for name in MODALITIES]
     terms = [Term(MODALITIES, MODALITIES, iw="image"), *singles]
     objective = Objective(model, terms, weights=λ, iw_samples=config.iw_samples, subset=Term((), also, iw="image"))
     measure = {"attribute_accuracy": metrics.attribute_accuracy(ATTRIBUTES)}
-    fit(config, objective, train, validation, measure, before=config.images_first)
+    for i, stage in enumerate(config.stages_with_labels()):
+        labelled = supervision.self_labelled(
+            model, train, ATTRIBUTES, share=config.self_labels, by=config.self_labels_by, again=i > 0
+        )
+        fit(stage, objective, labelled, validation, measure, before=config.images_first)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mvae import Data, Objective, Run, Term, cli
-from mvae.data import supervision
+from mvae.data import augment, supervision
 from mvae.run import checkpoint, metrics, schedules
 from mvae.run.config import TwoStages
 
@@ -23,6 +23,7 @@ class Config(TwoStages, Source):
     lambda_image: float = 1  # weight of log p(image | z)
     lambda_text: float = 10  # weight of log p(text | z)
     reconstruct: Literal["given", "all", "image", "text"] = "given"  # extra reconstruction targets of each term
+    shift: int = 0  # pixels by which pictures are shifted at random, at most, where labels are learnt
     binarize: bool = False  # draw each pixel from Bernoulli(grey value): BinaryMNIST
     n_val: int = 5000  # training examples held out for validation
 
@@ -35,9 +36,10 @@ PRESETS = {
     "paper": PAPER,
     "fast": replace(SHORT, lambda_text=25, iw_samples=2, epochs=25, annealing_epochs=9),
     "weak": replace(
-        SHORT, lambda_text=50, images_first=10, annealing_epochs=4, self_labels=0.95, pairs_per_batch=0, epochs=2
+        SHORT, lambda_text=50, images_first=10, annealing_epochs=4, self_labels=0.95, pairs_per_batch=0, epochs=3,
+        rounds=2, shift=2,
     ),
-}
+}  # fmt: skip
 
 
 def fit(config: Config, objective: Objective, train: Data, validation: Data, measure: dict, before: int = 0) -> None:
@@ -70,14 +72,17 @@ def main() -> None:
         images = Objective(model, terms, weights={"image": config.lambda_image}, iw_samples=config.iw_samples)
         first = config.first_stage(NAME)
         fit(first, images, train.only("image"), validation.only("image"), {})
-        if config.self_labels:
-            train = supervision.self_labelled(model, train, TEXT, share=config.self_labels, by=config.self_labels_by)
 
     also = ALSO[config.reconstruct]
     terms = [Term(BOTH, BOTH + also, iw="image"), Term(IMAGE, IMAGE + also, iw="image"), Term(TEXT, TEXT + also)]
     objective = Objective(model, terms, weights=λ, iw_samples=config.iw_samples)
     measure = {"label_accuracy": metrics.label_accuracy("text")}
-    fit(config, objective, train, validation, measure, before=config.images_first)
+    for i, stage in enumerate(config.stages_with_labels()):
+        labelled = supervision.self_labelled(
+            model, train, TEXT, share=config.self_labels, by=config.self_labels_by, again=i > 0
+        )
+        labelled = augment.shifted(labelled, "image", config.shift)
+        fit(stage, objective, labelled, validation, measure, before=config.images_first)
 
 
 if __name__ == "__main__":

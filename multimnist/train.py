@@ -79,14 +79,16 @@ def main() -> None:
         images = Objective(model, terms, weights={"image": config.lambda_image}, iw_samples=config.iw_samples)
         first = config.first_stage(NAME)
         fit(first, images, train.only("image"), validation.only("image"), {}, recipe)
-        if config.self_labels:
-            train = supervision.self_labelled(model, train, TEXT, share=config.self_labels, by=config.self_labels_by)
 
     also = ALSO[config.reconstruct]
     terms = [Term(BOTH, BOTH + also, iw="image"), Term(IMAGE, IMAGE + also, iw="image"), Term(TEXT, TEXT + also)]
     objective = Objective(model, terms, weights=λ, iw_samples=config.iw_samples)
     measure = {"text_accuracy": metrics.label_accuracy("text")}
-    fit(config, objective, train, validation, measure, recipe, before=config.images_first)
+    for i, stage in enumerate(config.stages_with_labels()):
+        labelled = supervision.self_labelled(
+            model, train, TEXT, share=config.self_labels, by=config.self_labels_by, again=i > 0
+        )
+        fit(stage, objective, labelled, validation, measure, recipe, before=config.images_first)
 
 
 if __name__ == "__main__":

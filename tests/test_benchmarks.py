@@ -97,9 +97,10 @@ def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:
 
 def test_methods_learn_from_few_labels_and_are_not_run_again(tmp_path: Path) -> None:
     synthetic.main(["digits", str(tmp_path / "data"), "--train", "5300", "--test", "100"])
-    words = ["mnist", "--n", 2000, "--seeds", 0, "--methods", "dropout", "logistic", "--data-dir", "data"]
+    methods = ["dropout", "shifted", "graph_net", "logistic"]
+    words = ["mnist", "--n", 2000, "--seeds", 0, "--methods", *methods, "--data-dir", "data"]
     assert_ended(run_warm("benchmarks/weak_supervision.py", *words, cwd=tmp_path))
-    for method in ("dropout", "logistic"):
+    for method in methods:
         path = tmp_path / "results" / "weak" / f"mnist-{method}-2000-0.json"
         found = json.loads(path.read_text())
         assert (found["n"], found["seed"], found["n_examples"]) == (2000, 0, 100)

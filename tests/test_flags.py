@@ -48,12 +48,15 @@ EVERY: dict[str, list[Any]] = {
 """Values of every train.py's flags that make other weights than BASE's; the rest are flags that they need."""
 
 TWO_STAGES: dict[str, list[Any]] = {"reconstruct": ["all"], "images_first": [1]}
-TEXT = {**TWO_STAGES, "lambda_text": [3], "self_labels": [1, *LABELS]}
-FACES = {**TWO_STAGES, "lambda_attrs": [3], "self_labels": [1, "--images-first", 1, "--n-paired", 9, "--limit", 12]}
+INFERRED: list[Any] = [1, *LABELS]
+TEXT = {**TWO_STAGES, "lambda_text": [3], "self_labels": INFERRED, "rounds": [2, "--self-labels", *INFERRED]}
+FEW: list[Any] = [1, "--images-first", 1, "--n-paired", 9, "--limit", 12]
+FACES = {**TWO_STAGES, "lambda_attrs": [3], "self_labels": FEW, "rounds": [2, "--self-labels", *FEW]}
 OWN: dict[str, dict[str, list[Any]]] = {
     "mnist": {
         **TEXT,
         "binarize": [],
+        "shift": [1],
         "precision": ["bf16"],
         "self_labels_by": ["regression", "--self-labels", 1, *LABELS],
         "data_dir": ["other"],
@@ -81,7 +84,7 @@ ELSEWHERE = {
     "cache_dir": "test_celeba",
     "workers": "test_picture_cache",
     "allow_missing": "test_celeba_data",
-    **dict.fromkeys(("precision", "self_labels_by", "data_dir"), "mnist's"),
+    **dict.fromkeys(("precision", "self_labels_by", "shift", "data_dir"), "mnist's"),
 }
 """The other flags, and the tests of their effect."""
 
@@ -171,11 +174,18 @@ def test_terms_are_the_papers_with_what_reconstruct_adds_and_weighted_if_they_ha
 
 def test_the_others_use_the_flags_that_mnists_script_uses() -> None:
     used = {name: set(re.findall(r"config\.(\w+)", (ROOT / name / "train.py").read_text())) for name in OWN}
-    common = used["mnist"] - {"n_val", "data_dir", "binarize", "lambda_text"}
+    common = used["mnist"] - {"n_val", "data_dir", "binarize", "shift", "lambda_text"}
     assert {"lr", "weight_decay", "annealing_epochs", "iw_samples", "pairs", "init", "images_first"} <= common
     assert "approx_m" in used["celeba19"] & used["vision"]
     for name, own in used.items():
-        first_stage = {"images_first", "first_stage", "self_labels", "self_labels_by", "lambda_image"}
+        first_stage = {
+            "images_first",
+            "first_stage",
+            "self_labels",
+            "self_labels_by",
+            "stages_with_labels",
+            "lambda_image",
+        }
         assert common - own <= (first_stage if name == "vision" else set()), name
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from mnist.model import build_model as build_digits
 from multimnist.model import build_model as build_canvases
 from mvae import Data, UsageError
+from mvae.data.augment import shifted
 from mvae.data.dataset import binarize, permuted_rows, pictures_and_labels
 from mvae.data.supervision import (
     composed_rows,
@@ -330,8 +331,39 @@ def test_images_first_then_labels_of_their_neighbours(digits_dir: Path, tmp_path
     assert first[-1]["train/image/elbo"] > first[0]["train/image/elbo"]
     assert second[0]["train/loss"] < first[0]["train/loss"] * 2  # it continues from the first stage's weights
     assert second[-1]["validation/label_accuracy"] > 0.4
+    again = run_warm("mnist/train.py", *words, "--rounds", 2, "--shift", 1, "--resume", cwd=tmp_path)
+    assert_refused(again, 2, "rounds was 1, now 2")
     torch.manual_seed(0)
     drawn = build_digits(8).state_dict()
     learnt = checkpoint.load(tmp_path / "run" / "images" / checkpoint.LATEST, "mnist")["model"]
     unchanged = [name for name, weight in drawn.items() if torch.equal(learnt[name], weight)]
     assert unchanged == [name for name in drawn if ".text." in name]  # the first stage has no labels
+
+
+def test_labels_are_inferred_anew_in_each_round(digits_dir: Path, tmp_path: Path) -> None:
+    words: list[object] = ["--data-dir", digits_dir, "--n-val", 200, "--batch-size", 50, "--n-latents", 8, "--lr", 2e-3]
+    words += ["--reconstruct", "text", "--n-paired", 120, "--images-first", 1, "--self-labels", 0.9, "--epochs", 1]
+    words += ["--rounds", 3, "--shift", 1, "--lambda-text", 50, "--out-dir", "run"]
+    done = run_warm("mnist/train.py", *words, cwd=tmp_path)
+    assert_ended(done)
+    assert done.stdout.count("\nlabels: 100 given + 810 inferred of 1000\n") == 3
+    folders = ["images", "round-1", "round-2", "."]
+    last = [stats(tmp_path / "run" / name)[-1] for name in folders]
+    assert "validation/label_accuracy" not in last[0]
+    assert last[1]["validation/label_accuracy"] < last[3]["validation/label_accuracy"]
+    again = run_warm("mnist/train.py", *words, "--resume", cwd=tmp_path)
+    assert again.stdout.count("nothing left to do") == 4
+
+
+def test_pictures_are_shifted_by_every_distance_up_to_the_most() -> None:
+    torch.manual_seed(0)
+    image = torch.zeros(500, 1, 5, 6)
+    image[:, :, 2, 3] = 1
+    batch, _ = shifted(Data(tensors={"image": image}), "image", 2).batch(torch.arange(500))
+    places = batch["image"].flatten(1).argmax(dim=1)
+    assert batch["image"].shape == image.shape
+    assert batch["image"].sum() == 500
+    assert sorted({(int(i) // 6, int(i) % 6) for i in places}) == [(y, x) for y in range(5) for x in range(1, 6)]
+    torch.testing.assert_close(
+        shifted(Data(tensors={"image": image}), "image", 0).batch(torch.arange(2))[0]["image"], image[:2]
+    )

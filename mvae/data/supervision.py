@@ -17,6 +17,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from ..errors import UsageError
+from ..likelihoods import Bernoulli
 from ..model import MVAE, evaluating
 from .dataset import Data, consecutive_rows, permuted_rows
 
@@ -133,14 +134,19 @@ def composed_rows(data: Data, batch_size: int, pairs: int, seed: int) -> list[Te
     return list(torch.cat([some, others], dim=1))
 
 
-def self_labelled(model: MVAE, train: Data, labels: Sequence[str], *, share: float, by: Method) -> Data:
+def self_labelled(
+    model: MVAE, train: Data, labels: Sequence[str], *, share: float, by: Method, again: bool = False
+) -> Data:
     """Give the most confident `share` of the examples that lack a label one, from the means of q(z | image).
 
     The known labels spread to neighbouring means ("neighbours", which suits classes: clusters of the means), or a
     logistic regression on the means predicts it ("regression", which suits strings and attributes).
 
     labels: the modalities that are labels; the image is the model's first modality.
+    share: 0 returns `train`. again: the model has learnt labels, so that its own p(label | mean) is multiplied in.
     """
+    if not share:
+        return train
     image, present = model.modalities[0], train.present or {}
     device = next(model.parameters()).device
     there, means, batches = train.to(device), [], []
@@ -161,6 +167,10 @@ def self_labelled(model: MVAE, train: Data, labels: Sequence[str], *, share: flo
         if not known.any():  # nothing to infer it from
             continue
         probabilities = regressed(points, some, known) if graph is None else spread(graph, some, known)
+        if again:
+            probabilities = (
+                probabilities * _predicted(model, name, points.to(device)).cpu()[..., : probabilities.shape[-1]]
+            )
         best = probabilities.argmax(dim=-1).to(some.dtype)
         added = most_confident(probabilities, known, share) & _possible(model, name, best, points.to(device)).cpu()
         found[name][seen[added]] = best[added]
@@ -179,6 +189,14 @@ def _possible(model: MVAE, name: str, labels: Tensor, z: Tensor) -> Tensor:
     parts = zip(z.split(1000), labels.to(z.device).split(1000), strict=True)
     with evaluating(model):
         return torch.cat([score(some, x) for some, x in parts]).isfinite()
+
+
+@torch.no_grad()
+def _predicted(model: MVAE, name: str, z: Tensor) -> Tensor:
+    """Return p(label | z) of each class, (n, *label, classes); an attribute has the classes 0 and 1."""
+    with evaluating(model):
+        mean = torch.cat([model.mean(some, [name])[name] for some in z.split(1000)])
+    return torch.stack([1 - mean, mean], dim=-1) if isinstance(model.likelihood(name), Bernoulli) else mean
 
 
 def neighbour_graph(points: Tensor, k: int = 10) -> sparse.csr_array:

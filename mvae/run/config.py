@@ -90,6 +90,7 @@ class TwoStages(Training):
     images_dir: Path | None = None  # folder of the first stage, to share between runs (default: images/ in --out-dir)
     self_labels: float = 0  # fraction of unlabelled examples to pseudo-label after it, most confident first
     self_labels_by: Literal["neighbours", "regression"] = "neighbours"  # how those are found from the latents
+    rounds: int = 1  # stages with labels; all but the first infer them anew from what the model has learnt since
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,6 +98,8 @@ class TwoStages(Training):
             raise UsageError(f"images_first must be an integer >= 0, got {self.images_first}")
         if not 0 <= self.self_labels <= 1:
             raise UsageError(f"self_labels must be from 0 to 1, got {self.self_labels}")
+        if self.rounds < 1 or (self.rounds > 1 and not self.self_labels):
+            raise UsageError(f"rounds must be an integer >= 1, and 1 without self_labels, got {self.rounds}")
         if not self.images_first and (self.self_labels or self.images_dir):
             raise UsageError("self_labels and images_dir need images_first, the epochs of the first stage")
 
@@ -118,8 +121,12 @@ class TwoStages(Training):
         }
         return replace(self, **first)
 
+    def stages_with_labels(self) -> list[Self]:
+        """Return the Configs of the stages that follow the first. The last has this one's folder, others one in it."""
+        return [*(replace(self, out_dir=self.out_dir / f"round-{i}") for i in range(1, self.rounds)), self]
+
 
 def _concerns_labels(name: str) -> bool:
     others = {"n_paired", "paired_fraction", "unpaired", "pairs_per_batch", "images_first", "images_dir", "self_labels"}
-    others |= {"self_labels_by", "select", "reconstruct", "attr_missing"}
+    others |= {"self_labels_by", "rounds", "shift", "select", "reconstruct", "attr_missing"}
     return name in others or (name.startswith("lambda_") and name != "lambda_image")
