@@ -37,7 +37,7 @@ PRESETS = {
     "fast": replace(SHORT, lambda_text=25, iw_samples=2, epochs=25, annealing_epochs=9),
     "weak": replace(
         SHORT, lambda_text=50, images_first=10, annealing_epochs=4, self_labels=0.95, pairs_per_batch=0, epochs=3,
-        rounds=2, shift=2,
+        rounds=3, shift=2,
     ),
 }  # fmt: skip
 

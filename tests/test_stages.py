@@ -126,7 +126,7 @@ def test_what_does_not_follow_a_first_stage_is_refused_before_anything_is_writte
     assert not (tmp_path / "new").exists()
     done = run_warm("mnist/train.py", *flags, *own, "--resume", cwd=tmp_path)
     assert_ended(done)
-    assert done.stdout.count("nothing left to do") == 3  # the images, and two rounds with labels
+    assert done.stdout.count("nothing left to do") == 4  # the images, and three rounds with labels
 
 
 def test_the_second_stage_starts_from_the_first(straight: Path) -> None:
