@@ -560,6 +560,17 @@ def kills(content: dict[str, Any]) -> Parts:
     return ["", *names, *failures], rows, "Counts of runs and kills; the last five columns count failures."
 
 
+def ceiling(content: dict[str, Any]) -> Parts:
+    """A row for each experiment: the highest log p(image) of each split."""
+    splits = ("train", "validation", "test")
+    rows = [
+        [name, *(f"{found[split]['mean']:.1f} ± {found[split]['standard_error']:.1f}" for split in splits)]
+        for name, found in content["sets"].items()
+    ]
+    caption = "Nats per example, mean ± standard error: the score of a decoder that returns the picture itself."
+    return ["highest log p(image)", *splits], rows, caption
+
+
 def gpu(content: dict[str, Any]) -> Parts:
     """A row for each experiment and precision: an eager and a captured step, and the device's floors."""
     kinds = ("eager", "captured", "products_floor", "weights_floor")
@@ -588,5 +599,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     **{f"weak_{name}": partial(weak, name) for name in ("mnist", "fashionmnist", "multimnist", "celeba")},
     "weak_ablation": weak_ablation,
     "speed": speed,
-    **{parts.__name__: partial(of_one_file, parts) for parts in (processes, peer, launches, kills, gpu)},
+    **{parts.__name__: partial(of_one_file, parts) for parts in (processes, peer, launches, kills, ceiling, gpu)},
 }
