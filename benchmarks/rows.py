@@ -442,7 +442,7 @@ def weak(experiment: str, root: Path) -> str:
         cells = [[100 * x for x in by_method[method].get(n, {}).values()] for n in numbers]
         rows.append([METHODS[method], *(over_seeds(cell, ".1f") for cell in cells)])
     for method in (method for method in AGAINST if method in by_method):
-        pairs = [(by_method["weak"].get(n, {}), by_method[method].get(n, {})) for n in numbers]
+        pairs = [(by_method.get("weak", {}).get(n, {}), by_method[method].get(n, {})) for n in numbers]
         rows.append([f"*Δ against {METHODS[method]}*", *(difference(*pair) for pair in pairs)])
     return table([f"{measure}, %", *(f"{n:,} labels" for n in numbers)], rows) + "\n\n" + about_weak(files)
 
