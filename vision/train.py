@@ -35,11 +35,14 @@ class Config(Training, Source):
     reconstruct: tuple[Target, ...] = ("all",)  # extra reconstruction targets of each term
 
 
-PAPER = Config(n_latents=250, batch_size=50, epochs=100, annealing_epochs=20, lr=1e-4)
+LONG = Config(n_latents=250, batch_size=50, epochs=100, annealing_epochs=20, lr=1e-4)
 PRESETS = {
-    "paper": PAPER,
+    "paper": replace(  # the public code's: it divides all six log p(x | z) by their number, and not the KL divergence
+        LONG, lambda_image=1 / 6, lambda_gray=1 / 6, lambda_edge=1 / 6, lambda_mask=1 / 6, lambda_obscured=1 / 6,
+        lambda_watermark=1 / 6,
+    ),
     "fast": replace(
-        PAPER, reconstruct=("image", "edge", "mask"), epochs=8, beta_hold=0.5, annealing_epochs=3, lr=1e-3,
+        LONG, reconstruct=("image", "edge", "mask"), epochs=8, beta_hold=0.5, annealing_epochs=3, lr=1e-3,
         lr_schedule="late", warmup_epochs=0.2,
     ),
 }  # fmt: skip
