@@ -252,6 +252,11 @@ def of_experiment(experiment: str, root: Path) -> str:
             rows.append([name, "", *cells, ""])
     rows.append(["epoch (best / run)", "", *map(epochs_of, recipes.values()), f"*{PAPER['epochs'][experiment]}*"])
     rows.append(["training minutes", "", *map(minutes_of, recipes.values()), ""])
+    settings = [some[0].settings for some in recipes.values()]
+    rows.append(["precision", "", *(some["precision"] for some in settings), ""])
+    as_the_papers = [some["reconstruct"] in ("given", ["given"]) and some["iw_samples"] == 1 for some in settings]
+    rows.append(["the paper's objective", "", *("yes" if same else "no" for same in as_the_papers), "*yes*"])
+    rows.append(["seeds", "", *(str(len(some)) for some in recipes.values()), ""])
     columns = ["", "proposal distribution", *(f"`{recipe}`" for recipe in recipes), "the paper"]
     if not paper:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
