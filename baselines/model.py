@@ -70,22 +70,22 @@ def build_objective(
         iw_samples: draws of z, for an importance-weighted bound in terms with the picture; see `Objective`.
     """
     only = model.modalities
-    mvae = [Term(BOTH, BOTH, "image"), Term(IMAGE, IMAGE + reconstruct, "image"), Term(TEXT, TEXT)]
+    mvae = [Term(BOTH, BOTH), Term(IMAGE, IMAGE + reconstruct), Term(TEXT, TEXT)]
     terms = {
-        "vae": [Term(only, only, only[0])],
-        "cvae": [Term(only, only, only[0])],
-        "bivcca": [Term(IMAGE, BOTH, "image"), Term(TEXT, BOTH)],
-        "jmvae": [Term(BOTH, BOTH, "image")],
+        "vae": [Term(only, only)],
+        "cvae": [Term(only, only)],
+        "bivcca": [Term(IMAGE, BOTH), Term(TEXT, BOTH)],
+        "jmvae": [Term(BOTH, BOTH)],
         "mvae-q": mvae,
         "mvae-joint": mvae,
-        "mopoe": [Term(BOTH, BOTH, "image"), Term(IMAGE, BOTH, "image"), Term(TEXT, BOTH)],
+        "mopoe": [Term(BOTH, BOTH), Term(IMAGE, BOTH), Term(TEXT, BOTH)],
     }[name]
     weights = {"text": lambda_text} if only == BOTH else {}
     if name == "jmvae":
-        jmvae = JMVAE(model, terms, weights=weights, iw_samples=iw_samples)
+        jmvae = JMVAE(model, terms, weights=weights, iw_samples=iw_samples, iw=only[0])
         jmvae.alpha = alpha
         return jmvae
-    return Objective(model, terms, weights=weights, iw_samples=iw_samples)
+    return Objective(model, terms, weights=weights, iw_samples=iw_samples, iw=only[0])
 
 
 # Posteriors. For the shapes see `experts.product`.

@@ -48,7 +48,7 @@ class Experiment(NamedTuple):
         names = model.modalities
         also = names if self.reconstruct_all else ()
         terms = [Term(names, names), *(Term((name,), (name, *also)) for name in names)]
-        return Objective(model, terms, weights=self.weights, subset=Term((), also))
+        return Objective(model, terms, weights=self.weights, subset_also=also)
 
 
 def build_model(name: str, n_latents: int) -> MVAE:

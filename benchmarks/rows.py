@@ -255,7 +255,7 @@ def of_experiment(experiment: str, root: Path) -> str:
     settings = [some[0].settings for some in recipes.values()]
     rows.append(["precision", "", *(some["precision"] for some in settings), ""])
     as_the_papers = [some["reconstruct"] in ("given", ["given"]) and some["iw_samples"] == 1 for some in settings]
-    rows.append(["the paper's objective", "", *("yes" if same else "no" for same in as_the_papers), "*yes*"])
+    rows.append(["the paper's terms", "", *("yes" if same else "no" for same in as_the_papers), "*yes*"])
     rows.append(["seeds", "", *(str(len(some)) for some in recipes.values()), ""])
     columns = ["", "proposal distribution", *(f"`{recipe}`" for recipe in recipes), "the paper"]
     if not paper:
@@ -396,7 +396,7 @@ METHODS = {  # in the tables' order
     "pca": "label propagation on 50 principal components, transductive",
     "pixels": "label propagation on pixels, transductive",
     "spread": "label propagation on the VAE's means, transductive",
-    "graph_net": "network on propagated labels (principal components), with dropout and shifts",
+    "graph_net": "network on propagated labels, three rounds, with dropout and shifts",
     "m1": "M1: VAE, logistic regression on its means",
     "shifted": "supervised on all N labels, with dropout and shifts",
     "favoured": "supervised, with dropout, stopped early on all validation labels",
@@ -405,11 +405,11 @@ METHODS = {  # in the tables' order
 }
 AGAINST = ("pca", "graph_net", "shifted", "favoured", "dropout")  # what `weak` is compared with, seed by seed
 WITHOUT = {
-    "no_rounds": "one round",
+    "no_rounds": "one round of nine epochs",
     "no_shift": "no shifts",
     "no_hold": "β rising from the start",
     "half": "self-labels for the most confident half",
-    "no_labels": "no self-labels",
+    "no_labels": "no self-labels, a third of each batch from the pairs",
 }
 """`--preset weak` with one change each, at 100 labels of mnist."""
 
@@ -448,7 +448,7 @@ def weak(experiment: str, root: Path) -> str:
         rows.append([METHODS[method], *(over_seeds(cell, ".1f") for cell in cells)])
     for method in (method for method in AGAINST if method in by_method):
         pairs = [(by_method.get("weak", {}).get(n, {}), by_method[method].get(n, {})) for n in numbers]
-        rows.append([f"*Δ against {METHODS[method]}*", *(difference(*pair) for pair in pairs)])
+        rows.append([f"*Δ: preset weak − {METHODS[method]}*", *(difference(*pair) for pair in pairs)])
     return table([f"{measure}, %", *(f"{n:,} labels" for n in numbers)], rows) + "\n\n" + about_weak(files)
 
 
@@ -462,7 +462,9 @@ def weak_ablation(root: Path) -> str:
         rows.append([WITHOUT[method], over_seeds([100 * x for x in found.values()], ".1f"), difference(found, base)])
     if not rows:
         return NOTHING
-    return table(["`--preset weak`, 100 labels", "accuracy, %", "Δ"], rows) + "\n\n" + about_weak(files)
+    return (
+        table(["`--preset weak`, 100 labels", "accuracy, %", "Δ against the whole"], rows) + "\n\n" + about_weak(files)
+    )
 
 
 def difference(some: Mapping[int, float], others: Mapping[int, float]) -> str:

@@ -3,12 +3,12 @@
     python benchmarks/weak_supervision.py mnist --n 20 100 500 2000 10000 60000
 
 N of the examples keep their label, spread evenly over the classes if there are any; the others keep their image only. A
-fraction of the N validates. All methods have the same N labels and choose by the validating ones, but for two:
-`favoured` also trains on those, and stops by the labels of all validation examples; `shifted` trains on all N for a
-fixed number of steps, its images shifted as in `weak`. `spread`, `pca` and `pixels` see the test images without their
-labels. `graph_net` is a network that learns what `pca` says of the training images, shifted as well. Methods that begin
-with `no_` and `half` are `weak` without one of its parts; `both` hides the images of half the others; rows.py describes
-all methods.
+fraction of the N validates for `weak`, `paper` and `dropout`; `favoured` also trains on it, and stops by the labels of
+all validation examples. `shifted` and `graph_net` train on all N for a fixed number of steps, and shift images as
+`weak` does; `graph_net` is a classifier in `weak`'s place, which learns labels spread over a graph, of principal
+components at first and then of its own features. `spread`, `pca` and `pixels` see the test images without their labels.
+`both` hides the images of half the others; methods that begin with `no_`, and `half`, are `weak` without one of its
+parts.
 
 Each run writes results/weak/EXPERIMENT-METHOD-N-SEED.json, and is skipped if that exists.
 """
@@ -27,9 +27,10 @@ from mvae.data import augment
 from mvae.data.celeba import ATTRIBUTES
 from mvae.data.dataset import consecutive_rows
 from mvae.data.supervision import most_confident, neighbour_graph, regressed, share_pairs, spread
-from mvae.run import metrics
+from mvae.run import metrics, schedules
 from mvae.run.checkpoint import BEST, LATEST
 from mvae.run.evaluate import mean_and_error, shown
+from mvae.run.schedules import Schedule
 
 import torch
 from sklearn.decomposition import PCA
@@ -46,9 +47,9 @@ Method = Literal[
     "paper", "both", "no_hold", "half", "no_labels", "no_shift", "no_rounds",
 ]  # fmt: skip
 SPLITS = ("train", "validation", "test")
-SHIFT = 2
-"""Pixels by which `shifted` and `graph_net` shift images, at most; as `--preset weak` of mnist."""
-PAPER = ["--lambda-text", "50", "--epochs", "40", "--annealing-epochs", "16", "--pairs-per-batch", "0"]
+SHIFT = {"mnist": 2, "fashionmnist": 1}
+"""Pixels by which `shifted` and `graph_net` shift images, at most; of the others not at all."""
+PAPER = ["--epochs", "40", "--annealing-epochs", "16", "--pairs-per-batch", "0"]
 
 
 @dataclass(kw_only=True)
@@ -151,16 +152,18 @@ def network_for(task: Task) -> nn.Sequential:
     )
 
 
-def steps_of(network: nn.Module, train: Data, kind: Experiment) -> Iterator[tuple[int, int]]:
-    """Train by Adam at 1e-3, ten epochs or at least a thousand steps; yield each step's number and their total."""
-    optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
-    steps = max(1000, 10 * len(train) // 100)
+def steps_of(
+    network: nn.Module, train: Data, kind: Experiment, steps: int, rate: Schedule = lambda t: 1.0
+) -> Iterator[int]:
+    """Train by Adam at 1e-3 times `rate` of the share that is done; yield the number of each step."""
+    optimizer = torch.optim.Adam(network.parameters(), fused=True)
     for step in range(1, steps + 1):
+        optimizer.param_groups[0]["lr"] = 1e-3 * rate(step / steps)
         batch, _ = train.batch(torch.randint(len(train), (min(100, len(train)),)))
         loss_of(network(batch["image"]), batch[kind.label], kind).backward()
         optimizer.step()
         optimizer.zero_grad()
-        yield step, steps
+        yield step
 
 
 @torch.no_grad()
@@ -176,8 +179,8 @@ def supervised(task: Task, *, favoured: bool = False) -> Tensor:
     if favoured:
         x, y = torch.cat([x, held_x]), torch.cat([y, held_y])
         held_x, held_y = task.labelled(dataclasses.replace(task.validation, present=None))
-    best, kept = (math.inf, math.inf), {}
-    for step, steps in steps_of(network, Data(tensors={"image": x, kind.label: y}), kind):
+    best, kept, steps = (math.inf, math.inf), {}, max(1000, 10 * len(x) // 100)
+    for step in steps_of(network, Data(tensors={"image": x, kind.label: y}), kind, steps):
         if step % max(20, steps // 50) == 0:
             network.eval()
             with torch.no_grad():
@@ -192,28 +195,39 @@ def supervised(task: Task, *, favoured: bool = False) -> Tensor:
     return inferred(network, task)
 
 
-def shifted(task: Task, x: Tensor, y: Tensor) -> Tensor:
-    """Train on shifted images and their labels for a fixed number of steps."""
-    network = network_for(task)
-    train = augment.shifted(Data(tensors={"image": x, task.kind.label: y}), "image", SHIFT)
-    for _ in steps_of(network, train, task.kind):
+def on_shifted(network: nn.Module, task: Task, x: Tensor, y: Tensor, steps: int) -> None:
+    """Train on shifted images (n, ...) and their labels (n, *label) for a fixed number of steps."""
+    train = Data(tensors={"image": x, task.kind.label: y})
+    train = augment.shifted(train, "image", SHIFT.get(task.config.experiment, 0))
+    network.train()
+    for _ in steps_of(network, train, task.kind, steps, schedules.late(1)):
         pass
+    network.eval()
+
+
+def shifted(task: Task) -> Tensor:
+    network = network_for(task)
+    x, y = zip(task.labelled(task.train), task.labelled(task.validation), strict=True)
+    on_shifted(network, task, torch.cat(x), torch.cat(y), 10_000)
     return inferred(network, task)
 
 
-def of_all_labels(task: Task) -> Tensor:
-    parts = [task.labelled(task.train), task.labelled(task.validation)]
-    return shifted(task, *(torch.cat(some) for some in zip(*parts, strict=True)))
-
-
-def of_graph_labels(task: Task) -> Tensor:
-    """Train on the labels that spread from the given ones to the most confident 95 % of the training images."""
-    name, train = task.kind.label, task.train
-    assert train.present is not None
-    probabilities = spread(neighbour_graph(components(pixels(train))), train.tensors[name], train.present[name])
-    rows = train.present[name] | most_confident(probabilities, train.present[name], 0.95)
-    labels = torch.where(train.present[name], train.tensors[name].long(), probabilities.argmax(dim=-1))
-    return shifted(task, train.batch(rows.nonzero().flatten())[0]["image"], labels[rows])
+def graph_net(task: Task, rounds: int = 3) -> Tensor:
+    """For classes: the recipe of `weak` with a classifier in place of the MVAE, on all images that aren't tested."""
+    name, parts = task.kind.label, (task.train, task.validation)
+    x = torch.cat([batch["image"] for data in parts for batch in batches(data)])
+    y = torch.cat([data.tensors[name].long() for data in parts])
+    known = torch.cat([(data.present or {})[name] for data in parts])
+    network = network_for(task)
+    points, believed = components(x.flatten(1)), torch.ones(1)
+    for _ in range(rounds):
+        probabilities = spread(neighbour_graph(points), y, known) * believed
+        rows = known | most_confident(probabilities, known, 0.95)
+        on_shifted(network, task, x[rows], torch.where(known, y, probabilities.argmax(dim=-1))[rows], 5_000)
+        with torch.no_grad():
+            points = torch.cat([network[:-2](some) for some in x.split(1000)])
+            believed = network[-2:](points).softmax(dim=-1)
+    return inferred(network, task)
 
 
 def logistic(task: Task) -> Tensor:
@@ -271,19 +285,21 @@ METHODS: dict[Method, Callable[[Task], Tensor]] = {
     "spread": spread_to_test,
     "pca": functools.partial(spread_to_test, points=lambda task: components(pixels(task.train, task.test))),
     "pixels": functools.partial(spread_to_test, points=lambda task: pixels(task.train, task.test)),
-    "graph_net": of_graph_labels,
+    "graph_net": graph_net,
     "m1": m1,
     "dropout": supervised,
-    "shifted": of_all_labels,
+    "shifted": shifted,
     "favoured": functools.partial(supervised, favoured=True),
     "logistic": logistic,
-    "paper": lambda task: trained(task, "paper", *PAPER),
-    "both": lambda task: weak(task, "both", "--unpaired", "both", "--images-dir", f"{task.images_dir}-both"),
+    "paper": lambda task: trained(task, "paper", *PAPER, *["--lambda-text", "50"] * (not task.kind.binary)),
+    "both": lambda task: weak(task, "both", "--unpaired", "both", "--images-dir", f"{task.images_dir}-both-{task.n}"),
     "no_hold": lambda task: weak(task, "no_hold", "--beta-hold", "0", "--images-dir", f"{task.images_dir}-no-hold"),
     "half": lambda task: weak(task, "half", "--self-labels", "0.5"),
-    "no_labels": lambda task: weak(task, "no_labels", "--self-labels", "0", "--pairs-per-batch", "33", "--rounds", "1"),
+    "no_labels": lambda task: weak(
+        task, "no_labels", "--self-labels", "0", "--pairs-per-batch", "33", "--rounds", "1", "--epochs", "9"
+    ),
     "no_shift": lambda task: weak(task, "no_shift", "--shift", "0"),
-    "no_rounds": lambda task: weak(task, "no_rounds", "--rounds", "1"),
+    "no_rounds": lambda task: weak(task, "no_rounds", "--rounds", "1", "--epochs", "9"),
 }
 """By name, what infers the test labels (n, *label), or for attributes their probabilities (n, attributes)."""
 

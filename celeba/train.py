@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mvae import Data, Objective, Run, Term, cli
-from mvae.data import supervision
+from mvae.data import augment, supervision
 from mvae.run import checkpoint, metrics, schedules
 from mvae.run.config import TwoStages
 
@@ -63,20 +63,26 @@ def main() -> None:
     λ = {"image": config.lambda_image, "attrs": config.lambda_attrs}
 
     if config.images_first:
-        terms = [Term(IMAGE, IMAGE, iw="image")]
-        images = Objective(model, terms, weights={"image": config.lambda_image}, iw_samples=config.iw_samples)
+        images = Objective(
+            model,
+            [Term(IMAGE, IMAGE)],
+            weights={"image": config.lambda_image},
+            iw_samples=config.iw_samples,
+            iw="image",
+        )
         first = config.first_stage(NAME)
         fit(first, images, train.only("image"), validation.only("image"), {})
 
     also = ALSO[config.reconstruct]
-    terms = [Term(BOTH, BOTH + also, iw="image"), Term(IMAGE, IMAGE + also, iw="image"), Term(ATTRS, ATTRS + also)]
-    objective = Objective(model, terms, weights=λ, iw_samples=config.iw_samples)
+    terms = [Term(BOTH, BOTH + also), Term(IMAGE, IMAGE + also), Term(ATTRS, ATTRS + also)]
+    objective = Objective(model, terms, weights=λ, iw_samples=config.iw_samples, iw="image")
     measure = {"attribute_accuracy": metrics.attribute_accuracy(ATTRS)}
     for i, stage in enumerate(config.stages_with_labels()):
         labelled = supervision.self_labelled(
             model, train, ATTRS, share=config.self_labels, by=config.self_labels_by, again=i > 0
         )
-        fit(stage, objective, labelled, validation, measure, before=config.images_first)
+        labelled = augment.shifted(labelled, "image", config.shift)
+        fit(stage, objective, labelled, validation, measure, before=config.images_first + i * config.epochs)
 
 
 if __name__ == "__main__":

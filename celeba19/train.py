@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mvae import Data, Objective, Run, Term, cli
-from mvae.data import supervision
+from mvae.data import augment, supervision
 from mvae.run import checkpoint, metrics, schedules
 from mvae.run.config import TwoStages
 
@@ -71,21 +71,27 @@ def main() -> None:
     λ = {"image": config.lambda_image, **dict.fromkeys(ATTRIBUTES, config.lambda_attrs)}
 
     if config.images_first:
-        terms = [Term(IMAGE, IMAGE, iw="image")]
-        images = Objective(model, terms, weights={"image": config.lambda_image}, iw_samples=config.iw_samples)
+        images = Objective(
+            model,
+            [Term(IMAGE, IMAGE)],
+            weights={"image": config.lambda_image},
+            iw_samples=config.iw_samples,
+            iw="image",
+        )
         first = replace(config.first_stage(NAME), approx_m=0)  # one modality has no subsets
         fit(first, images, train.only("image"), validation.only("image"), {})
 
     also = ALSO[config.reconstruct]
-    singles = [Term((name,), (name, *also), iw="image" if name == "image" else None) for name in MODALITIES]
-    terms = [Term(MODALITIES, MODALITIES, iw="image"), *singles]
-    objective = Objective(model, terms, weights=λ, iw_samples=config.iw_samples, subset=Term((), also, iw="image"))
+    singles = [Term((name,), (name, *also)) for name in MODALITIES]
+    terms = [Term(MODALITIES, MODALITIES), *singles]
+    objective = Objective(model, terms, weights=λ, iw_samples=config.iw_samples, iw="image", subset_also=also)
     measure = {"attribute_accuracy": metrics.attribute_accuracy(ATTRIBUTES)}
     for i, stage in enumerate(config.stages_with_labels()):
         labelled = supervision.self_labelled(
             model, train, ATTRIBUTES, share=config.self_labels, by=config.self_labels_by, again=i > 0
         )
-        fit(stage, objective, labelled, validation, measure, before=config.images_first)
+        labelled = augment.shifted(labelled, "image", config.shift)
+        fit(stage, objective, labelled, validation, measure, before=config.images_first + i * config.epochs)
 
 
 if __name__ == "__main__":

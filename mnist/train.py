@@ -23,7 +23,6 @@ class Config(TwoStages, Source):
     lambda_image: float = 1  # weight of log p(image | z)
     lambda_text: float = 10  # weight of log p(text | z)
     reconstruct: Literal["given", "all", "image", "text"] = "given"  # extra reconstruction targets of each term
-    shift: int = 0  # pixels by which pictures are shifted at random, at most, where labels are learnt
     binarize: bool = False  # draw each pixel from Bernoulli(grey value): BinaryMNIST
     n_val: int = 5000  # training examples held out for validation
 
@@ -68,21 +67,26 @@ def main() -> None:
     λ = {"image": config.lambda_image, "text": config.lambda_text}
 
     if config.images_first:
-        terms = [Term(IMAGE, IMAGE, iw="image")]
-        images = Objective(model, terms, weights={"image": config.lambda_image}, iw_samples=config.iw_samples)
+        images = Objective(
+            model,
+            [Term(IMAGE, IMAGE)],
+            weights={"image": config.lambda_image},
+            iw_samples=config.iw_samples,
+            iw="image",
+        )
         first = config.first_stage(NAME)
         fit(first, images, train.only("image"), validation.only("image"), {})
 
     also = ALSO[config.reconstruct]
-    terms = [Term(BOTH, BOTH + also, iw="image"), Term(IMAGE, IMAGE + also, iw="image"), Term(TEXT, TEXT + also)]
-    objective = Objective(model, terms, weights=λ, iw_samples=config.iw_samples)
+    terms = [Term(BOTH, BOTH + also), Term(IMAGE, IMAGE + also), Term(TEXT, TEXT + also)]
+    objective = Objective(model, terms, weights=λ, iw_samples=config.iw_samples, iw="image")
     measure = {"label_accuracy": metrics.label_accuracy("text")}
     for i, stage in enumerate(config.stages_with_labels()):
         labelled = supervision.self_labelled(
             model, train, TEXT, share=config.self_labels, by=config.self_labels_by, again=i > 0
         )
         labelled = augment.shifted(labelled, "image", config.shift)
-        fit(stage, objective, labelled, validation, measure, before=config.images_first)
+        fit(stage, objective, labelled, validation, measure, before=config.images_first + i * config.epochs)
 
 
 if __name__ == "__main__":

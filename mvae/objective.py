@@ -21,12 +21,10 @@ class Term(NamedTuple):
     """One ELBO: E_q(z|inputs)[sum over the reconstructed i of λ_i log p(x_i | z)] - β KL(q(z|inputs) || p(z)).
 
     It bounds log p(what it reconstructs). In the paper a term reconstructs its inputs.
-    iw: one of the inputs: for examples that have it, the bound is importance-weighted; see `Objective`.
     """
 
     inputs: tuple[str, ...]
     reconstructs: tuple[str, ...]
-    iw: str | None = None
 
 
 def random_subsets(n_modalities: int, k: int, rng: np.random.Generator) -> Tensor:
@@ -50,21 +48,20 @@ class Objective(nn.Module):
         model: the MVAE.
         terms: default: the paper's, ELBO(all) and ELBO({x_i}) of each modality.
         weights: λ by modality name, by default 1.
-        iw_samples: K, the draws of z in each term. With K > 1 the bound of a term with `iw` is E[log 1/K sum_k w_k],
-            w = exp(sum of λ_i log p(x_i | z)) (p(z) / q(z | X))^β (Burda et al. 2016, equation 8, where λ = β = 1), and
-            the posterior's gradient is the doubly reparameterised one (Tucker et al. 2019). The other terms are ELBOs
-            averaged over K draws. Don't weight terms conditioned on a label alone: one good draw of K satisfies such a
-            bound, and q(z | label) becomes so wide that it yields images of other labels.
-        subset: what terms of random subsets reconstruct in addition to their inputs, and their `iw`.
+        iw_samples: K, the draws of z in each term. With K > 1 the bound given the modality `iw` is
+            E[log 1/K sum_k w_k], w = exp(sum of λ_i log p(x_i | z)) (p(z) / q(z | X))^β (Burda et al. 2016, equation 8,
+            where λ = β = 1), and the posterior's gradient is the doubly reparameterised one (Tucker et al. 2019). The
+            other terms are ELBOs averaged over K draws. Don't weight terms conditioned on a label alone: one good draw
+            of K satisfies such a bound, and q(z | label) becomes so wide that it yields images of other labels.
+        iw: the modality of importance-weighted bounds, usually the image (default: none).
+        subset_also: what terms of random subsets reconstruct in addition to their inputs.
 
     Raises UsageError for an unknown name, a negative λ, K < 1, or terms without inputs or with the same inputs.
     """
 
     inputs: Tensor
     outputs: Tensor
-    iw: Tensor
     subset_outputs: Tensor
-    subset_iw: Tensor
     weights: Tensor
 
     def __init__(
@@ -74,7 +71,8 @@ class Objective(nn.Module):
         *,
         weights: Mapping[str, float] | None = None,
         iw_samples: int = 1,
-        subset: Term = Term((), ()),  # noqa: B008 (a tuple)
+        iw: str | None = None,
+        subset_also: Sequence[str] = (),
     ):
         super().__init__()
         modalities = model.modalities
@@ -82,13 +80,14 @@ class Objective(nn.Module):
             singles = [(name,) for name in modalities] if len(modalities) > 1 else []
             terms = [Term(names, names) for names in (modalities, *singles)]
         self.model, self.iw_samples = model, iw_samples
-        self.terms, self.subset = [self._in_order(term) for term in terms], self._in_order(subset)
+        self.terms, self.subset_also = [self._in_order(term) for term in terms], tuple(subset_also)
         if not self.terms or not all(term.inputs for term in self.terms):
             raise UsageError("terms must be one or more, each with one or more inputs")
         self.names = tuple(JOINT if t.inputs == modalities else "+".join(t.inputs) for t in self.terms)
         if len(set(self.names)) < len(self.names) or SUBSET in self.names:
             raise UsageError(f"terms must have different inputs, got {', '.join(self.names)}")
-        model.check_names(*(weights or {}))
+        model.check_names(*(weights or {}), *subset_also, *([iw] if iw else []))
+        self.iw = modalities.index(iw) if iw else None
         λ = torch.tensor([float((weights or {}).get(name, 1.0)) for name in modalities])
         if not (λ.isfinite() & (λ >= 0)).all():
             raise UsageError(f"weights must be finite and >= 0, got {dict(weights or {})}")
@@ -96,24 +95,21 @@ class Objective(nn.Module):
             raise UsageError(f"iw_samples must be >= 1, got {iw_samples}")
         self.register_buffer("inputs", self._mask(term.inputs for term in self.terms), persistent=False)
         self.register_buffer("outputs", self._mask(term.reconstructs for term in self.terms), persistent=False)
-        self.register_buffer("iw", self._mask([term.iw] for term in self.terms), persistent=False)
-        self.register_buffer("subset_outputs", self._mask([subset.reconstructs]), persistent=False)
-        self.register_buffer("subset_iw", self._mask([[subset.iw]]), persistent=False)
+        self.register_buffer("subset_outputs", self._mask([subset_also]), persistent=False)
         self.register_buffer("weights", λ, persistent=False)
 
     def _in_order(self, term: Term) -> Term:
         """Return the term with its names in the model's order."""
-        self.model.check_names(*term.inputs, *term.reconstructs, *([term.iw] if term.iw else []))
-        inputs, reconstructs = (tuple(n for n in self.model.modalities if n in names) for names in term[:2])
-        return Term(inputs, reconstructs, term.iw)
+        self.model.check_names(*term.inputs, *term.reconstructs)
+        return Term(*(tuple(n for n in self.model.modalities if n in names) for names in term))
 
-    def _mask(self, sets: Iterable[Sequence[str | None]]) -> Tensor:
+    def _mask(self, sets: Iterable[Sequence[str]]) -> Tensor:
         """Return bool (sets, modalities)."""
         return torch.tensor([[name in names for name in self.model.modalities] for names in sets])
 
     def checksum(self) -> str:
         """Return a CRC-32 of terms, λ and importance samples, which tells two objectives apart."""
-        content = (self.terms, self.subset, self.weights.tolist(), self.iw_samples)
+        content = (self.terms, self.subset_also, self.weights.tolist(), self.iw_samples, self.iw)
         return f"{zlib.crc32(repr(content).encode()):08x}"
 
     def noise(self, n: int, n_subsets: int = 0, generator: torch.Generator | None = None) -> Tensor:
@@ -151,7 +147,6 @@ class Objective(nn.Module):
         n_subsets = len(subsets)
         inputs = torch.cat([self.inputs, subsets])
         outputs = torch.cat([self.outputs, subsets | self.subset_outputs])
-        iw = torch.cat([self.iw, self.subset_iw.expand(n_subsets, -1)])
 
         # Two masks, (terms, modalities, batch), say everything: which experts a term's posterior takes, and which
         # log-probabilities it counts.
@@ -176,8 +171,8 @@ class Objective(nn.Module):
         weighted = (log_prob * self.weights.unsqueeze(-1)).sum(dim=1)
         log_prob = log_prob.unflatten(0, (k, -1)).mean(dim=0)
         bound = weighted.unflatten(0, (k, -1)).mean(dim=0) - beta * kl
-        if k > 1:
-            where = (inputs & iw.unsqueeze(-1)).any(dim=1)
+        if k > 1 and self.iw is not None:
+            where = inputs[:, self.iw]
             bound = torch.where(where, _importance_weighted(weighted, z, mu, logvar, beta, k, where), bound)
         loss = -bound.sum(dim=0).mean()
 

@@ -113,7 +113,8 @@ def plain_objective(
     terms: Sequence[Term] | None = None,
     weights: Mapping[str, float] | None = None,
     subsets: Sequence[Sequence[str]] = (),
-    subset: Term = Term((), ()),  # noqa: B008 (a tuple)
+    subset_also: Sequence[str] = (),
+    iw: str | None = None,
     beta: float = 1.0,
     present: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Totals]:
@@ -127,7 +128,7 @@ def plain_objective(
     }
     terms = list(terms or paper_terms(names))
     labels = [JOINT if term.inputs == names else "+".join(term.inputs) for term in terms] + [SUBSET] * len(subsets)
-    terms += [Term(tuple(some), (*some, *subset.reconstructs), subset.iw) for some in subsets]
+    terms += [Term(tuple(some), (*some, *subset_also)) for some in subsets]
     log_prob, n_log_prob = noise.new_zeros(2, len(terms), len(names))
     kl, n_kl = noise.new_zeros(2, len(terms))
     q: dict[tuple[int, int], distributions.Normal] = {}  # by term and example
@@ -160,7 +161,6 @@ def plain_objective(
     loss = noise.new_zeros(())
     for (t, row), (by_weights, by_latents) in scores.items():
         one, draws = q[t, row], z[t, row]
-        iw = terms[t].iw
         if k > 1 and iw in terms[t].inputs and row in rows_with[str(iw)]:
             fixed = distributions.Normal(one.mean.detach(), one.stddev.detach())
             log_ratio = (prior.log_prob(draws) - fixed.log_prob(draws)).sum(dim=-1)

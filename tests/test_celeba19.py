@@ -178,7 +178,7 @@ def test_objective_and_gradients_are_those_of_single_attributes(
             name: torch.where((present or {}).get(name, torch.ones(N).bool()).view(-1, *[1] * (x.dim() - 1)), x, value)
             for name, x in batch.items()
         }
-        how: dict[str, Any] = {"weights": dict.fromkeys(ATTRIBUTES, 10.0), "subset": Term((), tuple(also))}
+        how: dict[str, Any] = {"weights": dict.fromkeys(ATTRIBUTES, 10.0), "subset_also": also}
         loss, totals = Objective(one, terms_of(also), **how)(given, 0.3, SUBSETS, present, noise_of(3))
         results.append((loss, totals, torch.autograd.grad(loss, weights)))
         monkeypatch.setattr(mvae.model, "has_fixed_shapes", lambda device: shapes == "fixed")  # of the second model
@@ -226,7 +226,7 @@ def counts_of_step(model: MVAE19, batch: dict[str, Tensor], subsets: Tensor, als
         decoders.register_forward_hook(count(3, lambda output: output.numel() / N)),  # a logit each
         decoders.register_forward_hook(count(4, lambda output: 1)),
     ]
-    Objective(model, terms_of(also), subset=Term((), tuple(also)))(batch, 1.0, subsets)
+    Objective(model, terms_of(also), subset_also=also)(batch, 1.0, subsets)
     for handle in handles:
         handle.remove()
     return counts

@@ -60,7 +60,7 @@ def on_a_gpu(precision: str = "fp32") -> Iterator[None]:
 def terms_of(model: MVAE, also: Sequence[str]) -> list[Term]:
     """Return the paper's terms, which reconstruct `also` in addition to their inputs."""
     names = model.modalities
-    return [Term(names, names, iw="image"), *(Term((name,), (name, *also)) for name in names)]
+    return [Term(names, names), *(Term((name,), (name, *also)) for name in names)]
 
 
 def fake_step(
@@ -69,7 +69,7 @@ def fake_step(
 ) -> tuple[Tensor, Totals]:  # fmt: skip
     """Compute the loss of a batch of N examples as on a GPU."""
     shapes, transform = STORED[name]
-    objective = Objective(model, terms_of(model, also), iw_samples=iw_samples, subset=Term((), tuple(also), iw="image"))
+    objective = Objective(model, terms_of(model, also), iw_samples=iw_samples, iw="image", subset_also=also)
     weights = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
     with on_a_gpu(precision):
         there = {
@@ -159,7 +159,7 @@ def test_the_compiled_objective_is_one_graph_and_has_the_gradients_of_the_plain_
     shapes, transform = STORED[name]
     limits = {"text": 10, "attrs": 2}
     batch = transform({key: torch.randint(limits.get(key, 256), (N, *shape)).byte() for key, shape in shapes.items()})
-    objective, counter = Objective(model, terms_of(model, ()), iw_samples=2), CompileCounter()
+    objective, counter = Objective(model, terms_of(model, ()), iw_samples=2, iw="image"), CompileCounter()
     compiled, noise, beta = torch.compile(objective, backend=counter), objective.noise(N), torch.tensor(0.5)
     results = []
     for step in (compiled, objective):

@@ -98,10 +98,9 @@ def settings(n_modalities: int) -> Iterator[dict[str, Any]]:
     yield {}
     for also, iw in (((), "m0"), (names, "m1"), (("m1",), "m0")):
         terms = [Term(term.inputs, (*term.reconstructs, *also)) for term in paper_terms(names)]
-        terms = [term._replace(iw=iw) if t % 2 == 0 and iw in term.inputs else term for t, term in enumerate(terms)]
-        yield {"terms": terms, "subset": Term((), also, iw=iw)}
-    others = [Term((name,), tuple(one for one in names if one != name), iw=name) for name in names]
-    yield {"terms": [Term(names, names[:1]), *others]}
+        yield {"terms": terms, "subset_also": also, "iw": iw}
+    others = [Term((name,), tuple(one for one in names if one != name)) for name in names]
+    yield {"terms": [Term(names, names[:1]), *others], "iw": "m1"}
 
 
 # Against the plain form
@@ -193,8 +192,8 @@ def test_terms_are_the_papers_unless_they_are_given() -> None:
     assert Objective(small_model(6)).terms == paper_terms(names_of(6))
     assert Objective(small_model(6)).names == ("joint", *names_of(6))
     assert Objective(small_model(1)).terms == paper_terms(names_of(1))  # a single modality has one term
-    given = Objective(small_model(3), [Term(("m2", "m0"), ("m1",)), Term(("m1",), ("m1", "m0"), iw="m1")])
-    assert given.terms == [Term(("m0", "m2"), ("m1",)), Term(("m1",), ("m0", "m1"), iw="m1")]  # in the model's order
+    given = Objective(small_model(3), [Term(("m2", "m0"), ("m1",)), Term(("m1",), ("m1", "m0"))])
+    assert given.terms == [Term(("m0", "m2"), ("m1",)), Term(("m1",), ("m0", "m1"))]  # in the model's order
     assert given.names == ("m0+m2", "m1")
 
 
@@ -214,9 +213,9 @@ def test_the_bound_of_an_example_with_one_modality_counts_once() -> None:
 
 
 def plain_bound(objective: Objective, batch: dict[str, Tensor], beta: float, noise: Tensor) -> Tensor:
-    """Return the loss as it is defined: log 1/K sum_k w_k in terms with `iw`, in the others the mean of the draws."""
+    """Return the loss as it is defined: log 1/K sum_k w_k in terms given `iw`, in the others the mean of the draws."""
     model, total = objective.model, torch.zeros((), dtype=torch.float64)
-    for t, (inputs, reconstructs, iw) in enumerate(objective.terms):
+    for t, (inputs, reconstructs) in enumerate(objective.terms):
         mu, logvar = model.posterior({name: batch[name] for name in inputs})
         q, prior = distributions.Normal(mu, (0.5 * logvar).exp()), distributions.Normal(0.0, 1.0)
         z = q.mean + q.stddev * noise[:, t]
@@ -226,14 +225,13 @@ def plain_bound(objective: Objective, batch: dict[str, Tensor], beta: float, noi
             scores = scores + weight * model.likelihood(name).log_prob(z, batch[name])
         log_w = scores + beta * (prior.log_prob(z) - q.log_prob(z)).sum(dim=-1)
         elbo = scores.mean(dim=0) - beta * distributions.kl_divergence(q, distributions.Normal(0.0, 1.0)).sum(dim=-1)
-        total = total - (log_w.logsumexp(dim=0) - math.log(len(noise)) if iw else elbo).mean()
+        total = total - (log_w.logsumexp(dim=0) - math.log(len(noise)) if "m0" in inputs else elbo).mean()
     return total
 
 
 def test_encoders_get_the_gradient_of_the_bound_in_expectation() -> None:
     terms = [Term(term.inputs, (*term.reconstructs, "m1")) for term in paper_terms(names_of(3))]
-    terms = [term._replace(iw="m0") if "m0" in term.inputs else term for term in terms]
-    objective, beta = Objective(small_model(3), terms, weights={"m0": 3.0, "m1": 0.5}, iw_samples=4), 0.3
+    objective, beta = Objective(small_model(3), terms, weights={"m0": 3.0, "m1": 0.5}, iw_samples=4, iw="m0"), 0.3
     batch = {one: x.repeat(60, *[1] * (x.dim() - 1)) for one, x in small_batch(3, N).items()}
     biases = [[*objective.model.encoders[name].parameters()][-1] for name in ("m0", "m1")]
     torch.manual_seed(0)
@@ -269,7 +267,7 @@ def test_each_modality_is_encoded_once_and_decoded_where_a_term_reconstructs_it(
     for n_modalities, size, also in ((2, 0, ()), (6, 3, ("m1",)), (19, 9, ())):
         names = names_of(n_modalities)
         terms = [Term(term.inputs, (*term.reconstructs, *also)) for term in paper_terms(names)]
-        objective = Objective(small_model(n_modalities), terms, subset=Term((), also))
+        objective = Objective(small_model(n_modalities), terms, subset_also=also)
         subsets = mask_of([names[:size]] if size else [], n_modalities)
         encoded, decoded = rows_run(objective, small_batch(n_modalities, N), 1.0, subsets)
         assert encoded == {name: [N] for name in names}
@@ -324,8 +322,8 @@ def test_wrong_objectives_and_batches_are_refused() -> None:
         ({"iw_samples": 0}, "iw_samples must be >= 1, got 0"),
         ({"terms": [Term(("m0",), ("m0", "sound"))]}, "unknown modality sound"),
         ({"terms": [Term(("sound",), ("m0",))]}, "unknown modality sound"),
-        ({"terms": [ALONE._replace(iw="sound")]}, "unknown modality sound"),
-        ({"subset": Term((), ("sound",))}, "unknown modality sound"),
+        ({"iw": "sound"}, "unknown modality sound"),
+        ({"subset_also": ("sound",)}, "unknown modality sound"),
         ({"terms": []}, "terms must be one or more"),
         ({"terms": [Term((), ("m0",))]}, "each with one or more inputs"),
         ({"terms": [ALONE, ALONE]}, "different inputs, got m0, m0"),
@@ -343,10 +341,9 @@ def test_checksum_tells_objectives_apart() -> None:
         {"weights": {"m1": 2.0}},
         {"iw_samples": 2},
         {"terms": [ALONE]},
-        {"terms": [ALONE._replace(iw="m0")]},
         {"terms": [Term(("m0",), ("m0", "m1"))]},
-        {"subset": Term((), ("m1",))},
-        {"subset": Term((), (), iw="m1")},
+        {"subset_also": ("m1",)},
+        {"iw": "m1"},
     ]
     found = [Objective(small_model(3), **some).checksum() for some in asked]
     assert len(set(found)) == len(asked)

@@ -130,8 +130,9 @@ def test_what_does_not_follow_a_first_stage_is_refused_before_anything_is_writte
 
 
 def test_the_second_stage_starts_from_the_first(straight: Path) -> None:
-    """Its β counts the epochs of the first, whose learning rate it doesn't continue."""
-    first, second = stats(straight / "images"), stats(straight)
+    """Its β counts the epochs of the first, whose learning rate it doesn't continue; so does that of later rounds."""
+    first, second, last = (stats(straight / name) for name in ("images", "round-1", "."))
+    assert [record["beta"] for record in last] == [1, 1]
     assert [record["beta"] for record in (*first, *second)] == [0, 0.25, 0.5, 0.75]
     assert [record["lr"] for record in (*first, *second)] == [2e-3, 0, 2e-3, 0]
     images, all_ = (checkpoint.load(folder / checkpoint.LATEST, "mnist") for folder in (straight / "images", straight))
@@ -156,7 +157,9 @@ def test_the_first_stage_has_the_images_alone_with_their_weight_and_its_own_leng
         train.main()
     (first, objective, *parts, before), (second, _, *whole, after) = stages
     assert (first.epochs, before, second.epochs, after) == (3, 0, 5, 3)
-    expected = Objective(objective.model, [Term(("image",), ("image",), "image")], weights={"image": 7}, iw_samples=2)
+    expected = Objective(
+        objective.model, [Term(("image",), ("image",))], weights={"image": 7}, iw_samples=2, iw="image"
+    )
     assert objective.checksum() == expected.checksum()
     for part in parts:
         assert {name: bool(here.any()) for name, here in part.present.items()} == {one: one == "image" for one in names}

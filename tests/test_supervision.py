@@ -23,6 +23,7 @@ from mvae.data.supervision import (
     spread,
 )
 from mvae.run import checkpoint
+from mvae.run.config import TwoStages
 
 import numpy as np
 import pytest
@@ -351,8 +352,19 @@ def test_labels_are_inferred_anew_in_each_round(digits_dir: Path, tmp_path: Path
     last = [stats(tmp_path / "run" / name)[-1] for name in folders]
     assert "validation/label_accuracy" not in last[0]
     assert last[1]["validation/label_accuracy"] < last[3]["validation/label_accuracy"]
+    longer = run_warm("mnist/train.py", *words, "--resume", "--epochs", 2, cwd=tmp_path)
+    assert_refused(
+        longer, 2, "checkpoint.pth.tar is of a run of 1 epochs, not 2, and the labels of later rounds"
+    )
     again = run_warm("mnist/train.py", *words, "--resume", cwd=tmp_path)
     assert again.stdout.count("nothing left to do") == 4
+
+
+def test_each_round_draws_batches_and_noise_of_its_own() -> None:
+    config = TwoStages(images_first=1, self_labels=1, rounds=3, seed=7)
+    seeds = [stage.seed for stage in config.stages_with_labels()]
+    assert len(set(seeds)) == 3
+    assert seeds[-1] == 7
 
 
 def test_pictures_are_shifted_by_every_distance_up_to_the_most() -> None:

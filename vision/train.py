@@ -75,14 +75,15 @@ def main() -> None:
     model = checkpoint.initialised(build_model(config.n_latents), config.init, NAME)
 
     also = MODALITIES if "all" in config.reconstruct else tuple(set(config.reconstruct) - {"given"})
-    singles = [Term((name,), (name, *also), iw="image" if name == "image" else None) for name in MODALITIES]
-    terms = [Term(MODALITIES, MODALITIES, iw="image"), *singles]
+    singles = [Term((name,), (name, *also)) for name in MODALITIES]
+    terms = [Term(MODALITIES, MODALITIES), *singles]
     objective = Objective(
         model,
         terms,
         weights={name: getattr(config, f"lambda_{name}") for name in MODALITIES},
         iw_samples=config.iw_samples,
-        subset=Term((), also, iw="image"),
+        iw="image",
+        subset_also=also,
     )
     fit(config, objective, train, validation)
 

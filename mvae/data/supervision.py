@@ -143,7 +143,8 @@ def self_labelled(
     logistic regression on the means predicts it ("regression", which suits strings and attributes).
 
     labels: the modalities that are labels; the image is the model's first modality.
-    share: 0 returns `train`. again: the model has learnt labels, so that its own p(label | mean) is multiplied in.
+    share: 0 returns `train`. again: the model has learnt labels, so its own p(label | mean) is multiplied in; where it
+        disagrees, an example is less confident.
     """
     if not share:
         return train

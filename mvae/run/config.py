@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from ..data.dataset import seed_of
 from ..errors import UsageError
 from .device import Machine, resolve
 from .resume import saved_state
@@ -91,6 +92,7 @@ class TwoStages(Training):
     self_labels: float = 0  # fraction of unlabelled examples to pseudo-label after it, most confident first
     self_labels_by: Literal["neighbours", "regression"] = "neighbours"  # how those are found from the latents
     rounds: int = 1  # stages with labels; all but the first infer them anew from what the model has learnt since
+    shift: int = 0  # pixels by which images are shifted at random in these, at most
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,6 +102,8 @@ class TwoStages(Training):
             raise UsageError(f"self_labels must be from 0 to 1, got {self.self_labels}")
         if self.rounds < 1 or (self.rounds > 1 and not self.self_labels):
             raise UsageError(f"rounds must be an integer >= 1, and 1 without self_labels, got {self.rounds}")
+        if self.shift < 0:
+            raise UsageError(f"shift must be an integer >= 0, got {self.shift}")
         if not self.images_first and (self.self_labels or self.images_dir):
             raise UsageError("self_labels and images_dir need images_first, the epochs of the first stage")
 
@@ -109,7 +113,8 @@ class TwoStages(Training):
         Options that concern labels have their defaults in it, so that runs which differ in them can share a folder.
         Raises UsageError as `resume.saved_state` does, or for self_labels without n_paired or paired_fraction.
         """
-        saved_state(self, name)
+        for stage in reversed(self.stages_with_labels()):
+            saved_state(stage, name)
         if self.self_labels and not self.paired:
             raise UsageError("self_labels are for examples without a label: set n_paired or paired_fraction")
         first: dict[str, Any] = {field.name: field.default for field in fields(self) if _concerns_labels(field.name)}
@@ -122,8 +127,12 @@ class TwoStages(Training):
         return replace(self, **first)
 
     def stages_with_labels(self) -> list[Self]:
-        """Return the Configs of the stages that follow the first. The last has this one's folder, others one in it."""
-        return [*(replace(self, out_dir=self.out_dir / f"round-{i}") for i in range(1, self.rounds)), self]
+        """Return the Configs of the rounds that follow the first stage.
+
+        The last has this one's folder and seed. Each other has a folder in it, and draws batches and noise of its own.
+        """
+        earlier = [(self.out_dir / f"round-{i}", seed_of(self.seed, i)) for i in range(1, self.rounds)]
+        return [*(replace(self, out_dir=out_dir, seed=seed) for out_dir, seed in earlier), self]
 
 
 def _concerns_labels(name: str) -> bool:

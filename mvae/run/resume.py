@@ -60,8 +60,13 @@ def _compare(content: dict[str, Any], config: Any, path: Path) -> None:
     defaults = cli.plain(type(config)())
     if unknown := sorted(saved.keys() - now.keys()):
         raise UsageError(f"{path} has settings that this version doesn't know: {', '.join(unknown)}")
-    if saved["epochs"] != now["epochs"] and (now["wait"] or now["lr_schedule"] != "constant"):
-        why = "other runs share it" if now["wait"] else f"its lr_schedule {now['lr_schedule']} ends with them"
+    followed = {
+        "other runs share it": now["wait"],
+        f"its lr_schedule {now['lr_schedule']} ends with them": now["lr_schedule"] != "constant",
+        "the labels of later rounds depend on them": now.get("rounds", 1) > 1,
+    }
+    if saved["epochs"] != now["epochs"] and any(followed.values()):
+        why = next(reason for reason, holds in followed.items() if holds)
         raise UsageError(
             f"{path} is of a run of {saved['epochs']} epochs, not {now['epochs']}, and {why}: "
             f"to train longer, start a new run with --init {path} and another --out-dir"
