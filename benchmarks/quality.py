@@ -270,12 +270,12 @@ def main() -> None:
     rows = {
         "real images": real,
         "q(z | image, label)": viewer.drawn(prior.draws(model, examples)),
-        "N(0, I)": viewer.drawn(model.draw({}, n, device)),
-        "N(0, I), temperature 0.5": viewer.drawn(model.draw({}, n, device, 0.5)),
+        "N(0, I)": viewer.drawn(model.draw({}, n)),
+        "N(0, I), temperature 0.5": viewer.drawn(model.draw({}, n, 0.5)),
         "fitted prior": viewer.drawn(fitted.sample(torch.Size([n]))),
         "fitted prior, temperature 0.8": viewer.drawn(cooler.sample(torch.Size([n]))),
-        "q(z | label)": viewer.given(labels, lambda given: model.draw(given, each, device)),
-        "q(z | label), temperature 0.5": viewer.given(labels, lambda given: model.draw(given, each, device, 0.5)),
+        "q(z | label)": viewer.given(labels, lambda given: model.draw(given, each)),
+        "q(z | label), temperature 0.5": viewer.given(labels, lambda given: model.draw(given, each, 0.5)),
     }
     log_p = log_likelihoods(model, examples, fitted, config.n_samples)
     for mixture_of_z, t in ((fitted, 1.0), (cooler, 0.8)):

@@ -52,7 +52,7 @@ def image_decoder(n_latents: int) -> nn.Sequential:
         nn.Linear(n_latents, HIDDEN), nn.SiLU(),
         nn.Linear(HIDDEN, 7 * 7 * 128), nn.SiLU(), nn.Unflatten(1, (7, 7, 128)), Permute(0, 3, 1, 2),
         nn.ConvTranspose2d(128, 64, 4, stride=2, padding=1, bias=False), nn.SiLU(),
-        FoldConvTranspose2d(64, 1, 4, stride=2, padding=1),
+        FoldConvTranspose2d(64, 1, 4, stride=2, padding=1, bias=False),
     )  # fmt: skip
 
 

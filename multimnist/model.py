@@ -65,7 +65,7 @@ def image_decoder(n_latents: int) -> nn.Sequential:
         nn.ConvTranspose2d(256, 128, 4, 2, bias=False), nn.BatchNorm2d(128), nn.SiLU(),
         nn.ConvTranspose2d(128, 64, 4, 2, 1, bias=False), nn.BatchNorm2d(64), nn.SiLU(),
         nn.ConvTranspose2d(64, 32, 5, 2, 1, bias=False), nn.BatchNorm2d(32), nn.SiLU(),
-        FoldConvTranspose2d(32, 1, 4, 2, 1),
+        FoldConvTranspose2d(32, 1, 4, 2, 1, bias=False),
     )  # fmt: skip
 
 

@@ -5,22 +5,18 @@ from torch.nn import functional as F
 
 
 class FoldConvTranspose2d(nn.ConvTranspose2d):
-    """A transposed convolution without bias, dilation or groups, as one matrix product and a fold.
+    """A square transposed convolution with bias=False, without dilation or groups, as one matrix product and a fold.
 
     Weights and results are those of nn.ConvTranspose2d: the product computes each input pixel's square of the output,
     and `fold` adds up the squares. On a CPU this is faster for an output of one channel.
     (n, in_channels, h, w) -> (n, out_channels, stride * (h - 1) + kernel_size - 2 * padding, likewise for w).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: int):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=False)
-        self.geometry = kernel_size, stride, padding
-
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         n, channels = x.shape[:2]
         squares = x.permute(0, 2, 3, 1).reshape(-1, channels) @ self.weight.flatten(1)
         squares = squares.view(n, -1, squares.shape[1]).transpose(1, 2)
-        kernel_size, stride, padding = self.geometry
+        kernel_size, stride, padding = self.kernel_size[0], self.stride[0], int(self.padding[0])
         height, width = ((n - 1) * stride - 2 * padding + kernel_size for n in x.shape[2:])
         return F.fold(squares, (height, width), kernel_size, padding=padding, stride=stride)
 
@@ -66,7 +62,7 @@ def face_decoder(n_channels: int, n_latents: int) -> nn.Sequential:
         nn.ConvTranspose2d(256, 128, 4, 1, 0, bias=False), nn.BatchNorm2d(128), nn.SiLU(),
         nn.ConvTranspose2d(128, 64, 4, 2, 1, bias=False), nn.BatchNorm2d(64), nn.SiLU(),
         nn.ConvTranspose2d(64, 32, 4, 2, 1, bias=False), nn.BatchNorm2d(32), nn.SiLU(),
-        FoldConvTranspose2d(32, 1, 4, 2, 1)
+        FoldConvTranspose2d(32, 1, 4, 2, 1, bias=False)
         if n_channels == 1
         else nn.ConvTranspose2d(32, n_channels, 4, 2, 1, bias=False),
     )  # fmt: skip

@@ -130,7 +130,7 @@ class MVAE(nn.Module):
         mu, logvar = self.fuse(*self.encode(batch, here), here.unsqueeze(0))
         return mu[0], logvar[0]
 
-    def draw(self, given: Batch, n: int, device: torch.device | str = "cpu", temperature: float = 1.0) -> Tensor:
+    def draw(self, given: Batch, n: int, temperature: float = 1.0) -> Tensor:
         """Draw n values of z, (n, latents), conditioned on one example of some modalities; on none: from the prior.
 
         temperature: multiplies the variance of z, but not that of another prior than N(0, I).
@@ -140,7 +140,7 @@ class MVAE(nn.Module):
         mu, logvar = self.posterior(given)
         if len(mu) != 1:
             raise UsageError(f"draw is conditioned on one example, got {len(mu)}")
-        noise = torch.randn(n, self.n_latents, device=device, dtype=mu.dtype)
+        noise = torch.randn(n, self.n_latents, device=mu.device, dtype=mu.dtype)
         return experts.draw(mu, logvar, noise, temperature)
 
     def log_prior(self, z: Tensor) -> Tensor:

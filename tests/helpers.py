@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from mvae import MVAE, Bernoulli, Categorical, Data, Objective, Run, Term, Training
 from mvae.run import checkpoint
 from mvae.run.metrics import Metric
-from mvae.run.schedules import Schedule, constant, linear
+from mvae.run.schedules import Schedule, linear
 
 import torch
 from torch import Tensor, nn
@@ -210,7 +210,7 @@ def run_small(
     validation: Data | None = None,
     model: MVAE | None = None,
     beta: Schedule = linear(2),  # noqa: B008 (a schedule has no state)
-    rate: Schedule = constant(),  # noqa: B008
+    rate: Schedule = lambda t: 1.0,
     metrics: Mapping[str, Metric] | None = None,
     terms: Sequence[Term] | None = None,
     weights: Mapping[str, float] | None = None,

@@ -149,11 +149,11 @@ def test_every_condition_gives_other_faces(experiment: Experiment, sample: Sampl
     assert (some == named) == (experiment.name == "celeba")
     # An attribute of a sample is one that is more probable than not.
     (datasets, networks), path = FOLDERS[experiment.name], experiment.out_dir / checkpoint.BEST
-    model, _ = checkpoint.load_model(path, experiment.name, networks.build_model, torch.device("cpu"))
+    model, _ = checkpoint.load_model(path, experiment.name, networks.build_model)
     attrs = datasets.CONTROLS["attrs"]
     torch.manual_seed(3)
     with torch.no_grad():
-        z = model.draw(attrs.batch("attrs", attrs.values("Male")[0].x), 8, torch.device("cpu"))
+        z = model.draw(attrs.batch("attrs", attrs.values("Male")[0].x), 8)
         means = model.mean(z, attrs.modalities("attrs"))
     assert some[1] == attrs.lines(attrs.join(means, "attrs"))
     assert {name for line in some[1] for name in line.split()} <= set(ATTRIBUTES)

@@ -239,6 +239,6 @@ def test_a_float64_model_is_trained_resumed_evaluated_and_drawn_from(tmp_path: P
     trained = model()
     run = run_small(tmp_path, model=trained, train=data, validation=data, epochs=2, resume=True)
     assert [record["epoch"] for record in run.history] == [1, 2]
-    assert trained.draw({}, 3, torch.device("cpu")).dtype == torch.float64
+    assert trained.draw({}, 3).dtype == torch.float64
     found = evaluate(trained, data, quantities=of_a_pair(("image",), ("attrs",)), n_samples=3)
     assert all(estimate.log_p.isfinite().all() for estimate in found.estimates.values())

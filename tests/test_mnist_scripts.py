@@ -360,6 +360,6 @@ def test_real_fashionmnist_is_read() -> None:
     folder = Path(os.environ.get("MVAE_DATA_DIR", ROOT / "data"))
     if not (folder / "FashionMNIST").is_dir():
         pytest.skip(f"real FashionMNIST is not in {folder}: MVAE_DATA_DIR names the folder that holds it")
-    test = fashion.test_data(folder)
+    test = fashion.examples("test", fashion.Source(data_dir=folder), {"binarize": False})
     assert test.tensors["text"].bincount().tolist() == [1000] * 10
     assert fashion.CLASSES[test.tensors["text"][0]] == "Ankle boot"

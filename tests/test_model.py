@@ -70,7 +70,7 @@ def test_absent_examples_have_no_expert(model: MVAE, batch: dict[str, Tensor]) -
 
 def test_draws_are_from_the_prior_or_from_the_posterior_of_an_example(model: MVAE, batch: dict[str, Tensor]) -> None:
     torch.manual_seed(0)
-    z = model.draw({}, 20_000, torch.device("cpu"))
+    z = model.draw({}, 20_000)
     assert z.shape == (20_000, LATENTS)
     assert z.mean(dim=0).abs().max() < 5 / 20_000**0.5
     assert (z.var(dim=0) - 1).abs().max() < 5 * (2 / 20_000) ** 0.5
@@ -78,7 +78,7 @@ def test_draws_are_from_the_prior_or_from_the_posterior_of_an_example(model: MVA
         example = {name: batch[name][3:4] for name in given}
         for temperature in (1.0, 0.25):
             torch.manual_seed(0)
-            z = model.draw(example, 5, torch.device("cpu"), temperature)
+            z = model.draw(example, 5, temperature)
             torch.manual_seed(0)
             noise = torch.randn(5, LATENTS, dtype=z.dtype)
             torch.testing.assert_close(z, experts.draw(*model.posterior(example), noise, temperature))
@@ -143,6 +143,6 @@ def test_wrong_batch_is_refused(
     ],
 )
 def test_posterior_refuses_what_a_run_refuses(model: MVAE, name: str, x: Any, said: str) -> None:
-    for use in (model.posterior, lambda given: model.draw(given, 2, torch.device("cpu"))):
+    for use in (model.posterior, lambda given: model.draw(given, 2)):
         with pytest.raises(UsageError, match=said):
             use({name: x})

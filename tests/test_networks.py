@@ -91,7 +91,7 @@ def test_transposed_convolution_as_a_product_is_torchs(
         torch.manual_seed(0)
         plain = nn.ConvTranspose2d(*channels, *geometry, bias=False).double()
         torch.manual_seed(0)
-        product = FoldConvTranspose2d(*channels, *geometry).double()
+        product = FoldConvTranspose2d(*channels, *geometry, bias=False).double()
         assert torch.equal(product.weight, plain.weight)
         product, x = product.to(memory_format=memory_format), torch.randn(2, channels[0], 4, 5).double()
         x = x.to(memory_format=memory_format).requires_grad_()

@@ -107,7 +107,7 @@ def agreement(pictures: Pictures) -> float:
 
 
 def given(viewer: Viewer, labels: Tensor, n: int = 5, temperature: float = 1.0) -> Pictures:
-    return viewer.given(labels, lambda one: viewer.model.draw(one, n, torch.device("cpu"), temperature))
+    return viewer.given(labels, lambda one: viewer.model.draw(one, n, temperature))
 
 
 def test_agreement_is_with_the_label_that_is_given() -> None:

@@ -195,7 +195,7 @@ def test_a_metric_that_is_not_finite_is_null_and_warned_of(tmp_path: Path, caplo
 @pytest.mark.parametrize(("select", "best"), [("loss", 4), ("joint", 3)])
 def test_the_best_model_has_the_least_loss_or_the_greatest_joint_elbo(select: str, best: int, tmp_path: Path) -> None:
     """The learning rate is so high that the loss falls and rises. The run is resumed after its best epoch."""
-    how: dict[str, Any] = {"lr": 0.3, "seed": 11, "beta": schedules.constant(), "weights": {"label": 10.0}}
+    how: dict[str, Any] = {"lr": 0.3, "seed": 11, "beta": lambda t: 1.0, "weights": {"label": 10.0}}
     run_small(tmp_path, **how, select=select, epochs=best)
     then = weights(tmp_path)
     run = run_small(tmp_path, **how, select=select, epochs=5, resume=True)

@@ -155,7 +155,7 @@ def test_rows_have_the_same_noise_whatever_other_rows_there_are(model: MVAE) -> 
 def test_samples_are_the_means_given_draws_of_the_posterior(model: MVAE) -> None:
     (row,) = conditions(model, label="1")
     torch.manual_seed(7)
-    z = model.draw(row.given, 5, torch.device("cpu"))
+    z = model.draw(row.given, 5)
     torch.testing.assert_close(drawn(model, [row], seed=7)["image"], model.likelihood("image").mean(z))
 
 

@@ -1,7 +1,6 @@
 """Schedules: their values at given times."""
 
-from mvae import UsageError
-from mvae.run.schedules import Schedule, constant, cosine, held, late, linear, named, warmed_up
+from mvae.run.schedules import Schedule, cosine, held, late, linear, named, warmed_up
 
 import pytest
 
@@ -11,8 +10,6 @@ TIMES = [0.0, 0.25, 1.0, 2.0, 3.0, 4.0, 5.0]
 @pytest.mark.parametrize(
     ("schedule", "values"),
     [
-        (constant(), [1, 1, 1, 1, 1, 1, 1]),
-        (constant(0.3), [0.3] * 7),
         (linear(4), [0, 0.0625, 0.25, 0.5, 0.75, 1, 1]),
         (linear(0), [1, 1, 1, 1, 1, 1, 1]),
         (cosine(4), [1, 0.990393, 0.853553, 0.5, 0.146447, 0, 0]),
@@ -28,9 +25,3 @@ TIMES = [0.0, 0.25, 1.0, 2.0, 3.0, 4.0, 5.0]
 )
 def test_schedules_are_functions_of_the_epochs_done(schedule: Schedule, values: list[float]) -> None:
     assert [schedule(t) for t in TIMES] == pytest.approx(values, abs=1e-6)
-
-
-@pytest.mark.parametrize(("schedule", "epochs"), [(linear, -1), (cosine, 0), (late, -2), (warmed_up, -1), (held, -1)])
-def test_a_schedule_over_no_epochs_is_refused(schedule: Schedule, epochs: int) -> None:
-    with pytest.raises(UsageError, match=f"epochs of a schedule must be >=? 0, got {epochs}"):
-        schedule(epochs, *[constant()] * (schedule in (warmed_up, held)))  # type: ignore[call-arg]

@@ -294,7 +294,7 @@ def test_a_string_that_continues_after_its_end_is_no_label(monkeypatch: pytest.M
 
 
 def test_what_cannot_be_is_refused() -> None:
-    data, points, none = labelled(), torch.rand(20, 2), torch.zeros(20, dtype=torch.bool)
+    data = labelled()
     few = keep_pairs(data, 12, NAMES, seed=0)
     calls: list[tuple[Callable[[], object], str]] = [
         (lambda: keep_pairs(data, N + 1, NAMES, seed=0), "n must be from 1 to 300, the number of examples, got 301"),
@@ -302,9 +302,6 @@ def test_what_cannot_be_is_refused() -> None:
         (lambda: share_pairs(data, data, 601, NAMES, seed=0), "from 2 to 600.*got 601"),
         (lambda: composed_rows(data, 20, 5, seed=0), "pairs_per_batch needs examples that lack a modality"),
         (lambda: composed_rows(few, 20, 20, seed=0), "pairs_per_batch must be smaller than batch_size, got 20 and 20"),
-        (lambda: neighbour_graph(points[:1]), "need 2 points or more, got 1"),
-        (lambda: spread(neighbour_graph(points), none, none), "no example has a label"),
-        (lambda: regressed(points, none, none), "no example has a label"),
     ]
     for call, said in calls:
         with pytest.raises(UsageError, match=said):
@@ -353,9 +350,7 @@ def test_labels_are_inferred_anew_in_each_round(digits_dir: Path, tmp_path: Path
     assert "validation/label_accuracy" not in last[0]
     assert last[1]["validation/label_accuracy"] < last[3]["validation/label_accuracy"]
     longer = run_warm("mnist/train.py", *words, "--resume", "--epochs", 2, cwd=tmp_path)
-    assert_refused(
-        longer, 2, "checkpoint.pth.tar is of a run of 1 epochs, not 2, and the labels of later rounds"
-    )
+    assert_refused(longer, 2, "checkpoint.pth.tar is of a run of 1 epochs, not 2, and the labels of later rounds")
     again = run_warm("mnist/train.py", *words, "--resume", cwd=tmp_path)
     assert again.stdout.count("nothing left to do") == 4
 

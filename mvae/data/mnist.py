@@ -6,8 +6,10 @@ import logging
 import math
 import struct
 import zlib
+from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import write_atomically
-from .dataset import Data, binarize_once, pictures_and_labels, split
+from .dataset import Data, DataDir, binarize_once, pictures_and_labels, split
 from .dataset import binarize as binarize_each_time
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,14 @@ def test_data(name: str, data_dir: Path, *, binarize: bool = False) -> Data:
     """Return the test split; with `binarize`, it is drawn once. Raises UserError as `training_data` does."""
     test = _data(name, data_dir, "t10k")
     return binarize_once(test, "image") if binarize else test
+
+
+def examples(name: str, split: str, config: DataDir, settings: Mapping[str, Any]) -> Data:
+    """Return the split "train", "validation" or "test" as a model with these settings uses it."""
+    if split == "test":
+        return test_data(name, config.data_dir, binarize=settings["binarize"])
+    parts = training_data(name, config.data_dir, n_val=settings["n_val"], binarize=settings["binarize"])
+    return parts[split == "validation"]
 
 
 def check(name: str, data_dir: Path) -> str:

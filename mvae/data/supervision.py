@@ -205,12 +205,9 @@ def neighbour_graph(points: Tensor, k: int = 10) -> sparse.csr_array:
 
     An edge weighs exp(-d² / 2σ²), where d is its length and σ the mean length; one that both ends have counts twice.
 
-    points: (N, dimensions), such as the means of q(z | image); if k or fewer, all are neighbours. Raises UsageError for
-    a single one.
+    points: (N, dimensions), such as the means of q(z | image); if k or fewer, all are neighbours.
     """
     n = len(points)
-    if n < 2:
-        raise UsageError(f"need 2 points or more, got {n}")
     k = min(k, n - 1)
     distances, ends = NearestNeighbors(n_neighbors=k).fit(points.double().numpy()).kneighbors()
     weights = np.exp(-(distances**2) / max(2 * distances.mean() ** 2, 1e-12))
@@ -230,12 +227,8 @@ def spread(graph: sparse.csr_array, labels: Tensor, known: Tensor, *, alpha: flo
     Args:
         graph: S, as `neighbour_graph` returns it.
         labels: integers, (N,), or (N, places) for a label of several places, each spread on its own.
-        known: bool (N,), where `labels` holds one.
-
-    Raises UsageError if no label is known.
+        known: bool (N,), where `labels` holds one; not nowhere.
     """
-    if not known.any():
-        raise UsageError("no example has a label")
     classes = int(labels[known].max()) + 1
     one_hot = torch.zeros(*labels.shape, classes, dtype=torch.float64)
     one_hot[known] = torch.nn.functional.one_hot(labels[known].long(), classes).double()
@@ -251,10 +244,8 @@ def regressed(points: Tensor, labels: Tensor, known: Tensor, *, penalty: float =
     """Predict every example's label from its point by logistic regression: probabilities, (N, *label, classes).
 
     penalty: of half the squared weights, against the summed cross-entropy of the known labels. Each place of a label
-    has its own weights. Other arguments and errors: see `spread`.
+    has its own weights. Other arguments: see `spread`.
     """
-    if not known.any():
-        raise UsageError("no example has a label")
     x, classes = points.flatten(1).double().numpy(), int(labels[known].max()) + 1
     places = []
     for place in labels.flatten(1).T if labels.dim() > 1 else [labels]:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from torch.optim import Optimizer
 
@@ -19,8 +19,8 @@ from .distributed import is_first
 
 log = logging.getLogger(__name__)
 
-MAY_CHANGE = {"cuda", "threads", "workers", "log_interval", "save_every", "resume", "wait", "allow_missing"}
-"""Fields of a Config that may differ when a run is resumed, as may paths; the data are compared by a checksum."""
+MAY_CHANGE = {"init", "cuda", "threads", "workers", "log_interval", "save_every", "resume", "wait", "allow_missing"}
+"""Fields of a Config that may differ when a run is resumed, as may folders; the data are compared by a checksum."""
 
 DIVERGED = "diverged.txt"
 """The file that a run leaves if it diverged."""
@@ -56,8 +56,7 @@ def saved_state(config: Any, name: str) -> dict[str, Any] | None:
 def _compare(content: dict[str, Any], config: Any, path: Path) -> None:
     """Raise UsageError if the settings of the checkpoint at `path` aren't the Config's, field by field."""
     saved = content["settings"]
-    now, hints = cli.plain(config), get_type_hints(type(config))
-    defaults = cli.plain(type(config)())
+    now, defaults = cli.plain(config), cli.plain(type(config)())
     if unknown := sorted(saved.keys() - now.keys()):
         raise UsageError(f"{path} has settings that this version doesn't know: {', '.join(unknown)}")
     followed = {
@@ -74,7 +73,7 @@ def _compare(content: dict[str, Any], config: Any, path: Path) -> None:
     compared = [
         field.name
         for field in dataclasses.fields(config)
-        if field.name not in MAY_CHANGE | {"epochs"} and Path not in (hints[field.name], *_options(hints[field.name]))
+        if field.name not in MAY_CHANGE | {"epochs"} and not field.name.endswith("_dir")
     ]
     pairs = {name: (saved.get(name, defaults[name]), now[name]) for name in compared}
     differ = [f"{name} was {old}, now {new}" for name, (old, new) in pairs.items() if old != new]
@@ -84,10 +83,6 @@ def _compare(content: dict[str, Any], config: Any, path: Path) -> None:
             f"{path} was made with other settings: {'; '.join(differ[:3])}{more}. "
             f"Resume with the flags of its command: {content['facts']['command']}"
         )
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    return getattr(hint, "__args__", ())
 
 
 def facts_of(objective: Objective, optimizer: Optimizer) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def draw_given(model: MVAE, given: Batch, n: int, temperature: float = 1.0) -> T
         log_p.append(model.log_prob(some.unsqueeze(0), batch, [tuple(given)])[0].sum(dim=0))
     weights = torch.cat(log_p).double().softmax(dim=0)
     if 1 / weights.square().sum() < n:
-        return model.draw(given, n, z.device, temperature)
+        return model.draw(given, n, temperature)
     return z[weights.multinomial(n)]
 
 
