@@ -53,7 +53,9 @@ def share_pairs(
     n = paired if isinstance(paired, int) else round(total * paired)
     if not 2 <= n <= total:
         raise UsageError(f"complete examples must be from 2 to {total} (training and validation data), got {n}")
-    held_out = max(1, min(round(n * len(validation) / total), max(n // 5, n - len(train) // 2)))
+    in_proportion = round(n * len(validation) / total)
+    most = max(n // 5, n - len(train) // 2)  # a fifth; more where training can't hold the others
+    held_out = max(1, min(in_proportion, most))
     log.info("complete examples: %d for training, %d for validation", n - held_out, held_out)
     parts = []
     for data, pairs, offset in ((train, n - held_out, 0), (validation, held_out, 1)):
