@@ -26,14 +26,13 @@ from mvae import MVAE, Data, cli, load_model
 from mvae.data import augment
 from mvae.data.celeba import ATTRIBUTES
 from mvae.data.dataset import consecutive_rows
-from mvae.data.supervision import most_confident, neighbour_graph, regressed, share_pairs, spread
+from mvae.data.supervision import components, most_confident, neighbour_graph, regressed, share_pairs, spread
 from mvae.run import metrics, schedules
 from mvae.run.checkpoint import BEST, LATEST
 from mvae.run.evaluate import mean_and_error, shown
 from mvae.run.schedules import Schedule
 
 import torch
-from sklearn.decomposition import PCA
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,6 +48,8 @@ Method = Literal[
 SPLITS = ("train", "validation", "test")
 SHIFT = {"mnist": 2, "fashionmnist": 1}
 """Pixels by which `shifted` and `graph_net` shift images, at most; of the others not at all."""
+STEPS = 10_000
+"""Training steps of `shifted`; each round of `graph_net` has half as many."""
 PAPER = ["--epochs", "40", "--annealing-epochs", "16", "--pairs-per-batch", "0"]
 
 
@@ -208,7 +209,7 @@ def on_shifted(network: nn.Module, task: Task, x: Tensor, y: Tensor, steps: int)
 def shifted(task: Task) -> Tensor:
     network = network_for(task)
     x, y = zip(task.labelled(task.train), task.labelled(task.validation), strict=True)
-    on_shifted(network, task, torch.cat(x), torch.cat(y), 10_000)
+    on_shifted(network, task, torch.cat(x), torch.cat(y), STEPS)
     return inferred(network, task)
 
 
@@ -223,7 +224,7 @@ def graph_net(task: Task, rounds: int = 3) -> Tensor:
     for _ in range(rounds):
         probabilities = spread(neighbour_graph(points), y, known) * believed
         rows = known | most_confident(probabilities, known, 0.95)
-        on_shifted(network, task, x[rows], torch.where(known, y, probabilities.argmax(dim=-1))[rows], 5_000)
+        on_shifted(network, task, x[rows], torch.where(known, y, probabilities.argmax(dim=-1))[rows], STEPS // 2)
         with torch.no_grad():
             points = torch.cat([network[:-2](some) for some in x.split(1000)])
             believed = network[-2:](points).softmax(dim=-1)
@@ -261,10 +262,6 @@ def latents(task: Task) -> Tensor:
 
 def pixels(*some: Data) -> Tensor:
     return torch.cat([batch["image"].flatten(1) for data in some for batch in batches(data)])
-
-
-def components(points: Tensor) -> Tensor:
-    return torch.from_numpy(PCA(50, svd_solver="covariance_eigh").fit_transform(points.numpy()))
 
 
 @torch.no_grad()

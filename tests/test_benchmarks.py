@@ -95,18 +95,25 @@ def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "peer.py: multivae is missing: pip install multivae\n")
 
 
-def test_methods_learn_from_few_labels_and_are_not_run_again(tmp_path: Path) -> None:
+def test_methods_learn_from_few_labels_and_are_not_run_again(
+    benchmarks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import weak_supervision
+
+    monkeypatch.setattr(weak_supervision, "STEPS", 300)
     synthetic.main(["digits", str(tmp_path / "data"), "--train", "5300", "--test", "100"])
     methods = ["dropout", "shifted", "graph_net", "logistic"]
     words = ["mnist", "--n", 2000, "--seeds", 0, "--methods", *methods, "--data-dir", "data"]
-    assert_ended(run_warm("benchmarks/weak_supervision.py", *words, cwd=tmp_path))
+    monkeypatch.setattr(sys, "argv", ["weak_supervision.py", *map(str, words)])
+    monkeypatch.chdir(tmp_path)
+    weak_supervision.main()
     for method in methods:
         path = tmp_path / "results" / "weak" / f"mnist-{method}-2000-0.json"
         found = json.loads(path.read_text())
         assert (found["n"], found["seed"], found["n_examples"]) == (2000, 0, 100)
         assert 0.5 < found["measures"]["accuracy"]["mean"] <= 1
         path.write_text("stays")
-    assert_ended(run_warm("benchmarks/weak_supervision.py", *words, cwd=tmp_path))
+    weak_supervision.main()
     assert path.read_text() == "stays"
 
 

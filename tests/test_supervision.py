@@ -11,6 +11,7 @@ from mvae import Data, UsageError
 from mvae.data.augment import shifted
 from mvae.data.dataset import binarize, permuted_rows, pictures_and_labels
 from mvae.data.supervision import (
+    components,
     composed_rows,
     drop,
     keep_pairs,
@@ -164,6 +165,14 @@ def test_graph_and_spread_labels_are_those_of_the_papers_formulas() -> None:
     np.testing.assert_allclose(spread(graph, places, known, alpha=0.9)[:, 1], found, rtol=1e-6)
 
 
+def test_features_side_by_side_count_alike_whatever_their_units() -> None:
+    points, _ = two_moons()
+    one, other = points[:, :1], points[:, 1:]
+    graph = neighbour_graph(one, other).toarray()
+    np.testing.assert_allclose(neighbour_graph(one * 1000, other / 7).toarray(), graph, rtol=1e-4, atol=1e-6)
+    assert abs(neighbour_graph(one).toarray() - graph).max() > 0.1
+
+
 def test_labels_are_spread_over_ten_neighbours_200_times_with_α_099() -> None:
     points, truth = two_moons()
     labels, known = truth + (torch.arange(200) % 7 == 0), torch.arange(200) % 3 == 0
@@ -260,10 +269,11 @@ def test_self_labels_are_found_from_the_means_of_the_images_that_are_there(by: A
     assert torch.equal(batch["text"][text], data.tensors["text"][text])
     with torch.no_grad():
         points, _ = model.eval().posterior({"image": batch["image"][image]})
+    pixels = components(batch["image"][image].flatten(1))
     labels, known = data.tensors["text"][image], text[image]
-    probabilities = (
-        spread(neighbour_graph(points), labels, known) if by == "neighbours" else regressed(points, labels, known)
-    )
+    probabilities = regressed(points, labels, known)
+    if by == "neighbours":
+        probabilities = spread(neighbour_graph(points, pixels), labels, known)
     chosen = most_confident(probabilities, known, 0.5)
     assert torch.equal(here["text"][image], known | chosen)
     assert torch.equal(batch["text"][image][chosen], probabilities.argmax(dim=-1)[chosen])

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 from scipy import sparse
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
@@ -141,8 +142,9 @@ def self_labelled(
 ) -> Data:
     """Give the most confident `share` of the examples that lack a label one, from the means of q(z | image).
 
-    The known labels spread to neighbouring means ("neighbours", which suits classes: clusters of the means), or a
-    logistic regression on the means predicts it ("regression", which suits strings and attributes).
+    The known labels spread to neighbours by these means and by the images' principal components ("neighbours", which
+    suits classes: they are clusters), or a logistic regression on the means predicts it ("regression", which suits
+    strings and attributes).
 
     labels: the modalities that are labels; the image is the model's first modality.
     share: 0 returns `train`. again: the model has learnt labels, so its own p(label | mean) is multiplied in; where it
@@ -152,28 +154,29 @@ def self_labelled(
         return train
     image, present = model.modalities[0], train.present or {}
     device = next(model.parameters()).device
-    there, means, batches = train.to(device), [], []
+    there, means, images, batches = train.to(device), [], [], []
     few = [name for name in labels if name in present]
     torch.manual_seed(0)  # pixels may be drawn: all processes must find the same labels
     with torch.no_grad(), evaluating(model):
         for rows in consecutive_rows(there, 1000):
             batch, _ = there.batch(rows)
-            means.append(model.fused({image: batch[image]})[0])
+            means.append(model.fused({image: batch[image]})[0].cpu())
+            if by == "neighbours":
+                images.append(batch[image].flatten(1).cpu())
             batches.append({name: batch[name] for name in few})
     found = {name: torch.cat([batch[name] for batch in batches]).cpu() for name in few}
     here = {name: present[name].cpu().clone() for name in few}
     seen = present.get(image, torch.ones(len(train), dtype=torch.bool)).nonzero().flatten().cpu()
-    points = torch.cat(means).cpu()[seen]
-    graph = neighbour_graph(points) if by == "neighbours" else None
+    points = torch.cat(means)[seen]
+    graph = neighbour_graph(points, components(torch.cat(images)[seen])) if by == "neighbours" else None
     for name in few:
         known, some = here[name][seen], found[name][seen]
         if not known.any():  # nothing to infer it from
             continue
         probabilities = regressed(points, some, known) if graph is None else spread(graph, some, known)
         if again:
-            probabilities = (
-                probabilities * _predicted(model, name, points.to(device)).cpu()[..., : probabilities.shape[-1]]
-            )
+            predicted = _predicted(model, name, points.to(device)).cpu()
+            probabilities = probabilities * predicted[..., : probabilities.shape[-1]]
         best = probabilities.argmax(dim=-1).to(some.dtype)
         added = most_confident(probabilities, known, share) & _possible(model, name, best, points.to(device)).cpu()
         found[name][seen[added]] = best[added]
@@ -202,16 +205,25 @@ def _predicted(model: MVAE, name: str, z: Tensor) -> Tensor:
     return torch.stack([1 - mean, mean], dim=-1) if isinstance(model.likelihood(name), Bernoulli) else mean
 
 
-def neighbour_graph(points: Tensor, k: int = 10) -> sparse.csr_array:
+def components(pictures: Tensor, n: int = 50) -> Tensor:
+    """Return the first n principal components of pictures (N, pixels): (N, n)."""
+    return torch.from_numpy(PCA(min(n, *pictures.shape), random_state=0).fit_transform(pictures.numpy()))
+
+
+def neighbour_graph(*features: Tensor, k: int = 10) -> sparse.csr_array:
     """Return the graph of each point's k nearest neighbours: sparse (N, N), symmetric and normalised.
 
     An edge weighs exp(-d² / 2σ²), where d is its length and σ the mean length; one that both ends have counts twice.
 
-    points: (N, dimensions), such as the means of q(z | image); if k or fewer, all are neighbours.
+    features: (N, dimensions) each, such as the means of q(z | image). Of several, each is measured in units of its mean
+        distance to a neighbour. If there are k points or fewer, all are neighbours.
     """
-    n = len(points)
+    n = len(features[0])
     k = min(k, n - 1)
-    distances, ends = NearestNeighbors(n_neighbors=k).fit(points.double().numpy()).kneighbors()
+    parts = [some.double().numpy() for some in features]
+    if len(parts) > 1:
+        parts = [some / max(NearestNeighbors(n_neighbors=k).fit(some).kneighbors()[0].mean(), TINY) for some in parts]
+    distances, ends = NearestNeighbors(n_neighbors=k).fit(np.hstack(parts)).kneighbors()
     weights = np.exp(-(distances**2) / max(2 * distances.mean() ** 2, 1e-12))
     edges = (weights.ravel(), (np.arange(n).repeat(k), ends.ravel()))
     one_way = sparse.csr_array(sparse.coo_array(edges, shape=(n, n)))
