@@ -36,8 +36,8 @@ PLOTTED = {
     "weak": "MVAE, preset weak",
     "pca": "label propagation, no network",
     "graph_net": "classifier of propagated labels",
-    "shifted": "classifier of the N labels",
-    "paper": "MVAE, the paper's objective",
+    "shifted": "classifier of the N labels, shifted images",
+    "dropout": "classifier of the N labels",
 }
 """The methods that the plot of few labels shows, as it names them."""
 
