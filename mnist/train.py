@@ -68,11 +68,7 @@ def main() -> None:
 
     if config.images_first:
         images = Objective(
-            model,
-            [Term(IMAGE, IMAGE)],
-            weights={"image": config.lambda_image},
-            iw_samples=config.iw_samples,
-            iw="image",
+            model, [Term(IMAGE, IMAGE)], weights={"image": λ["image"]}, iw_samples=config.iw_samples, iw="image"
         )
         first = config.first_stage(NAME)
         fit(first, images, train.only("image"), validation.only("image"), {})
