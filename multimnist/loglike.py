@@ -27,7 +27,6 @@ def read_texts(model: MVAE, data: Data) -> Tensor:
 def main() -> None:
     config, model, data, trained = load(__doc__, NAME, Source, build_model, examples)
     found = estimate(config, model, data, of_a_pair(("image",), ("text",), y_proposal=("text",)))
-    data = data[torch.tensor(config.rows(data))]
     texts = data.tensors["text"]
     right = (read_texts(model, data) == texts).double()
     measures = {"accuracy of the text predicted from the image, whole strings": right.prod(dim=1)}

@@ -271,6 +271,15 @@ def test_loglike_reads_the_split_examples_draws_and_seed_asked_for(
     np.testing.assert_allclose(found["log_weight_variance"][:, 0], expected.log_weight_variance, rtol=1e-3)
 
 
+def test_one_example_has_no_standard_error(trained: Trained, digits_dir: Path, tmp_path: Path) -> None:
+    numbers, done = estimate(trained.out_dir / checkpoint.BEST, digits_dir, tmp_path, "--limit", 1)
+    rows = [*numbers["log_likelihood"], *numbers["measures"].values()]
+    assert {row["standard_error"] for row in rows} == {None}
+    assert done.stdout.count(" ± –") == len(rows)
+    done = run_warm("mnist/loglike.py", trained.out_dir / checkpoint.BEST, "--limit", 0, cwd=tmp_path)
+    assert_refused(done, 2, "limit must be an integer >= 1")
+
+
 def test_loglike_says_how_many_examples_a_number_is_of_if_they_lack_modalities(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

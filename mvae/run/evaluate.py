@@ -95,7 +95,6 @@ def evaluate(
     seed: int = 0,
     precision: Precision = "fp32",
     processes: Processes | None = None,
-    rows: range | None = None,
 ) -> Evaluation:
     """Estimate each quantity for the examples that have all its modalities.
 
@@ -107,8 +106,6 @@ def evaluate(
             batch size. All proposals have the same noise.
         precision: of the networks; log-probabilities and sums are float32 or better.
         processes: share the batches; all return what one would.
-        rows: numbers of the examples to estimate; None: all. Parts of a data set add up to the whole, bit for bit: they
-            compute the whole's batches that hold any of their examples.
 
     Raises UsageError for an unknown modality, a quantity without a target, n_samples < 2, data that don't fit the
     model, or a quantity or prediction for which no example has all modalities.
@@ -125,15 +122,13 @@ def evaluate(
     used = {name for proposal, target in keys for name in proposal + target}
     used |= {name for predicted, given in predictions.items() for name in (predicted, *given)}
     model.check_names(*used, *(data.present or {}))
-    inside = torch.zeros(len(data), dtype=torch.bool)
-    inside[slice(None) if rows is None else slice(rows.start, rows.stop)] = True
     patterns = _patterns(data, used)
     examples = {
-        which: _having({name for key in some for part in key for name in part}, patterns, inside, which[0].name)
+        which: _having({name for key in some for part in key for name in part}, patterns, which[0].name)
         for which, some in needed.items()
     }
     predictable = {
-        name: _having({name, *given}, patterns, inside, f"{name} predicted from {listed(given)}")
+        name: _having({name, *given}, patterns, f"{name} predicted from {listed(given)}")
         for name, given in predictions.items()
     }
     model.eval()
@@ -141,7 +136,7 @@ def evaluate(
     example, _ = data.batch(torch.zeros(1, dtype=torch.long))
     max_rows = VALUES_PER_CALL[data.device.type != "cpu"] // max(x.numel() for x in example.values())
     size = max(1, max_rows // n_samples)
-    batches = [(has, some) for has, members in patterns for some in members.split(size) if inside[some].any()]
+    batches = [(has, some) for has, members in patterns for some in members.split(size)]
     mine = batches[processes.rank :: processes.world]
     watched = mine if processes.rank else progress(mine, "log-likelihoods", len(mine))
     found, predicted = _estimated(model, data, keys, predictions, watched, n_samples, max_rows, seed, precision)
@@ -223,12 +218,10 @@ def _patterns(data: Data, names: Collection[str]) -> list[tuple[frozenset[str], 
     return [(frozenset(names) - some, (kind_of == i).nonzero().flatten()) for i, some in enumerate(lacking)]
 
 
-def _having(
-    names: Collection[str], patterns: Sequence[tuple[frozenset[str], Tensor]], inside: Tensor, what: str
-) -> Tensor:
-    """Return the numbers of the examples `inside` that have all of `names`. Raises UsageError if there are none."""
-    found = [members[inside[members]] for has, members in patterns if has.issuperset(names)]
-    if not any(map(len, found)):
+def _having(names: Collection[str], patterns: Sequence[tuple[frozenset[str], Tensor]], what: str) -> Tensor:
+    """Return the numbers of the examples that have all of `names`. Raises UsageError if there are none."""
+    found = [members for has, members in patterns if has.issuperset(names)]
+    if not found:
         raise UsageError(f"{what}: no example has all of {listed(sorted(names))}")
     return torch.cat(found).sort().values
 

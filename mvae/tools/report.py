@@ -1,7 +1,4 @@
-"""Log-likelihoods of a model: the flags of a loglike.py, what it prints, and its JSON and per-example files.
-
-As a command it joins the .npz files that parts of a split wrote: python -m mvae.tools.report PART...
-"""
+"""Log-likelihoods of a model: the flags of a loglike.py, what it prints, and its JSON and per-example files."""
 
 import csv
 import io
@@ -9,7 +6,6 @@ import json
 import math
 import os
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,20 +17,18 @@ from torch import Tensor
 
 from .. import cli
 from ..data.dataset import Data
-from ..errors import UsageError, UserError
+from ..errors import UsageError
 from ..estimators import Modalities
 from ..files import whole, write_atomically
 from ..model import MVAE
 from ..run.checkpoint import load_model, origin
 from ..run.device import resolve
 from ..run.distributed import Processes, is_first, together
-from ..run.evaluate import Evaluation, Quantity, evaluate, row, shown, summary, table, under
+from ..run.evaluate import Evaluation, Quantity, evaluate, shown, summary, table, under
 from .folder import Build, Examples, with_source
 from .prior import WithPrior
 
 STARTED = time.perf_counter()
-
-COLUMNS = ("quantity", "proposal")
 
 
 @dataclass(kw_only=True)
@@ -44,8 +38,7 @@ class Loglike(WithPrior):
     # Estimates
     n_samples: int = 1000  # importance samples per example
     split: Literal["test", "validation"] = "test"  # split to read
-    offset: int = 0  # number of the first example, to split the work; the estimates are those of the whole
-    limit: int | None = None  # number of examples (default: all from --offset on)
+    limit: int | None = None  # read the first N examples only
     precision: Literal["fp32", "bf16", "auto"] = "fp32"  # network precision; auto: bf16 if the processor supports it
 
     # Output
@@ -56,16 +49,9 @@ class Loglike(WithPrior):
         super().__post_init__()
         self.check_counts(2, "n_samples")
         self.check_counts(1, "limit")
-        self.check_counts(0, "offset")
         if self.per_example and self.per_example.suffix not in (".csv", ".npz"):
             raise UsageError(f"per_example must end in .csv or .npz, got {self.per_example}")
         self.check_outputs(self.json, self.per_example)
-
-    def rows(self, data: Data) -> range:
-        """Return the numbers of the examples to estimate. Raises UsageError if there are none."""
-        if self.offset >= len(data):
-            raise UsageError(f"offset must be below {len(data)}, the number of examples, got {self.offset}")
-        return range(len(data))[self.offset :][: self.limit]
 
 
 def load(
@@ -77,7 +63,8 @@ def load(
     device = config.device()
     model, trained = load_model(config.model_path, experiment, build, device)
     config.load_prior(model)
-    return config, model, examples(config.split, config, trained["settings"]).to(device), trained
+    data = examples(config.split, config, trained["settings"])[: config.limit]
+    return config, model, data.to(device), trained
 
 
 def estimate(
@@ -108,7 +95,6 @@ def estimate(
             seed=config.seed,
             precision=config.precision,
             processes=processes,
-            rows=config.rows(data),
         )
 
 
@@ -127,7 +113,6 @@ def report(found: Evaluation, measures: Mapping[str, Tensor], config: Loglike, t
             **origin(),
             "checkpoint": str(config.model_path),
             "split": config.split,
-            "offset": config.offset,
             "n_examples": n,
             "n_samples": config.n_samples,
             "prior": config.prior,
@@ -146,18 +131,14 @@ def report(found: Evaluation, measures: Mapping[str, Tensor], config: Loglike, t
     if config.per_example:
         write_per_example(found, config.per_example)
     head = f"{config.split.capitalize()} log-likelihood" + " under the fitted prior" * (config.prior == "fitted")
-    _print(rows, n, head, config.n_samples)
+    own = any(row["n_examples"] != n for row in rows)
+    over = f"those of {n} examples that have its modalities" if own else f"{n} examples"
+    print(f"{head} in nats: mean ± standard error over {over}, {config.n_samples} importance samples,")
+    print("and the variance of the log importance weights (mean over examples).")
+    print(table(rows, n, config.n_samples))
     for name, other in others.items():
         text = f"{name}: {shown(other['mean'], other['standard_error'], 4)}"
         print(text + f", over {other['n_examples']} examples" * (other["n_examples"] != n))
-
-
-def _print(rows: Sequence[Mapping[str, Any]], n: int, head: str, n_samples: int) -> None:
-    own = any(row["n_examples"] != n for row in rows)
-    over = f"those of {n} examples that have its modalities" if own else f"{n} examples"
-    print(f"{head} in nats: mean ± standard error over {over}, {n_samples} importance samples,")
-    print("and the variance of the log importance weights (mean over examples).")
-    print(table(rows, n, n_samples))
 
 
 def write_per_example(found: Evaluation, path: Path) -> None:
@@ -175,7 +156,6 @@ def write_per_example(found: Evaluation, path: Path) -> None:
     with whole(path) as file:
         if path.suffix == ".npz":
             columns = {"quantity": np.array(quantities), "proposal": np.array(proposals), "example": example.numpy()}
-            columns["n_samples"] = np.array(found.n_samples)
             np.savez(file, log_p=log_p, log_weight_variance=variance, **columns)  # type: ignore[arg-type]
         else:
             text = io.StringIO()
@@ -184,52 +164,3 @@ def write_per_example(found: Evaluation, path: Path) -> None:
             for number, row in zip(example.tolist(), log_p.tolist(), strict=True):
                 lines.writerow([number, *("" if math.isnan(value) else value for value in row)])
             file.write(text.getvalue().encode())
-
-
-@dataclass(kw_only=True)
-class Parts:
-    """The flags of this module as a command."""
-
-    parts: tuple[Path, ...]  # .npz files of `loglike.py --per-example`
-    json: Path | None = None  # file to write the results to, as JSON
-
-
-def join(parts: Sequence[Path]) -> tuple[int, list[dict[str, Any]], int]:
-    """Return the number of examples in the files, the estimates over them all, and the least number of samples.
-
-    Raises UserError for a file that isn't one of `write_per_example`, other columns, or an example that is in two.
-    """
-    found = []
-    for path in parts:
-        try:
-            with np.load(path) as file:
-                names = (*COLUMNS, "example", "log_p", "log_weight_variance", "n_samples")
-                found.append({name: file[name] for name in names})
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-            raise UserError(f"{path} is missing, or not an .npz file of loglike.py --per-example") from None
-        if any(not np.array_equal(found[-1][name], found[0][name]) for name in COLUMNS):
-            raise UserError(f"{path} has other quantities or proposals than {parts[0]}")
-    example, log_p, variance = (
-        np.concatenate([part[name] for part in found]) for name in ("example", "log_p", "log_weight_variance")
-    )
-    numbers, order = np.unique(example, return_index=True)
-    if len(numbers) != len(example):
-        raise UserError(f"{len(example) - len(numbers)} examples are in more than one of the files")
-    rows = []
-    for i, (quantity, proposal) in enumerate(zip(*(found[0][name].tolist() for name in COLUMNS), strict=True)):
-        here = order[~np.isnan(log_p[order, i])]
-        rows.append(row(quantity, proposal, torch.from_numpy(log_p[here, i]), torch.from_numpy(variance[here, i])))
-    return len(numbers), rows, min(int(part["n_samples"]) for part in found)
-
-
-def main() -> None:
-    config = cli.parse(__doc__, Parts)
-    n, rows, n_samples = join(config.parts)
-    if config.json:
-        content = {**origin(), "n_examples": n, "log_likelihood": rows}
-        write_atomically(config.json, (json.dumps(content, indent=2) + "\n").encode())
-    _print(rows, n, "Log-likelihood", n_samples)
-
-
-if __name__ == "__main__":
-    cli.run(main)
