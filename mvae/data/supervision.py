@@ -182,7 +182,7 @@ def self_labelled(
         found[name][seen[added]] = best[added]
         here[name][seen[added]] = True
     had, have = (int(sum(mask[name].sum() for name in few)) for mask in (present, here))
-    log.info("labels: %d given + %d inferred of %d", had, have - had, len(few) * len(train))
+    log.info("%s", f"labels: {had:,} given + {have - had:,} inferred of {len(few) * len(train):,}")
     found, here = ({name: x.to(train.stored_on) for name, x in part.items()} for part in (found, here))
     return relabelled(train, found, here)
 
@@ -216,13 +216,13 @@ def neighbour_graph(*features: Tensor, k: int = 10) -> sparse.csr_array:
     An edge weighs exp(-d² / 2σ²), where d is its length and σ the mean length; one that both ends have counts twice.
 
     features: (N, dimensions) each, such as the means of q(z | image). Of several, each is measured in units of its mean
-        distance to a neighbour. If there are k points or fewer, all are neighbours.
+        distance to a neighbour, over some thousand points. If there are k points or fewer, all are neighbours.
     """
     n = len(features[0])
     k = min(k, n - 1)
     parts = [some.double().numpy() for some in features]
     if len(parts) > 1:
-        parts = [some / max(NearestNeighbors(n_neighbors=k).fit(some).kneighbors()[0].mean(), TINY) for some in parts]
+        parts = [some / max(_mean_distance(some, k), TINY) for some in parts]
     distances, ends = NearestNeighbors(n_neighbors=k).fit(np.hstack(parts)).kneighbors()
     weights = np.exp(-(distances**2) / max(2 * distances.mean() ** 2, 1e-12))
     edges = (weights.ravel(), (np.arange(n).repeat(k), ends.ravel()))
@@ -230,6 +230,13 @@ def neighbour_graph(*features: Tensor, k: int = 10) -> sparse.csr_array:
     graph = one_way + one_way.T
     scale = sparse.diags_array(np.maximum(graph.sum(axis=1), TINY) ** -0.5)  # the degree of a distant point may be 0
     return sparse.csr_array(scale @ graph @ scale)
+
+
+def _mean_distance(points: np.ndarray, k: int) -> float:
+    """Return the mean distance to the k nearest others of every (N / 1000)th point: that of all takes N times as many
+    distances, as many as the graph itself."""
+    some = points[:: max(1, len(points) // 1000)]
+    return NearestNeighbors(n_neighbors=k + 1).fit(points).kneighbors(some)[0][:, 1:].mean()
 
 
 def spread(graph: sparse.csr_array, labels: Tensor, known: Tensor, *, alpha: float = 0.99, rounds: int = 200) -> Tensor:
