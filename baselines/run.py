@@ -104,7 +104,7 @@ def main() -> None:
         return
     how = Loglike(
         model_path=out_dir / checkpoint.BEST, cuda=flags.cuda, threads=flags.threads, precision=flags.precision,
-        split=flags.split, n_samples=flags.n_samples, limit=flags.n_examples, json=path,
+        split=flags.split, n_samples=flags.n_samples, json=path,
     )  # fmt: skip
     config = Baseline(**{field.name: getattr(flags, field.name) for field in fields(Baseline)} | {"out_dir": out_dir})
 
@@ -132,7 +132,8 @@ def main() -> None:
         data = labelled(data) if config.model == "cvae" else data
     one, pair = model.modalities, "text" in model.modalities
     quantities = of_a_pair(IMAGE, TEXT) if pair else {Quantity(one): [one]}
-    found = estimate(how, model, data.to(config.device()), quantities, {"text": IMAGE} if pair else {})
+    data = data[: flags.n_examples].to(config.device())
+    found = estimate(how, model, data, quantities, {"text": IMAGE} if pair else {})
     measures = {}
     if pair:
         right = found.predictions["text"].argmax(dim=1) == found.truth["text"]

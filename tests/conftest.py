@@ -9,7 +9,7 @@ from synthetic import __main__ as synthetic
 
 import pytest
 
-from helpers import ROOT, SHORT, RunHere, Trained, environment, run, run_warm
+from helpers import ROOT, SHORT, RunHere, Trained, environment, run_warm
 
 # Shells start background jobs with Ctrl-C ignored, and the scripts under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,7 +28,7 @@ def trained(digits_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Train
     """Three epochs on the made digits, run from another folder than the script's. Not to be written to."""
     folder = tmp_path_factory.mktemp("elsewhere")
     arguments = ["--data-dir", digits_dir, "--out-dir", "trained", "--epochs", "3", "--cuda", *SHORT]
-    return Trained(folder / "trained", run("mnist/train.py", *arguments, cwd=folder))
+    return Trained(folder / "trained", run_warm("mnist/train.py", *arguments, cwd=folder))
 
 
 @pytest.fixture(scope="session")

@@ -77,8 +77,11 @@ FORKED = multiprocessing.get_context("forkserver")
 The server never computes, as no process may be forked after a backward pass.
 """
 FORKED.set_forkserver_preload(  # not mvae: its defaults are read from the environment
-    ["torch._dynamo", "torch.utils.tensorboard", "sklearn.linear_model", "sklearn.manifold", "matplotlib.figure"]
-)
+    [
+        "cv2", "filelock", "matplotlib.figure", "scipy.sparse", "sklearn.linear_model", "sklearn.manifold",
+        "sklearn.mixture", "sklearn.neighbors", "torch._dynamo", "torch.utils.tensorboard",
+    ]
+)  # fmt: skip
 
 
 def start_warm(

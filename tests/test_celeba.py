@@ -137,9 +137,7 @@ def test_every_condition_gives_other_faces(experiment: Experiment, sample: Sampl
         [],
         ["--condition-on-attrs", "-Male,Bald"],
         ["--condition-on-image", own],
-        ["--condition-on-image", own, "--condition-on-attrs", "Male,Eyeglasses,-Smiling"],
         ["--condition-on-image=-Male"],
-        ["--condition-on-image", "-Male", "--seed", 1],
     ]
     drawn = [sample(*condition)[0] for condition in conditions]
     assert len(set(drawn)) == len(conditions)
@@ -197,8 +195,9 @@ def test_loglike_reports_every_quantity_and_each_attributes_accuracy(experiment:
         assert f"{name}: {value['mean']:.4f} ± {value['standard_error']:.4f}" in done.stdout.splitlines()
 
 
+@pytest.mark.parametrize("trained", ["celeba19"], indirect=True)
 def test_quality_is_of_each_attribute_and_of_all(experiment: Experiment, run_here: RunHere, tmp_path: Path) -> None:
-    few = ["--n-labels", 3, "--n-draws", 30, "--classifier-epochs", 1, "--json", "found.json"]
+    few = ["--n-labels", 1, "--n-draws", 30, "--classifier-epochs", 1, "--json", "found.json"]
     words = [experiment.name, experiment.out_dir / checkpoint.BEST, *few]
     assert_ended(run_here("benchmarks/quality.py", *words))
     drawn = json.loads((tmp_path / "found.json").read_text())["drawn"]

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from helpers import ROOT, assert_refused, environment, run, run_warm
+from helpers import ROOT, environment, run_warm
 
 COLUMNS = CELEBA_ATTRIBUTES.split()
 N = 180
@@ -74,6 +74,11 @@ def examples(data_dir: Path, split: str = "test", allowed_in_training: bool = Fa
     cache_dir = Path(tempfile.mkdtemp(dir=data_dir))
     source = Source(data_dir=data_dir, cache_dir=cache_dir, workers=1, **options)
     return celeba.examples(split, source, {"allow_missing": allowed_in_training})
+
+
+@pytest.fixture(scope="module")
+def plain(drawn: Path) -> Data:
+    return examples(drawn)
 
 
 def assert_not_found(data_dir: Path, *said: object, **options: Any) -> None:
@@ -175,12 +180,12 @@ def as_the_official_download(folder: Path) -> None:
         [as_the_official_download],
     ],
 )
-def test_other_layouts_are_found(drawn: Path, data_dir: Path, changes: list[Callable[[Path], None]]) -> None:
+def test_other_layouts_are_found(plain: Data, data_dir: Path, changes: list[Callable[[Path], None]]) -> None:
     for change in changes:
         change(data_dir / "celeba")
-    one, other = examples(drawn), examples(data_dir)
-    assert torch.equal(one.tensors["attrs"], other.tensors["attrs"])
-    assert torch.equal(one.tensors["image"], other.tensors["image"])
+    found = examples(data_dir)
+    assert torch.equal(found.tensors["attrs"], plain.tensors["attrs"])
+    assert torch.equal(found.tensors["image"], plain.tensors["image"])
 
 
 @pytest.mark.parametrize("name", ["img_align_celeba", "list_attr_celeba.txt", "list_eval_partition.txt"])
@@ -253,15 +258,10 @@ THIRD = NAMES[2]
 @pytest.mark.parametrize(
     ("name", "old", "new", "said"),
     [
-        ("attr", f"{THIRD} ", f"{THIRD} 1 ", f"line 5: expected a name and 40 values of -1 or 1, found '{THIRD} 1"),
-        ("attr", f"{THIRD} ", f"{THIRD}\n", f"line 5: expected a name and 40 values of -1 or 1, found '{THIRD}'"),
-        ("attr", f"{THIRD} ", f"{THIRD} 0", "line 5: expected"),
-        ("attr", f"{THIRD} ", f"{THIRD} \x00é", "line 5: expected"),
+        ("attr", f"{THIRD} ", f"{THIRD} \x00é", "line 5: expected a name and 40 values of -1 or 1, found"),
         ("attr", "Male", "Mail", "line 2: the header must name the columns, but lacks Male"),
-        ("attr", f"{N}\n", "", "line 2: the header must name the columns, but lacks Bald"),
         ("eval", f"{THIRD} 2", f"{THIRD} 3", f"line 3: expected a name and 1 values of 0 or 1 or 2, found '{THIRD} 3'"),
         ("eval", f"{THIRD} 2\n", "", "must name the same images in the same order"),
-        ("eval", f"{NAMES[-1]} 2\n", "", "must name the same images in the same order"),
         ("eval", partition_list(), "", "line 1: expected a name"),
     ],
 )
@@ -287,23 +287,12 @@ def test_script_decodes_the_images_that_exist(data_dir: Path, images: Path, tmp_
     for name in NAMES[:5]:
         (images / name).unlink()
     env = environment(MVAE_DATA_DIR=str(data_dir), MVAE_CACHE_DIR=str(tmp_path / "cache"))
-    done = run("celeba/datasets.py", "--allow-missing", cwd=tmp_path, env=env)
+    done = run_warm("celeba/datasets.py", "--allow-missing", cwd=tmp_path, env=env)
     assert (done.returncode, len(done.stderr.splitlines())) == (0, 1)
     assert f"5 of the {N} images" in done.stderr
     assert "train 58, validation 58, test 59 images" in done.stdout
     assert f"decoding {N - 5} pictures" in done.stdout
     assert (tmp_path / "cache" / "celeba-64.pictures").exists()
-    flags = ["--data-dir", data_dir, "--cache-dir", tmp_path]
-    assert_refused(run_warm("celeba/datasets.py", *flags), 1, f"5 of the {N} images", "--allow-missing")
-
-
-@pytest.mark.parametrize(("workers", "status", "said"), [(1, 1, THIRD), (0, 2, "workers must be an integer >= 1")])
-def test_script_names_a_damaged_image_and_a_wrong_flag(
-    data_dir: Path, images: Path, workers: int, status: int, said: str
-) -> None:
-    (images / THIRD).write_bytes((images / THIRD).read_bytes()[:-40])
-    flags = ["--data-dir", data_dir, "--cache-dir", data_dir / "cache", "--workers", workers]
-    assert_refused(run_warm("celeba/datasets.py", *flags), status, said)
 
 
 def test_real_lists_are_read_whole() -> None:

@@ -7,14 +7,15 @@ import gzip
 import hashlib
 import http.server
 import itertools
+import multiprocessing
 import os
 import shutil
+import signal
 import socketserver
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,7 @@ def idx_file(values: np.ndarray) -> bytes:
         (idx_file(np.zeros((5, 28, 28))), idx_file(np.zeros(4)), "found 5 pictures and 4 labels"),
         (idx_file(np.zeros((0, 28, 28))), idx_file(np.zeros(0)), "found 0 pictures"),
         (idx_file(np.zeros((5, 32, 32))), idx_file(np.zeros(5)), "must be an IDX file of bytes of shape .'N', 28, 28"),
-        (idx_file(np.zeros((5, 28, 28))), idx_file(np.zeros((5, 1))), "must be an IDX file of bytes of shape .'N',"),
-        (b"\0\0\x0c\x01\0\0\0\0", idx_file(np.zeros(0)), "must be an IDX file of bytes"),
         (idx_file(np.zeros((5, 28, 28)))[:-1], idx_file(np.zeros(5)), "must be an IDX file"),
-        (b"", idx_file(np.zeros(5)), "must be an IDX file"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
@@ -235,31 +233,27 @@ def test_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
-LOCK = """
-import sys
-from pathlib import Path
-from mvae.files import locked
-with locked(Path(sys.argv[1])):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
+def hold(path: Path, held: Event) -> None:
+    with locked(path):
+        held.set()
+        signal.pause()
 
 
 def test_lock_ends_with_its_process(tmp_path: Path) -> None:
-    path, pipe, waited = tmp_path / "lock", subprocess.PIPE, []
-    command = [sys.executable, "-c", LOCK, str(path)]
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment(), text=True) as process:
-        assert process.stdout
-        assert process.stdout.readline() == "locked\n"
-        with pytest.raises(BlockingIOError), locked(path):
-            pass
+    path, forking, waited = tmp_path / "lock", multiprocessing.get_context("fork"), []
+    held = forking.Event()
+    process = forking.Process(target=hold, args=(path, held), daemon=True)
+    process.start()
+    assert held.wait(60)
+    with pytest.raises(BlockingIOError), locked(path):
+        pass
 
-        def wait() -> None:
-            waited.append(path.exists())
-            process.kill()
+    def wait() -> None:
+        waited.append(path.exists())
+        process.kill()
 
-        with locked(path, wait):
-            assert waited == [True]
+    with locked(path, wait):
+        assert waited == [True]
 
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, 524])
@@ -345,14 +339,10 @@ def test_validation_is_the_end_of_the_training_split_whatever_the_limit(limit: i
     ("fields", "said"),
     [
         ({"tensors": {"x": np.zeros(3)}}, r"tensors\['x'\] must be a dense torch.Tensor .*got ndarray"),
-        (
-            {"tensors": {"x": torch.zeros(3), "y": torch.zeros(())}},
-            r"tensors\['y'\] must be a dense torch.Tensor with a row",
-        ),
         ({"tensors": {"x": torch.zeros(3), "y": torch.zeros(2)}}, "same number of examples, at least 1, got .*3.*2"),
         ({"tensors": {"x": torch.zeros(3)}, "present": {"x": torch.ones(3)}}, r"must be torch.bool of shape \(3,\)"),
+        ({"tensors": {"x": torch.zeros(())}}, r"tensors\['x'\] must be a dense torch.Tensor with a row"),
         ({"tensors": {"x": torch.zeros(0)}}, "at least 1"),
-        ({"tensors": {}}, "at least 1"),
     ],
 )
 def test_inconsistent_data_are_refused(fields: dict[str, Any], said: str) -> None:

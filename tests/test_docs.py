@@ -1,17 +1,20 @@
 """The pages: their Python runs, scripts know their commands and flags, and their links lead somewhere."""
 
+import contextlib
+import importlib
+import io
 import re
 import shlex
-import subprocess
 import sys
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 
-from helpers import ROOT, Trained, assert_ended, environment, run_warm
+from helpers import ROOT, Trained, assert_ended, run_warm, script
 
 EXPERIMENTS = ["mnist", "fashionmnist", "multimnist", "celeba", "celeba19", "vision"]
 PAGES_OF_ALL = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
@@ -85,20 +88,29 @@ def command(folder: str, words: list[str]) -> list[Command]:
     return [Command(folder, words[i], words[i + 1 :]) for i in scripts[:1]]
 
 
+def flags_in_the_help(module: ModuleType, *words: str) -> set[str]:
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["", *words, "-h"])
+        patch.setattr(sys, "path", [*sys.path])
+        with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
+            module.main()
+    return set(re.findall(r"--[a-z][\w-]*", said.getvalue()))
+
+
 @cache
 def flags_of(path: str, *words: str) -> set[str]:
     """The flags that a script's help names."""
-    done = run_warm(path, *words, "-h")
-    assert done.returncode == 0, done.stderr
-    return set(re.findall(r"--[a-z][\w-]*", done.stdout))
+    with script(path) as module:
+        return flags_in_the_help(module, *words)
 
 
 @cache
-def flags_of_module(module: str) -> set[str]:
+def flags_of_module(name: str) -> set[str]:
     """The flags that it has in mnist's folder; other folders have those of their datasets.py, too."""
-    words = [sys.executable, "-m", module, "-h"]
-    done = subprocess.run(words, cwd=ROOT / "mnist", env=environment(), capture_output=True, text=True, check=True)
-    return set(re.findall(r"--[a-z][\w-]*", done.stdout))
+    module = importlib.import_module("synthetic.__main__" if name == "synthetic" else name)
+    with script("mnist/datasets.py"), contextlib.chdir(ROOT / "mnist"):
+        return flags_in_the_help(module)
 
 
 def test_the_python_of_the_first_page_runs(tmp_path: Path, trained: Trained) -> None:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import ROOT, Trained, assert_ended, assert_refused, environment, small_data, small_model
+from helpers import ROOT, Trained, script, small_data, small_model
 
 CONTROLS = {
     "image": Picture("L", 6, dark=True),
@@ -158,18 +157,22 @@ def test_legend_is_bounded() -> None:
     assert legend.get_title().get_text() == "and 30 more"
 
 
-def test_tool_runs_in_an_experiments_folder(trained: Trained, digits_dir: Path, tmp_path: Path) -> None:
-    def run(cwd: Path) -> subprocess.CompletedProcess[str]:
-        words = [model_path, "--data-dir", digits_dir, "--split", "validation", "--out", out]
-        command = [sys.executable, "-m", "mvae.tools.embed", *map(str, words)]
-        return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
-
+def test_tool_runs_in_an_experiments_folder(
+    trained: Trained, digits_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model_path, out = trained.out_dir / checkpoint.BEST, tmp_path / "z.npz"
-    assert_ended(run(ROOT / "mnist"))
+    words = [model_path, "--data-dir", digits_dir, "--split", "validation", "--out", out, "--threads", 1]
+    monkeypatch.setattr(sys, "argv", ["embed", *map(str, words)])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(ROOT / "mnist")
+    with script("mnist/datasets.py"):
+        embedding.main()
     _, validation = mnist.training_data("MNIST", digits_dir, n_val=200, binarize=False)
     batch, _ = validation.batch(torch.arange(200))
     model, _ = load_model(model_path, "mnist", build_model, torch.device("cpu"))
     with np.load(out) as found, torch.no_grad():
         np.testing.assert_allclose(found["mu"], model.posterior({"image": batch["image"]})[0], rtol=1e-4, atol=1e-5)
         assert found["text_names"].tolist() == list(MNIST["text"].names)
-    assert_refused(run(tmp_path), 2, "run this in an experiment's folder")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="run this in an experiment's folder"):
+        embedding.main()

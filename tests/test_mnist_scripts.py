@@ -6,7 +6,6 @@ import math
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +24,18 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_processes import torchruns_variables
 
 from helpers import (
     ROOT,
-    SHORT,
     Trained,
     assert_ended,
     assert_refused,
-    assert_same_run,
-    command,
     environment,
     run_warm,
     small_data,
     small_model,
+    start_warm,
     stats,
 )
 
@@ -47,19 +45,13 @@ TERMS = {"joint": ("image", "text"), "image": ("image",), "text": ("text",)}
 # train.py
 
 
-def test_train_writes_its_files_from_any_folder_and_without_a_cuda_device(
-    trained: Trained, digits_dir: Path, tmp_path: Path
-) -> None:
+def test_train_writes_its_files_from_any_folder_and_without_a_cuda_device(trained: Trained) -> None:
     assert_refused(trained.process, 0, "--cuda: no CUDA device is available to torch; using the CPU")
     files = {"checkpoint.pth.tar", "model_best.pth.tar", "stats.jsonl", "tensorboard"}
     assert {path.name for path in trained.out_dir.iterdir()} - {".lock"} == files
     settings = checkpoint.load(trained.out_dir / checkpoint.BEST, "mnist")["settings"]
     expected = {"lambda_text": 10, "n_val": 200, "binarize": False, "out_dir": "trained"}
     assert expected.items() <= settings.items()
-    flags = ["--out-dir", tmp_path, "--epochs", "3", *SHORT]
-    env = environment(MVAE_DATA_DIR=str(digits_dir))
-    assert_ended(run_warm("mnist/train.py", *flags, cwd=ROOT / "mnist", env=env))
-    assert_same_run(tmp_path, trained.out_dir)
 
 
 def test_stats_have_each_epochs_numbers(trained: Trained) -> None:
@@ -85,13 +77,8 @@ def test_stats_have_each_epochs_numbers(trained: Trained) -> None:
         assert elbos == pytest.approx(image + text - kl, rel=1e-5)
 
 
-def test_tensorboard_has_the_scalars_and_pictures_of_each_epoch(trained: Trained) -> None:
+def test_tensorboard_has_pictures_of_each_epoch(trained: Trained) -> None:
     events = EventAccumulator(str(trained.out_dir / "tensorboard")).Reload()
-    records = stats(trained.out_dir)
-    for name in ("validation/loss", "train/image/kl", "beta"):
-        scalars = events.Scalars(name)
-        assert [scalar.step for scalar in scalars] == [1, 2, 3]
-        assert [scalar.value for scalar in scalars] == pytest.approx([record[name] for record in records], rel=1e-6)
     for name, rows in (("reconstruction/image", 4), ("given_text/image", 10)):
         found = [(picture.step, picture.width, picture.height) for picture in events.Images(name)]
         assert found == [(epoch, 8 * 30 + 2, rows * 30 + 2) for epoch in (1, 2, 3)]
@@ -99,11 +86,11 @@ def test_tensorboard_has_the_scalars_and_pictures_of_each_epoch(trained: Trained
 
 
 def test_train_on_real_mnist(mnist_dir: Path, tmp_path: Path) -> None:
-    flags = ["--out-dir", tmp_path, "--limit", "1000", "--n-val", "500", "--epochs", "1", "--annealing-epochs", "1"]
-    flags += ["--reconstruct", "text", "--lambda-text", "50.", "--precision", "bf16"]
+    flags = ["--out-dir", tmp_path, "--limit", "300", "--n-val", "100", "--epochs", "1", "--annealing-epochs", "1"]
+    flags += ["--reconstruct", "text", "--lambda-text", "50."]
     assert_ended(run_warm("mnist/train.py", "--data-dir", mnist_dir, *flags, cwd=tmp_path))
     (record,) = stats(tmp_path)
-    assert record["seconds"] * record["examples_per_second"] == pytest.approx(1000)
+    assert record["seconds"] * record["examples_per_second"] == pytest.approx(300)
     assert -784 * 0.6931 < record["validation/image/log_prob/image"] < -60  # nats: 784 ln 2
     assert record["validation/image/log_prob/text"] < 0
 
@@ -152,15 +139,11 @@ def test_sample_writes_a_grid_and_labels_conditioned_on_what_is_given(
     assert Image.open(tmp_path / "out" / "sample_image.png").size == (side, side)
     assert len(labels) == 64
     assert set(labels) <= set("0123456789")
-    assert sample("--seed", 0) == (picture, labels)
     zero, labels = sample("--condition-on-text", 0, "--n-samples", 10)
     assert labels.count("0") >= 9  # each is decoded from a draw of z
-    image, _ = sample("--condition-on-image", 0)
     both, labels = sample("--condition-on-image", 0, "--condition-on-text", 7)
     assert labels.count("7") > 48
-    assert len({picture, zero, image, both}) == 4
-    done = run_warm("mnist/sample.py", trained.out_dir / checkpoint.BEST, "--condition-on-text", "10", cwd=tmp_path)
-    assert_refused(done, 2, "'10'", *"0123456789")
+    assert len({picture, zero, both}) == 3
 
 
 # loglike.py
@@ -222,17 +205,19 @@ def test_two_processes_of_torchrun_find_the_same_numbers(
     trained: Trained, digits_dir: Path, tmp_path: Path, estimated: Numbers
 ) -> None:
     words = [trained.out_dir / checkpoint.BEST, "--data-dir", digits_dir, "--json", "numbers.json", *FEW]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, *command("mnist/loglike.py", *words)[1:]],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    logs = [(tmp_path / f"out {rank}", tmp_path / f"err {rank}") for rank in (0, 1)]
+    both = [
+        start_warm("mnist/loglike.py", *words, logs=log, cwd=tmp_path, env=environment(**variables))
+        for log, variables in zip(logs, torchruns_variables(2), strict=True)
+    ]
+    for process in both:
+        process.join(timeout=300)
+        assert process.exitcode == 0, logs[0][1].read_text()
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert numbers["processes"] == 2
     assert numbers["log_likelihood"] == estimated[0]["log_likelihood"]
     assert numbers["measures"] == estimated[0]["measures"]
-    assert done.stdout.count("log-likelihood in nats") == 1
+    assert [out.read_text().count("log-likelihood in nats") for out, _ in logs] == [1, 0]
 
 
 def test_per_example_file_has_each_ones_estimates(tmp_path: Path) -> None:
@@ -297,10 +282,12 @@ def test_loglike_says_how_many_examples_a_number_is_of_if_they_lack_modalities(
     assert measure == "a measure: 1.0000 ± 0.0000, over 4 examples"
 
 
-def test_a_model_of_binary_pictures_is_scored_on_binary_pixels(digits_dir: Path, tmp_path: Path) -> None:
-    flags = ["--data-dir", digits_dir, "--out-dir", tmp_path, "--epochs", "1", "--binarize", *SHORT]
-    assert_ended(run_warm("mnist/train.py", *flags, cwd=tmp_path))
-    path = tmp_path / checkpoint.BEST
+def test_a_model_of_binary_pictures_is_scored_on_binary_pixels(
+    trained: Trained, digits_dir: Path, tmp_path: Path
+) -> None:
+    content, path = checkpoint.load(trained.out_dir / checkpoint.BEST, "mnist"), tmp_path / checkpoint.BEST
+    content["settings"]["binarize"] = True
+    checkpoint.save(path, "mnist", content)
     found = means(estimate(path, digits_dir, tmp_path)[0])
     model, _ = checkpoint.load_model(path, "mnist", build_model, torch.device("cpu"))
     key, settings = (Quantity(("image",)), ("image",)), {"n_val": 200, "binarize": True}
@@ -310,26 +297,26 @@ def test_a_model_of_binary_pictures_is_scored_on_binary_pixels(digits_dir: Path,
     assert found["log p(image)", "q(z | image)"] == pytest.approx(score.log_p.mean().item(), rel=1e-6)
 
 
-PEAK = """
+PEAKS = """
 import contextlib, io, resource, runpy, sys, mvae, torch
 torch.empty(32 * 2**20 - 2**16, dtype=torch.uint8)  # as loading a large set does: from now on glibc keeps freed blocks
-with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-    runpy.run_path(sys.argv[0], run_name="__main__")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+script, *words = sys.argv[1:]
+sys.path.insert(0, script.removesuffix("loglike.py"))
+for limit in ("8", "32"):
+    sys.argv = [script, *words, "--limit", limit]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
-def test_memory_of_loglike_does_not_grow_with_the_examples(trained: Trained, digits_dir: Path) -> None:
-    def peak(limit: int) -> float:
-        """Return the most memory in MiB that `loglike.py --limit LIMIT` holds."""
-        words = [str(trained.out_dir / checkpoint.BEST), "--data-dir", str(digits_dir), "--limit", str(limit)]
-        program = f"import sys; sys.argv = {[str(ROOT / 'mnist' / 'loglike.py'), *words]!r}; "
-        program += f"sys.path.insert(0, {str(ROOT / 'mnist')!r}){PEAK}"
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment())
-        assert (done.returncode, done.stderr) == (0, "")
-        return int(done.stdout) / 1024
-
-    assert peak(40) < peak(8) + 40  # an example is a batch; each left some 3 MiB behind
+def test_memory_of_loglike_does_not_grow_with_the_examples(trained: Trained, digits_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "peaks.py").write_text(PEAKS)
+    words = [ROOT / "mnist/loglike.py", trained.out_dir / checkpoint.BEST, "--data-dir", digits_dir]
+    done = run_warm(str(tmp_path / "peaks.py"), *words)
+    assert_ended(done)
+    first, second = map(int, done.stdout.split())
+    assert second < first + 24  # MiB: less than one for each further example, which is a batch
 
 
 # FashionMNIST
@@ -342,13 +329,11 @@ def test_fashionmnist_is_trained_resumed_sampled_by_name_and_estimated(tmp_path:
         assert_ended(run_warm(f"fashionmnist/{script}", *words, "--data-dir", "data", cwd=tmp_path))
 
     short = ["--n-val", 50, "--batch-size", 50, "--annealing-epochs", 4]
-    done("train.py", *short, "--out-dir", "straight", "--epochs", 2)
-    done("train.py", *short, "--out-dir", "parts", "--epochs", 1)
-    done("train.py", *short, "--out-dir", "parts", "--epochs", 2, "--resume")
-    assert_same_run(tmp_path / "straight", tmp_path / "parts", "fashionmnist")
-    first, second = stats(tmp_path / "straight")
+    done("train.py", *short, "--epochs", 1)
+    done("train.py", *short, "--epochs", 2, "--resume")
+    first, second = stats(tmp_path / "trained_models")
     assert second["validation/loss"] < first["validation/loss"]
-    path = tmp_path / "straight" / checkpoint.BEST
+    path = tmp_path / "trained_models" / checkpoint.BEST
     done("sample.py", path, "--n-samples", 16, "--condition-on-image", 0, "--condition-on-text", "ankle boot")
     width, height = Image.open(tmp_path / "sample_image.png").size
     assert height == 2 * 114 + 2
@@ -356,8 +341,6 @@ def test_fashionmnist_is_trained_resumed_sampled_by_name_and_estimated(tmp_path:
     names = (tmp_path / "sample_text.txt").read_text().splitlines()
     assert len(names) == 16
     assert set(names) <= set(fashion.CLASSES)
-    refused = run_warm("fashionmnist/sample.py", path, "--condition-on-image", "Hat", cwd=tmp_path)
-    assert_refused(refused, 2, "'Hat'", *fashion.CLASSES)
     done("loglike.py", path, "--n-samples", 10, "--limit", 20, "--json", "numbers.json")
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert {name for name, _ in means(numbers)} == {

@@ -130,16 +130,9 @@ def test_wrong_batch_is_refused(
     ("name", "x", "said"),
     [
         ("m0", torch.full((7, 2, 3), 255.0), "m0: values must be from 0 to 1, got 255.*divide"),
-        ("m0", torch.full((7, 2, 3), math.nan), "m0: values must be from 0 to 1, got nan"),
-        ("m0", torch.zeros(7, 2, 3).byte(), "m0: must be floats from 0 to 1.*got torch.uint8"),
-        ("m0", torch.zeros(7, 3), r"m0: must have the decoder's shape \(7, 2, 3\), got \(7, 3\)"),
-        ("m0", torch.zeros(7, 2, 3).numpy(), "m0 must be a dense torch.Tensor .*got ndarray"),
         ("m0", torch.zeros(7, 2, 3).to_sparse(), "m0 must be a dense torch.Tensor .*got torch.sparse_coo"),
-        ("m1", 5, "m1 must be a dense torch.Tensor with a row per example, got int"),
-        ("m1", torch.zeros(7, 4).long(), r"m1: must be class numbers.* of \(7,\), got .* of \(7, 4\): use argmax"),
         ("m1", torch.tensor([9]), "m1: labels must be from 0 to 3, got 9 to 9"),
         ("m2", torch.full((7, 5), math.inf).double(), "m2: values must be finite"),
-        ("m2", torch.zeros(7, 5), "m2: the encoder fails on torch.float32.*the weights are torch.float64"),
     ],
 )
 def test_posterior_refuses_what_a_run_refuses(model: MVAE, name: str, x: Any, said: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from multimnist import datasets
 from multimnist import model as networks
 from multimnist.datasets import Recipe
-from mvae import Data, cli
+from mvae import cli
 from mvae.errors import UsageError, UserError
 from mvae.run import checkpoint
 from synthetic.digits import digits as synthetic_digits
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from helpers import assert_ended, assert_refused, assert_same_run, run_warm, script, stats
+from helpers import assert_ended, assert_same_run, run_warm, stats
 
 SMALL: dict[str, Any] = {"train": 300, "test": 50}
 Digits = tuple[np.ndarray, np.ndarray]  # pictures and labels
@@ -180,9 +180,10 @@ def test_texts_keep_their_leading_zeros_and_other_strings_are_refused() -> None:
 # The networks
 
 
-@pytest.fixture(scope="module")
-def text_given_z() -> Any:
-    """p(text | z) of 5 latents with large random weights, in float64."""
+@pytest.fixture
+def text_given_z(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """p(text | z) of 5 latents, with few units and large random weights, in float64."""
+    monkeypatch.setattr(networks, "HIDDEN", 20)
     torch.manual_seed(0)
     likelihood = networks.Text(networks.TextDecoder(5)).double()
     for weight in likelihood.parameters():
@@ -193,7 +194,7 @@ def text_given_z() -> Any:
 Z = torch.tensor([[0.3, -1.0, 2.0, 0.0, -0.5]], dtype=torch.float64)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 @torch.no_grad()
 def probability(text_given_z: Any) -> dict[str, float]:
     """p(text | Z) of each of the 11,111 texts."""
@@ -355,19 +356,10 @@ def test_training_uses_the_canvases_of_datasets_and_resumes(digits_dir: Path, tr
 
 
 def test_samples_depend_on_their_condition(trained: Path) -> None:
-    empty, other = (sample(trained, "--condition-on-text", text)[0] for text in ("", "007"))
-    assert len({sample(trained)[0], empty, other}) == 3
+    assert sample(trained)[0] != sample(trained, "--condition-on-text", "")[0]
     _, texts = sample(trained, "--condition-on-image", "", "--condition-on-text", "", "--draw", "--temperature", 2)
     assert [datasets.decode(datasets.encode(text).unsqueeze(0))[0] for text in texts] == texts
     assert len(set(texts)) > 1
-
-
-def test_a_text_that_no_canvas_shows_is_refused_in_one_line(trained: Path, tmp_path: Path) -> None:
-    canvases = ["--canvas-dir", trained / "data" / "MultiMNIST"]
-    words = [trained / "trained_models" / checkpoint.BEST, *canvases, "--condition-on-image", "9876"]
-    said = "none of the 30 held-out examples shows text '9876'"
-    assert_refused(run_warm("multimnist/sample.py", *words, cwd=tmp_path), 1, said)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_loglike_reports_both_accuracies(trained: Path) -> None:
@@ -385,18 +377,3 @@ def test_loglike_reports_both_accuracies(trained: Path) -> None:
     for kind, expected in (("whole strings", [text == other for text, other in pairs]), ("per digit", right)):
         accuracy = found["measures"][f"accuracy of the text predicted from the image, {kind}"]["mean"]
         assert accuracy == pytest.approx(np.mean(expected))
-
-
-def test_a_string_is_right_if_all_its_digits_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts, read = (
-        torch.stack([datasets.encode(text) for text in some]) for some in (["12", "12", ""], ["12", "13", ""])
-    )
-    found: dict[str, torch.Tensor] = {}
-    with script("multimnist/loglike.py") as loglike:
-        monkeypatch.setattr(loglike, "load", lambda *_: (None, None, Data(tensors={"text": texts}), None))
-        monkeypatch.setattr(loglike, "estimate", lambda *_: None)
-        monkeypatch.setattr(loglike, "read_texts", lambda *_: read)
-        monkeypatch.setattr(loglike, "report", lambda _, measures, *others: found.update(measures))
-        loglike.main()
-    whole, digits = found.values()
-    assert (whole.tolist(), digits.tolist()) == ([1, 0, 1], [1, 1, 1, 0])

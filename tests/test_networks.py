@@ -82,10 +82,12 @@ def test_label_encoder_is_the_network_run_on_each_label(name: str) -> None:
 # Layers
 
 
-@pytest.mark.parametrize("channels", [(8, 1), (3, 5), (1, 2)])
-@pytest.mark.parametrize("geometry", [(4, 2, 1), (4, 2, 0), (4, 1, 0), (5, 2, 1), (3, 3, 2), (1, 1, 0)])
+@pytest.mark.parametrize(
+    ("channels", "geometry"),
+    [((8, 1), (4, 2, 1)), ((3, 5), (4, 2, 0)), ((1, 2), (5, 2, 1)), ((3, 5), (3, 3, 2)), ((1, 2), (1, 1, 0))],
+)
 def test_transposed_convolution_as_a_product_is_torchs(
-    geometry: tuple[int, int, int], channels: tuple[int, int]
+    channels: tuple[int, int], geometry: tuple[int, int, int]
 ) -> None:
     for memory_format in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)

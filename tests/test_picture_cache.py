@@ -4,21 +4,22 @@ import dataclasses
 import fcntl
 import io
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, get_args
 
 from mvae.data import cache, pictures
 from mvae.data.dataset import Data, consecutive_rows, permuted_rows
 from mvae.data.pool import in_parallel
-from mvae.errors import UserError
+from mvae.errors import UsageError, UserError
 
 import numpy as np
 import pytest
@@ -26,23 +27,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
-
-from helpers import environment
-
-DECODE = """
-import logging
-import sys
-from pathlib import Path
-from mvae.data import cache
-from mvae.errors import UserError
-logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-source, path = map(Path, sys.argv[1:])
-try:
-    cache.decoded(source, list(cache.listing(source).values()), path)
-except KeyboardInterrupt:
-    sys.exit(130)
-"""
-"""A process that decodes all pictures of a folder."""
 
 
 @pytest.fixture(autouse=True)
@@ -78,10 +62,24 @@ def reference(path: Path, mode: str = "RGB", size: int = 64) -> Tensor:
     return crop(image.convert(mode))
 
 
-def start(source: Path, path: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", DECODE, str(source), str(path)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+def decode(source: Path, path: Path, pipe: int) -> None:
+    os.setsid()
+    signal.alarm(60)  # no test waits longer
+    sys.stdout = sys.stderr = os.fdopen(pipe, "w", buffering=1)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    try:
+        cache.decoded(source, entries_of(source), path)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def start(source: Path, path: Path) -> tuple[BaseProcess, IO[str]]:
+    """Decode all pictures of a folder in a process; return it and what it and its workers say, until all have ended."""
+    reader, writer = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=decode, args=(source, path, writer))
+    process.start()
+    os.close(writer)
+    return process, open(reader)
 
 
 def wait_for_a_block(path: Path) -> None:
@@ -183,15 +181,10 @@ def written(image: Image.Image, kind: str, **options: Any) -> io.BytesIO:
         (written(Image.fromarray(GREY).convert("RGB"), "BMP"), GREY),
     ],
 )
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_every_mode_and_depth_gives_the_right_eight_bits(
-    file: io.BytesIO, expected: np.ndarray, mode: Literal["L", "RGB"]
-) -> None:
-    with Image.open(file) as opened:
-        found = np.asarray(pictures.eight_bit(opened).convert(mode))
-    np.testing.assert_array_equal(found if mode == "L" else found[..., 1], expected)
-    pixels = pictures.pixels(file.getvalue(), mode, 16)
-    np.testing.assert_array_equal(np.frombuffer(pixels, np.uint8).reshape(-1, 16, 16)[-1], expected)
+def test_every_mode_and_depth_gives_the_right_eight_bits(file: io.BytesIO, expected: np.ndarray) -> None:
+    for mode in get_args(pictures.Mode):
+        pixels = np.frombuffer(pictures.pixels(file.getvalue(), mode, 16), np.uint8)
+        np.testing.assert_array_equal(pixels.reshape(-1, 16, 16), [expected] * len(mode))
 
 
 @pytest.mark.parametrize("values", [GREY.astype(np.float32), -(GREY / 255).astype(np.float32)], ids=["> 1", "< 0"])
@@ -204,8 +197,7 @@ def test_numbers_in_an_unknown_range_are_refused(tmp_path: Path, values: np.ndar
         load(tmp_path, tmp_path / "cache")
 
 
-@pytest.mark.parametrize("levels", [GREY, LEVELS], ids=["8 bits", "16 bits"])
-@pytest.mark.parametrize(("orientation", "turns"), [(3, 2), (6, 1), (8, -1)])
+@pytest.mark.parametrize(("levels", "orientation", "turns"), [(GREY, 6, 1), (LEVELS, 8, -1)])
 def test_exif_orientation_is_applied(levels: np.ndarray, orientation: int, turns: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -246,8 +238,7 @@ def test_existing_file_is_read_and_not_written(folder: Path, tmp_path: Path, cap
     assert os.listdir(tmp_path / "new") == ["cache"]
 
 
-@pytest.mark.parametrize("edit", [lambda path: os.utime(path, ns=(0, 1)), Path.unlink])
-@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize(("edit", "partial"), [(lambda path: os.utime(path, ns=(0, 1)), False), (Path.unlink, True)])
 def test_changed_source_is_decoded_again(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, edit: Callable[[Path], object], partial: bool
 ) -> None:
@@ -329,11 +320,13 @@ def test_killed_or_interrupted_build_is_continued(
     many: Path, whole: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture, ending: int, status: int
 ) -> None:
     path = tmp_path / "cache"
-    process = start(many, path)
+    process, output = start(many, path)
     wait_for_a_block(path)
-    (process.kill if ending == signal.SIGKILL else lambda: os.killpg(process.pid, ending))()
-    _, errors = process.communicate(timeout=20)  # until the workers, which share its stderr, have ended
-    assert (process.returncode, errors) == (status, "")
+    assert process.pid
+    (os.kill if ending == signal.SIGKILL else os.killpg)(process.pid, ending)
+    assert all(line.startswith("decoding") for line in output)
+    process.join()
+    assert process.exitcode == status
     assert not path.exists()
     cache.decoded(many, entries_of(many), path)
     assert "which are done" in caplog.text
@@ -345,12 +338,13 @@ def test_two_builds_at_once_decode_once(many: Path, whole: bytes, tmp_path: Path
     with open(tmp_path / "cache.lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         processes = [start(many, path) for _ in range(2)]
-        for process in processes:
-            assert process.stdout
-            assert "waiting for another process" in process.stdout.readline()
-    said = [process.communicate(timeout=60)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert sum("decoding" in words for words in said) == 1
+        for _, output in processes:
+            assert "waiting for another process" in output.readline()
+        fcntl.flock(lock, fcntl.LOCK_UN)  # the processes have inherited it
+    assert sum("decoding" in output.read() for _, output in processes) == 1
+    for process, _ in processes:
+        process.join()
+        assert process.exitcode == 0
     assert path.read_bytes() == whole
 
 
@@ -400,6 +394,8 @@ def test_jobs_run_in_parallel_and_a_killed_worker_is_reported() -> None:
     assert list(in_parallel(end_by, [signal.SIGINT], 1)) == [signal.SIGINT]  # interrupts are the parent's
     with pytest.raises(UserError, match="worker process was killed: rerun the command to continue"):
         list(in_parallel(end_by, [signal.SIGKILL], 1))
+    with pytest.raises(UsageError, match="workers must be an integer >= 1, got 0"):
+        list(in_parallel(abs, [1], 0))
 
 
 # Data that are mapped, or too large for the device

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,13 +14,12 @@ from mvae.tools import prior
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageSequence
 from sklearn.mixture import GaussianMixture
 from test_estimators import N_EXAMPLES, N_LATENTS, STD, decoder_of, linear_gaussian
 from test_estimators import examples as drawn
 from torch import distributions
 
-from helpers import ROOT, Trained, assert_ended, assert_refused, environment, run_warm
+from helpers import ROOT, Trained, assert_ended, run_warm, script
 
 
 def mixture() -> dict[str, np.ndarray]:
@@ -98,16 +96,21 @@ def test_what_few_draws_explain_is_drawn_from_its_own_posterior() -> None:
     torch.testing.assert_close(z.var(dim=0), 0.25 * logvar[0].exp(), atol=0, rtol=0.1)
 
 
-def test_tool_writes_the_prior_of_this_model(
-    trained: Trained, digits_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = Path(shutil.copy(trained.out_dir / checkpoint.BEST, tmp_path))
+@pytest.fixture(scope="module")
+def path(trained: Trained, digits_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint next to which the tool has written a prior. Read-only."""
+    path = Path(shutil.copy(trained.out_dir / checkpoint.BEST, tmp_path_factory.mktemp("fitted")))
+    words = [path, "--data-dir", digits_dir, "--components", 1, "--threads", 1]
+    with script("mnist/datasets.py"), pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT / "mnist")
+        patch.setattr(sys, "path", [*sys.path])
+        patch.setattr(sys, "argv", ["prior", *map(str, words)])
+        prior.main()
+    return path
+
+
+def test_tool_writes_the_prior_of_this_model(path: Path, tmp_path: Path) -> None:
     model, _ = load_model(path, "mnist", build_model, torch.device("cpu"))
-    with pytest.raises(UserError, match=r"no .*prior.npz: `python -m mvae.tools.prior .*` fits it"):
-        prior.load(path, model)
-    monkeypatch.chdir(ROOT / "mnist")
-    monkeypatch.setattr("sys.argv", ["prior", str(path), "--data-dir", str(digits_dir), "--components", "1"])
-    prior.main()
     fitted = prior.load(path, model)
     assert fitted.sample(torch.Size([5])).shape == (5, model.n_latents)
     assert isinstance(fitted, distributions.MixtureSameFamily)
@@ -115,20 +118,15 @@ def test_tool_writes_the_prior_of_this_model(
     torch.manual_seed(0)
     with pytest.raises(UserError, match="is of another model"):
         prior.load(path, build_model(model.n_latents))
+    with pytest.raises(UserError, match=r"no .*prior.npz: `python -m mvae.tools.prior .*` fits it"):
+        prior.load(tmp_path / checkpoint.BEST, model)
     (tmp_path / prior.NAME).write_bytes(b"PK")
     with pytest.raises(UserError, match="is damaged, fit it again"):
-        prior.load(path, model)
+        prior.load(tmp_path / checkpoint.BEST, model)
 
 
-def test_loglike_and_samples_use_it(trained: Trained, digits_dir: Path, tmp_path: Path) -> None:
-    shutil.copytree(trained.out_dir, tmp_path / "run")
-    path = tmp_path / "run" / checkpoint.BEST
+def test_loglike_and_samples_use_it(path: Path, digits_dir: Path, tmp_path: Path) -> None:
     words = [path, "--data-dir", digits_dir, "--limit", 50, "--n-samples", 20]
-    assert_refused(run_warm("mnist/loglike.py", *words, "--prior", "fitted", cwd=tmp_path), 1, "mvae.tools.prior")
-    tool = [sys.executable, "-m", "mvae.tools.prior", str(path), "--data-dir", str(digits_dir), "--components", "1"]
-    done = subprocess.run(tool, cwd=ROOT / "mnist", env=environment(), capture_output=True, text=True, check=False)
-    assert_ended(done)
-    assert f"wrote {path.with_name(prior.NAME)}: 10 components" in done.stdout
     found = {}
     for name in ("normal", "fitted"):
         done = run_warm("mnist/loglike.py", *words, "--prior", name, "--json", f"{name}.json", cwd=tmp_path)
@@ -149,13 +147,6 @@ def test_loglike_and_samples_use_it(trained: Trained, digits_dir: Path, tmp_path
     assert not np.allclose(*pictures)
     labels = (tmp_path / "fitted" / "sample_text.txt").read_text().split()
     assert labels.count("0") + labels.count("5") > 8
-    assert_ended(run_warm("benchmarks/pictures.py", path, "--out-dir", "pictures", cwd=tmp_path))
-    with Image.open(tmp_path / "pictures" / "mnist_walk.webp") as walk:
-        assert walk.size == (690, 88)
-        assert len([*ImageSequence.Iterator(walk)]) > 1
-    between = [*sample[:3], "--interpolate", 3, 8]
-    done = run_warm("mnist/sample.py", *between, "--prior", "fitted", cwd=tmp_path)
-    assert_refused(done, 2, "can't be combined with --prior fitted")
 
 
 def test_the_temperature_multiplies_the_variance_of_each_gaussian() -> None:

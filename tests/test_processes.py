@@ -5,8 +5,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,7 +174,7 @@ def test_two_processes_make_the_run_of_one(two: Any, tmp_path: Path) -> None:
     assert first["records"] == second["records"] == without_times(stats(folder))
 
 
-@pytest.mark.parametrize(("rank", "step"), [(0, 0), (1, 0), (1, 6)])
+@pytest.mark.parametrize(("rank", "step"), [(0, 0), (1, 6)])
 def test_two_processes_of_which_one_gets_a_signal_stop_and_resume_as_one(
     rank: int, step: int, two: Any, tmp_path: Path
 ) -> None:
@@ -189,11 +187,10 @@ def test_two_processes_of_which_one_gets_a_signal_stop_and_resume_as_one(
     assert_same_run(tmp_path / "disk 0/run", two[0], "small")
 
 
-@pytest.mark.parametrize("hasty", [0, 1])
-def test_two_processes_save_when_one_of_them_finds_it_due(hasty: int, two: Any, tmp_path: Path) -> None:
-    run_in(2, tmp_path / "lost", hasty=hasty, lost=1, n_subsets=1)
+def test_two_processes_save_when_one_of_them_finds_it_due(two: Any, tmp_path: Path) -> None:
+    run_in(2, tmp_path / "lost", hasty=1, lost=1, n_subsets=1)
     assert checkpoint.load(tmp_path / "lost/disk 0/run" / checkpoint.LATEST, "small")["done"] == 2
-    run_in(2, tmp_path / "whole", hasty=hasty, n_subsets=1)
+    run_in(2, tmp_path / "whole", hasty=1, n_subsets=1)
     assert_same_run(tmp_path / "whole/disk 0/run", two[0], "small")
 
 
@@ -236,7 +233,6 @@ def test_two_processes_train_where_a_network_has_no_gradient(how: dict[str, Any]
     [
         ({"batch_size": 1}, ["a batch needs at least 1 examples per process, got 1, 24"] * 2),
         ({"seeds": (0, 1)}, ["another process of this run is gone", "need the same settings; seed differ"]),
-        ({"lost": 1}, ["UserError: another process of this run is gone .*the last saved state is kept$"]),
         ({"lost": 0}, ["UserError: another process of this run is gone .*the last saved state is kept$"]),
     ],
     ids=lambda value: " ".join(map(str, value.items())) if isinstance(value, dict) else "",
@@ -279,17 +275,21 @@ def test_process_whose_torchrun_is_gone_stops(tmp_path: Path, monkeypatch: pytes
 
 
 def test_torchrun_is_stopped_and_resumed_bit_for_bit(digits_dir: Path, tmp_path: Path) -> None:
-    """In the second of two stages. Two processes that are started one by one make the run that never stops."""
+    """In the second of two stages. Two processes that are started one by one continue; two others never stop."""
     flags = ["--data-dir", str(digits_dir), *SHORT, "--images-first", "1", "--epochs", "1", "--n-paired", "300"]
+    resume = [*flags, "--out-dir", "run", "--resume"]
     logs = [(tmp_path / f"out {rank}", tmp_path / f"err {rank}") for rank in (0, 1)]
-    words = [*flags, "--out-dir", "straight"]
-    straight = [
-        start_warm("mnist/train.py", *words, logs=log, cwd=tmp_path, env=environment(**variables))
-        for log, variables in zip(logs, torchruns_variables(2), strict=True)
-    ]
-    for process in straight:
-        process.join(timeout=300)
-        assert process.exitcode == 0, logs[0][1].read_text()
+
+    def train(*words: str) -> None:
+        both = [
+            start_warm("mnist/train.py", *words, logs=log, cwd=tmp_path, env=environment(**variables))
+            for log, variables in zip(logs, torchruns_variables(2), strict=True)
+        ]
+        for process in both:
+            process.join(timeout=300)
+            assert process.exitcode == 0, logs[0][1].read_text()
+
+    train(*flags, "--out-dir", "straight")
     said = logs[0][0].read_text()
     assert said.count("epochs of 1,000 examples") == said.count("2 x cpu (1 thread)") == 2
     assert said.count("(validation ") == 2
@@ -297,18 +297,18 @@ def test_torchrun_is_stopped_and_resumed_bit_for_bit(digits_dir: Path, tmp_path:
     (record,) = stats(tmp_path / "straight")
     assert record["seconds"] * record["examples_per_second"] == pytest.approx(1000)
 
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words += [*command("mnist/train.py")[1:], *flags, "--out-dir", "run", "--resume"]
-    how: dict[str, Any] = {"cwd": tmp_path, "env": environment(), "text": True, "stderr": subprocess.PIPE}
-    with subprocess.Popen(words, **how, stdout=subprocess.PIPE) as torchrun:
-        assert torchrun.stdout
-        for place in ("writing to run\n", "step 5/20"):
-            assert any(place in line for line in torchrun.stdout)
-        torchrun.send_signal(signal.SIGTERM)
-        _, err = torchrun.communicate(timeout=300)
-    (line,) = {line for line in err.splitlines() if line.startswith("train.py: ")}
+    (tmp_path / "torchrun.py").write_text("from torch.distributed.run import main\nmain()")
+    words = ["--standalone", "--nproc_per_node", "2", *command("mnist/train.py")[1:], *resume]
+    out, err = tmp_path / "out", tmp_path / "err"
+    out.touch()
+    torchrun = start_warm(str(tmp_path / "torchrun.py"), *words, logs=(out, err), cwd=tmp_path)
+    while "step 5/20" not in out.read_text().partition("writing to run\n")[2]:
+        assert torchrun.is_alive(), err.read_text()
+        time.sleep(0.05)
+    torchrun.terminate()
+    torchrun.join(timeout=300)
+    (line,) = {line for line in err.read_text().splitlines() if line.startswith("train.py: ")}
     assert re.fullmatch(r"train.py: stopped in epoch 1, step \d+ of 20; the state is saved: .*", line)
-    done = subprocess.run(words, **how, stdout=subprocess.PIPE, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    train(*resume)
     assert_same_run(tmp_path / "run/images", tmp_path / "straight/images")
     assert_same_run(tmp_path / "run", tmp_path / "straight")

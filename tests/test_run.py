@@ -1,5 +1,6 @@
 """Run, the plumbing of the open loop: what a step does, what an epoch measures, records and prints."""
 
+import functools
 import itertools
 import math
 import re
@@ -110,9 +111,8 @@ def test_networks_are_trained_in_training_mode_and_validated_in_evaluation_mode(
 MISSING = {"image": torch.arange(24) > 7, "label": torch.arange(24) % 5 > 0, "attrs": torch.arange(24) < 23}
 
 
-@pytest.mark.parametrize("present", [None, MISSING], ids=["complete", "missing"])
-def test_bf16_is_close_to_fp32(present: dict[str, Tensor] | None, tmp_path: Path) -> None:
-    train = small_data(24, seed=0, present=present)
+def test_bf16_is_close_to_fp32(tmp_path: Path) -> None:
+    train = small_data(24, seed=0, present=MISSING)
     single, half = (
         run_small(tmp_path / precision, train=train, precision=precision, n_subsets=1, lr=1e-30).history[-1]
         for precision in ("fp32", "bf16")
@@ -121,12 +121,15 @@ def test_bf16_is_close_to_fp32(present: dict[str, Tensor] | None, tmp_path: Path
         assert single[loss] != half[loss] == pytest.approx(single[loss], rel=0.02)
 
 
-def test_a_compiled_run_has_the_losses_and_weights_of_a_plain_one(tmp_path: Path) -> None:
+def test_a_compiled_run_has_the_losses_and_weights_of_a_plain_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graphs are captured as for torch's default backend, whose code takes a minute to generate."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     train = small_data(24, seed=0, present=MISSING)
-    with torch._inductor.config.patch(fallback_random=True):  # the plain run's noise
-        plain, compiled = (
-            run_small(tmp_path / str(flag), train=train, compile=flag, n_subsets=1) for flag in (False, True)
-        )
+    plain, compiled = (
+        run_small(tmp_path / str(flag), train=train, compile=flag, n_subsets=1) for flag in (False, True)
+    )
     for record, expected in zip(compiled.history, plain.history, strict=True):
         for loss in ("train/loss", "validation/loss"):
             assert record[loss] == pytest.approx(expected[loss], rel=1e-5)

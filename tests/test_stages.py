@@ -9,18 +9,18 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from mvae import Data, Objective, Term
+from mvae import Data, Objective, Term, UsageError
 from mvae.run import checkpoint
 
 import numpy as np
 import pytest
 import torch
 
-from helpers import assert_ended, assert_refused, assert_same_run, run_warm, same, script, start_warm, stats
+from helpers import assert_ended, assert_same_run, run_warm, same, script, start_warm, stats
 
 WEAK = ["--preset", "weak", "--limit", 100, "--n-val", 100, "--batch-size", 20, "--n-latents", 4, "--n-paired", 40]
-WEAK += ["--images-first", 2, "--epochs", 2, "--log-interval", 1, "--save-every", 1e-9, "--precision", "auto"]
-"""A run of two times two epochs of five steps."""
+WEAK += ["--images-first", 2, "--epochs", 2, "--rounds", 2, "--log-interval", 1, "--precision", "auto"]
+"""A run of three times two epochs of five steps."""
 
 
 class Started:
@@ -72,7 +72,7 @@ def test_run_that_is_stopped_and_killed_at_random_moments_is_resumed_bit_for_bit
     flags: list[object], straight: Path, tmp_path: Path
 ) -> None:
     """After some lines of output; nothing depends on which they are."""
-    words, rng = [*flags, "--out-dir", "run", "--resume"], np.random.default_rng(0)
+    words, rng = [*flags, "--out-dir", "run", "--resume", "--save-every", 1e-9], np.random.default_rng(0)
     for number in (signal.SIGUSR1, signal.SIGKILL, signal.SIGKILL, signal.SIGUSR1):
         ended = Started(tmp_path, "ended", words)
         ended.wait_for("\n", int(rng.integers(2, 8)))
@@ -105,7 +105,11 @@ def test_runs_that_share_a_first_stage_wait_for_the_one_that_trains_and_reuse_it
 
 
 def test_what_does_not_follow_a_first_stage_is_refused_before_anything_is_written(
-    flags: list[object], straight: Path, tmp_path: Path
+    flags: list[object],
+    straight: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A shared stage and a run's own; and afterwards the right command still works."""
     before = contents(straight)
@@ -119,14 +123,20 @@ def test_what_does_not_follow_a_first_stage_is_refused_before_anything_is_writte
         ([*own, "--resume", "--images-first", 3], "images_first was 2, now 3"),
         (own, f"{straight} holds a run: continue it with --resume"),
     ]
+
+    def train(*words: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*flags, *words])])
+        with script("mnist/train.py") as module:
+            module.main()
+
     for changed, said in cases:
-        done = run_warm("mnist/train.py", *flags, *changed, cwd=tmp_path)
-        assert_refused(done, 2, said, straight)
+        with pytest.raises(UsageError, match=re.escape(said)) as refused:
+            train(*changed)
+        assert str(straight) in str(refused.value)
     assert contents(straight) == before
     assert not (tmp_path / "new").exists()
-    done = run_warm("mnist/train.py", *flags, *own, "--resume", cwd=tmp_path)
-    assert_ended(done)
-    assert done.stdout.count("nothing left to do") == 4  # the images, and three rounds with labels
+    train(*own, "--resume")
+    assert capsys.readouterr().out.count("nothing left to do") == 3  # the images, and two rounds with labels
 
 
 def test_the_second_stage_starts_from_the_first(straight: Path) -> None:

@@ -327,42 +327,23 @@ def test_self_labels_without_missing_labels_are_refused_in_one_line(digits_dir: 
     assert not [*tmp_path.rglob(checkpoint.LATEST)]
 
 
-def test_images_first_then_labels_of_their_neighbours(digits_dir: Path, tmp_path: Path) -> None:
+def test_images_first_then_labels_that_are_inferred_anew_in_each_round(digits_dir: Path, tmp_path: Path) -> None:
     words: list[object] = ["--data-dir", digits_dir, "--n-val", 200, "--batch-size", 50, "--n-latents", 8, "--lr", 2e-3]
     words += ["--annealing-epochs", 1, "--beta-hold", 6, "--weight-decay", 0.5, "--lambda-text", 50, "--epochs", 2]
     words += ["--reconstruct", "text", "--n-paired", 120, "--images-first", 6, "--self-labels", 0.9, "--out-dir", "run"]
-    done = run_warm("mnist/train.py", *words, cwd=tmp_path)
+    done = run_warm("mnist/train.py", *words, "--rounds", 2, "--shift", 1, cwd=tmp_path)
     assert_ended(done)
-    assert "\nlabels: 100 given + 810 inferred of 1000\n" in done.stdout
-    first, second = stats(tmp_path / "run" / "images"), stats(tmp_path / "run")
-    assert not [name for name in first[-1] if "text" in name or "joint" in name]
+    assert done.stdout.count("\nlabels: 100 given + 810 inferred of 1,000\n") == 2
+    first, second, last = (stats(tmp_path / "run" / name) for name in ("images", "round-1", "."))
+    assert not [name for name in first[-1] if "text" in name or "joint" in name or "accuracy" in name]
     assert first[-1]["train/image/elbo"] > first[0]["train/image/elbo"]
     assert second[0]["train/loss"] < first[0]["train/loss"] * 2  # it continues from the first stage's weights
-    assert second[-1]["validation/label_accuracy"] > 0.4
-    again = run_warm("mnist/train.py", *words, "--rounds", 2, "--shift", 1, "--resume", cwd=tmp_path)
-    assert_refused(again, 2, "rounds was 1, now 2")
+    assert 0.3 < second[-1]["validation/label_accuracy"] < last[-1]["validation/label_accuracy"]
     torch.manual_seed(0)
     drawn = build_digits(8).state_dict()
     learnt = checkpoint.load(tmp_path / "run" / "images" / checkpoint.LATEST, "mnist")["model"]
     unchanged = [name for name, weight in drawn.items() if torch.equal(learnt[name], weight)]
     assert unchanged == [name for name in drawn if ".text." in name]  # the first stage has no labels
-
-
-def test_labels_are_inferred_anew_in_each_round(digits_dir: Path, tmp_path: Path) -> None:
-    words: list[object] = ["--data-dir", digits_dir, "--n-val", 200, "--batch-size", 50, "--n-latents", 8, "--lr", 2e-3]
-    words += ["--reconstruct", "text", "--n-paired", 120, "--images-first", 1, "--self-labels", 0.9, "--epochs", 1]
-    words += ["--rounds", 3, "--shift", 1, "--lambda-text", 50, "--out-dir", "run"]
-    done = run_warm("mnist/train.py", *words, cwd=tmp_path)
-    assert_ended(done)
-    assert done.stdout.count("\nlabels: 100 given + 810 inferred of 1000\n") == 3
-    folders = ["images", "round-1", "round-2", "."]
-    last = [stats(tmp_path / "run" / name)[-1] for name in folders]
-    assert "validation/label_accuracy" not in last[0]
-    assert last[1]["validation/label_accuracy"] < last[3]["validation/label_accuracy"]
-    longer = run_warm("mnist/train.py", *words, "--resume", "--epochs", 2, cwd=tmp_path)
-    assert_refused(longer, 2, "checkpoint.pth.tar is of a run of 1 epochs, not 2, and the labels of later rounds")
-    again = run_warm("mnist/train.py", *words, "--resume", cwd=tmp_path)
-    assert again.stdout.count("nothing left to do") == 4
 
 
 def test_each_round_draws_batches_and_noise_of_its_own() -> None:

@@ -63,10 +63,9 @@ def copied(drawn: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(drawn: Path) -> Iterator[Path]:
-    """The folder of a run of one epoch, resumed for a second one."""
+    """The folder of a run of two epochs."""
     out_dir = drawn / "trained_models"
-    assert_ended(run_warm("vision/train.py", *TRAIN, "--epochs", 1, cwd=drawn))
-    assert_ended(run_warm("vision/train.py", *TRAIN, "--epochs", 2, "--resume", cwd=drawn))
+    assert_ended(run_warm("vision/train.py", *TRAIN, "--epochs", 2, cwd=drawn))
     yield out_dir
     shutil.rmtree(out_dir)  # half a gigabyte
 
@@ -198,9 +197,10 @@ def test_pictures_that_a_folder_lacks_are_counted_in_one_warning(
     assert str(copied / "edge") not in said
 
 
-def test_datasets_as_a_command_counts_and_decodes_the_pictures(copied: Path, run_here: RunHere) -> None:
+def test_datasets_as_a_command_counts_and_decodes_the_pictures(copied: Path) -> None:
     (copied / "mask" / NAMES[7]).unlink()
-    done = run_here("vision/datasets.py", "--data-dir", copied, "--cache-dir", copied / "cache", "--workers", 1)
+    words = ["--data-dir", copied, "--cache-dir", copied / "cache", "--workers", 1]
+    done = run_warm("vision/datasets.py", *words, cwd=copied.parent)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("1 are not in data/mask") == len(done.stderr.splitlines()) == 1
     assert "split by their names" in done.stdout
@@ -226,7 +226,7 @@ def test_a_folder_without_pictures_is_refused_with_the_remedy(copied: Path) -> N
 # The scripts, run as a user runs them, where ./data is.
 
 
-def test_a_resumed_run_continues_and_reports_all_terms(trained: Path) -> None:
+def test_a_run_reports_all_terms(trained: Path) -> None:
     first, second = stats(trained)
     assert (first["beta"], second["beta"]) == (1 / 4, 2 / 4)
     assert second["train/loss"] < first["train/loss"]
@@ -254,8 +254,6 @@ def test_sample_draws_from_the_prior(sample: RunHere, tmp_path: Path) -> None:
     sizes = {path.stem: read(path).shape[1::-1] for path in (tmp_path / "samples").iterdir()}
     sheet = {"contact_sheet": (6 * CELL + 2, HEADER + 3 * CELL + 2)}
     assert sizes == dict.fromkeys(MODALITIES, (3 * 66 + 2, 66 + 2)) | sheet
-    refused = sample("--condition-file", "absent.png", "--condition-type", "edge")
-    assert_refused(refused, 1, "can't read absent.png")
 
 
 def test_sample_shows_the_conditions_next_to_the_six(sample: RunHere, drawn: Path, tmp_path: Path) -> None:
@@ -303,11 +301,9 @@ def test_loglike_writes_every_quantity(trained: Path, drawn: Path, tmp_path: Pat
 
 
 def test_transform_draws_each_output_below_its_input(trained: Path, drawn: Path, tmp_path: Path) -> None:
-    arguments = [trained / checkpoint.BEST, "--n-samples", 3]
-    for seed, folder in ((0, tmp_path / "first"), (1, tmp_path / "other")):
-        out = ["--out-dir", folder, "--seed", seed]
-        assert_ended(run_warm("vision/transform.py", *arguments, *out, cwd=drawn))
-    pictures = {path.stem: read(path) for path in (tmp_path / "first").iterdir()}
+    words = [trained / checkpoint.BEST, "--n-samples", 3, "--out-dir", tmp_path / "new"]
+    assert_ended(run_warm("vision/transform.py", *words, cwd=drawn))
+    pictures = {path.stem: read(path) for path in (tmp_path / "new").iterdir()}
     rows = {"edges_and_mask": 3, "colourisation": 2, "completion": 2, "watermark_removal": 2}
     assert {name: picture.shape for name, picture in pictures.items()} == {
         name: (2 + n * 66, 2 + 3 * 66, 3) for name, n in rows.items()
@@ -315,7 +311,6 @@ def test_transform_draws_each_output_below_its_input(trained: Path, drawn: Path,
     held_out = {read(drawn / "data" / "images" / name).tobytes() for name in NAMES[104:108]}
     faces = pictures["edges_and_mask"][2:66]
     assert {np.ascontiguousarray(faces[:, 2 + i * 66 :][:, :64]).tobytes() for i in range(3)} < held_out
-    assert not np.array_equal(read(tmp_path / "other" / "edges_and_mask.png")[2:66], faces)
     assert not pictures["completion"][2:66, 34:66].any()
     assert pictures["completion"][68:132, 34:66].any()
     model, _ = checkpoint.load_model(trained / checkpoint.BEST, "vision", build_model, torch.device("cpu"))

@@ -8,7 +8,6 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from mvae.errors import UserError
 from synthetic import __main__ as synthetic
@@ -21,7 +20,7 @@ import pytest
 from PIL import Image
 from skimage import feature
 
-from helpers import ROOT, assert_ended, assert_refused, command, environment, run, run_warm
+from helpers import ROOT, assert_ended, assert_refused, environment, run_warm, start_warm
 
 SCRIPT = "vision/setup.py"
 N_FACES = 16  # and one each for validation and test
@@ -109,7 +108,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def greys(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The grey pictures of `pictures`, made by one worker. Read-only."""
     folder = tmp_path_factory.mktemp("greys")
-    assert_ended(run(SCRIPT, "grayscale", pictures, folder / "grey", "--workers", 1, cwd=folder))
+    assert_ended(run_warm(SCRIPT, "grayscale", pictures, folder / "grey", "--workers", 1, cwd=folder))
     return folder / "grey"
 
 
@@ -132,7 +131,7 @@ def test_grey_is_pils_luminance_in_a_file_of_the_same_name_and_format(pictures: 
 
 
 def test_edges_are_cannys_white_on_black(pictures: Path, tmp_path: Path):
-    assert_ended(run(SCRIPT, "edge", pictures, tmp_path, cwd=tmp_path))
+    assert_ended(run_warm(SCRIPT, "edge", pictures, tmp_path, cwd=tmp_path))
     n_white = 0
     for path in pictures.glob("*.png"):
         canny = feature.canny(luminance(path) / 255, sigma=2)
@@ -242,7 +241,7 @@ def test_a_packed_predictor_is_found_at_the_default_path(
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     env = environment(TMPDIR=str(temporary))
-    assert_ended(run(SCRIPT, "mask", face_pictures, "masks", cwd=tmp_path, env=env))
+    assert_ended(run_warm(SCRIPT, "mask", face_pictures, "masks", cwd=tmp_path, env=env))
     assert contents(tmp_path / "masks") == contents(masks[0])
     assert list(temporary.iterdir()) == []
     assert list(packed.parent.iterdir()) == [packed]
@@ -312,34 +311,29 @@ def test_of_several_faces_the_most_central_for_its_size_is_taken(monkeypatch: py
     assert setup.find_face(Image.new("L", (178, 218))) == large
 
 
-@pytest.mark.parametrize("stop", ["Ctrl-C", "a killed worker", "a killed run"])
-def test_a_run_that_is_stopped_leaves_whole_files_and_no_workers(stop: str, pictures: Path, tmp_path: Path):
+@pytest.mark.parametrize(("by", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_run_that_is_stopped_leaves_whole_files_and_no_workers(
+    by: signal.Signals, status: int, pictures: Path, tmp_path: Path
+):
     (tmp_path / "source").mkdir()
     for i in range(5000):
         os.link(pictures / "0.png", tmp_path / "source" / f"{i:04d}.png")
-    words, pipe = command(SCRIPT, "edge", "source", "edges", "--workers", 2), subprocess.PIPE
-    options: dict[str, Any] = {"cwd": tmp_path, "env": environment(), "text": True, "start_new_session": True}
-    process = subprocess.Popen(words, stdout=pipe, stderr=pipe, **options)
+    logs = tmp_path / "out", tmp_path / "err"
+    process = start_warm(SCRIPT, "edge", "source", "edges", "--workers", 2, logs=logs, cwd=tmp_path)
+    assert process.pid
     wait_for(lambda: len(list(tmp_path.glob("edges/*.png"))) > 20)
     workers = children(process.pid)
     assert len(workers) == 2
-    if stop == "Ctrl-C":
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it as well
-    else:
-        os.kill(workers[0] if stop == "a killed worker" else process.pid, signal.SIGKILL)
-    out, said = process.communicate(timeout=20)
-    status, begin = {
-        "Ctrl-C": (130, ""),
-        "a killed worker": (1, "setup.py: a worker process was killed"),
-        "a killed run": (-signal.SIGKILL, ""),
-    }[stop]
-    assert (process.returncode, said[: len(begin)], len(said.splitlines()), out) == (status, begin, bool(begin), "")
+    for pid in (*workers, process.pid) if by == signal.SIGINT else (process.pid,):  # as a terminal does
+        os.kill(pid, by)
+    process.join(timeout=20)
+    assert (process.exitcode, *(log.read_text() for log in logs)) == (status, "", "")
     wait_for(lambda: not any(is_alive(worker) for worker in workers))
     written = list(tmp_path.glob("edges/*.png"))
     assert len(written) < 5000
     assert len({path.read_bytes() for path in written}) == 1
     partial = {path.suffix for path in (tmp_path / "edges").iterdir()} - {".png"}
-    assert partial <= (set() if stop == "Ctrl-C" else {".partial"})
+    assert partial <= (set() if by == signal.SIGINT else {".partial"})
 
 
 def is_alive(pid: int) -> bool:
