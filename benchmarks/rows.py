@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mvae.errors import UserError
 from mvae.run.evaluate import decided_by_few
 
 from common import spread
@@ -18,7 +17,7 @@ from recipes import GRIDS
 
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text())
 
-# Experiments: tables of all, and two for each, from what loglike.py wrote, and coherence.py of earlier commits.
+# Experiments: tables of all, and two for each, from what loglike.py wrote.
 
 
 class Experiment(NamedTuple):
@@ -55,19 +54,13 @@ LISTED = {"Bald, .*Wearing_Hat": "attrs", "gray, .*watermark": "the five others"
 IMAGE = "q(z | image)"
 
 
-class Run(NamedTuple):
-    """One model: what loglike.py wrote, and its coherence if an earlier commit measured it."""
+Run = dict[str, Any]
+"""What loglike.py wrote of one model."""
 
-    content: dict[str, Any]
-    coherence: dict[str, Any] | None = None
 
-    @property
-    def measures(self) -> dict[str, Any]:
-        return self.content["measures"] | (self.coherence["measures"] if self.coherence else {})
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self.content["training"]["settings"]
+def settings(run: Run) -> dict[str, Any]:
+    """Return the flags of its training."""
+    return run["training"]["settings"]
 
 
 class Average(NamedTuple):
@@ -101,16 +94,13 @@ class Average(NamedTuple):
 
 def runs(root: Path, experiment: str) -> dict[str, list[Run]]:
     """Return the runs of an experiment by recipe, each in the order of its seeds."""
-    found: dict[str, list[Run]] = {}
-    for recipe, paths in by_recipe(root / "results", experiment).items():
-        for path in paths.values():
-            coherence = path.with_name(f"coherence-{path.name}")
-            content, also = read(path), read(coherence) if coherence.exists() else None
-            if also and also["training"]["validation_loss"] != content["training"]["validation_loss"]:
-                raise UserError(f"{coherence.name} and {path.name} are of different models: make both of the same")
-            found.setdefault(recipe, []).append(Run(content, also))
+    found = {
+        recipe: [read(path) for path in paths.values()]
+        for recipe, paths in by_recipe(root / "results", experiment).items()
+    }
+    for recipe, some in found.items():
         for name in ("n_examples", "n_samples"):
-            agreed([run.content for run in found[recipe]], name, f"the seeds of {experiment}-{recipe}")
+            agreed(some, name, f"the seeds of {experiment}-{recipe}")
     return found
 
 
@@ -118,7 +108,7 @@ def estimates(some: Sequence[Run]) -> dict[tuple[str, str], Average]:
     """Return the averages over runs of one recipe, by quantity and proposal as the tables name them."""
     rows = defaultdict[tuple[str, str], list[Mapping[str, float]]](list)
     for run in some:
-        for row in run.content["log_likelihood"]:
+        for row in run["log_likelihood"]:
             quantity, proposal = row["quantity"], row["proposal"]
             for listed, name in LISTED.items():
                 quantity, proposal = re.sub(listed, name, quantity), re.sub(listed, name, proposal)
@@ -126,15 +116,15 @@ def estimates(some: Sequence[Run]) -> dict[tuple[str, str], Average]:
     found = {}
     for key, lines in rows.items():
         variance = statistics.fmean(line["log_weight_variance"] for line in lines)
-        star = "*" * decided_by_few({"proposal": key[1], "log_weight_variance": variance}, some[0].content["n_samples"])
+        star = "*" * decided_by_few({"proposal": key[1], "log_weight_variance": variance}, some[0]["n_samples"])
         found[key] = Average.of(lines)._replace(variance=variance, star=star)
     return found
 
 
 def measures(some: Sequence[Run]) -> dict[str, Average]:
     """Return the averages of the measures that all runs of one recipe have."""
-    names = [name for name in some[0].measures if all(name in run.measures for run in some)] if some else []
-    return {name: Average.of([run.measures[name] for run in some]) for name in names}
+    names = [name for name in some[0]["measures"] if all(name in run["measures"] for run in some)] if some else []
+    return {name: Average.of([run["measures"][name] for run in some]) for name in names}
 
 
 def notes(averages: Iterable[Average]) -> str:
@@ -160,13 +150,13 @@ def of_the_paper(experiment: str) -> dict[str, float]:
 
 def epochs_of(some: Iterable[Run]) -> str:
     """Return the epoch of the best model / the number of epochs of the run."""
-    both = [(run.content["training"]["epoch"], run.settings["epochs"]) for run in some]
+    both = [(run["training"]["epoch"], settings(run)["epochs"]) for run in some]
     return ", ".join(dict.fromkeys(f"{best} / {every}" for best, every in both))
 
 
 def minutes_of(some: Iterable[Run]) -> str:
     """Return the mean time of training to the best epoch."""
-    minutes = statistics.fmean(run.content["training"]["training_seconds"] for run in some) / 60
+    minutes = statistics.fmean(run["training"]["training_seconds"] for run in some) / 60
     return f"{minutes:.0f}" if minutes >= 10 else f"{minutes:.1f}"
 
 
@@ -183,7 +173,7 @@ def experiments(root: Path) -> str:
         link = f"[{experiment}]({experiment.removeprefix('binary')}/README.md)"
         rows.append([link, about.what, minutes_of(some) if some else "–"])
     devices = either(
-        "a GPU" if run.settings["cuda"] else f"{(n := run.settings['threads'])} CPU thread{'s' * (n > 1)}"
+        "a GPU" if settings(run)["cuda"] else f"{(n := settings(run)['threads'])} CPU thread{'s' * (n > 1)}"
         for run in shown
     )
     caption = f"Training minutes on {devices}; the models of faces trained on a tenth of CelebA."
@@ -220,12 +210,12 @@ def short(experiment: str, root: Path) -> str:
     shown = {name: found[name, IMAGE]._replace(seeds=None) for name in about.quantities if (name, IMAGE) in found}
     rows = [[name, one.nats(), f"{paper[name]:.2f}" if name in paper else ""] for name, one in shown.items()]
     rows += [[name, measured[name]._replace(seeds=None).percent(), ""] for name in about.accuracies if name in measured]
-    rows.append(["epochs", str(some[0].settings["epochs"]), str(PAPER["epochs"][experiment])])
+    rows.append(["epochs", str(settings(some[0])["epochs"]), str(PAPER["epochs"][experiment])])
     rows.append(["training minutes", minutes_of(some), ""])
     seeds = f", over {len(some)} seeds" if len(some) > 1 else ""
     caption = (
-        f"Log p in nats: mean ± standard error over {some[0].content['n_examples']:,} test examples{seeds}, by "
-        f"{some[0].content['n_samples']:,} importance samples from q(z | image).{notes(shown.values())}"
+        f"Log p in nats: mean ± standard error over {some[0]['n_examples']:,} test examples{seeds}, by "
+        f"{some[0]['n_samples']:,} importance samples from q(z | image).{notes(shown.values())}"
     )
     width = 3 if paper else 2
     return page(["", "`fast`", "the paper"][:width], [row[:width] for row in rows], caption)
@@ -252,20 +242,15 @@ def of_experiment(experiment: str, root: Path) -> str:
             rows.append([name, "", *cells, ""])
     rows.append(["epoch (best / run)", "", *map(epochs_of, recipes.values()), f"*{PAPER['epochs'][experiment]}*"])
     rows.append(["training minutes", "", *map(minutes_of, recipes.values()), ""])
-    settings = [some[0].settings for some in recipes.values()]
-    rows.append(["precision", "", *(some["precision"] for some in settings), ""])
-    as_the_papers = [some["reconstruct"] in ("given", ["given"]) and some["iw_samples"] == 1 for some in settings]
+    flags = [settings(some[0]) for some in recipes.values()]
+    rows.append(["precision", "", *(some["precision"] for some in flags), ""])
+    as_the_papers = [some["reconstruct"] in ("given", ["given"]) and some["iw_samples"] == 1 for some in flags]
     rows.append(["the paper's terms", "", *("yes" if same else "no" for same in as_the_papers), "*yes*"])
     rows.append(["seeds", "", *(str(len(some)) for some in recipes.values()), ""])
     columns = ["", "proposal distribution", *(f"`{recipe}`" for recipe in recipes), "the paper"]
     if not paper:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     caption = "Log p in nats per test example; mean ± standard error over the examples."
-    if any(some[0].coherence for some in recipes.values()):
-        caption += (
-            " Coherence: how often a classifier reads the label from images drawn given it. Agreement: how often it "
-            "reads from an image drawn from the prior the label that the same z gives."
-        )
     parts = [page(columns, rows, caption + notes(average for one in found for average in one.values()))]
     if by_attribute:
         kinds = dict.fromkeys(kind for by_kind in by_attribute.values() for kind in by_kind)
@@ -278,17 +263,11 @@ def of_experiment(experiment: str, root: Path) -> str:
 
 def _origin(recipe: str, some: Sequence[Run]) -> str:
     """Return how many examples and samples there were, the commits and the commands, folded."""
-    first, also = some[0].content, some[0].coherence
+    first = some[0]
     about = [f"{first['n_examples']:,} test examples with {first['n_samples']:,} importance samples each"]
-    if also:
-        classifier = also["classifier"]
-        balanced = f" ({100 * classifier['balanced']:.1f} % balanced)" if "balanced" in classifier else ""
-        about.append(f"coherence over {also['n_pictures_per_label']} images per label")
-        about.append(f"agreement over {also['n_prior']:,} draws")
-        about.append(f"accuracy of the classifier on held-out images {100 * classifier['mean']:.1f} %{balanced}")
-    about.append(f"seed{'s' * (len(some) > 1)} {', '.join(str(run.settings['seed']) for run in some)}")
-    about.append(commits([source for run in some for source in (run.settings, run.content)]))
-    lines = [source.get("command") for run in some for source in (run.settings, run.content, run.coherence or {})]
+    about.append(f"seed{'s' * (len(some) > 1)} {', '.join(str(settings(run)['seed']) for run in some)}")
+    about.append(commits([source for run in some for source in (settings(run), run)]))
+    lines = [source.get("command") for run in some for source in (settings(run), run)]
     listed = "\n".join(dict.fromkeys(filter(None, lines)))
     text = f"*{'; '.join(about)}. Run each command at its commit.*\n\n```\n{listed}\n```"
     return fold(f"How <code>{recipe}</code> was made", text)

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from markdown import either, page, read
-from rows import PAPER, Run, epochs_of, estimates, measures, minutes_of, notes, of_the_paper, runs
+from rows import PAPER, Run, epochs_of, estimates, measures, minutes_of, notes, of_the_paper, runs, settings
 
 MODELS = {
     "vae": "VAE",
@@ -26,7 +26,7 @@ def table2(experiment: str, root: Path) -> str:
     ours: dict[str, list[Run]] = {}
     for path in sorted(root.glob("results/baselines/*.json")):
         if name := re.fullmatch(rf"(.+)-{experiment}-\d+", path.stem):
-            ours.setdefault(name[1], []).append(Run(read(path)))
+            ours.setdefault(name[1], []).append(read(path))
     papers = PAPER["baselines"][experiment]
     rows = [
         row(name, ours.get(model, []), papers.get(model, {}))
@@ -43,13 +43,13 @@ def table2(experiment: str, root: Path) -> str:
     columns = [name for quantity in QUANTITIES for name in (f"{quantity}, paper", "ours")]
     columns = ["", *columns, "variance of log weights", "label accuracy", "epochs (best / run)", "minutes", "seeds"]
     about = (
-        f"Nats per test example, mean ± standard error over {either(run.content['n_examples'] for run in every)} "
-        f"examples, by {either(run.content['n_samples'] for run in every)} importance samples, from the "
+        f"Nats per test example, mean ± standard error over {either(run['n_examples'] for run in every)} "
+        f"examples, by {either(run['n_samples'] for run in every)} importance samples, from the "
         "proposal distribution with the highest estimate. Variance: of the log weights of log p(image), for the CVAE "
         "of log p(image | text). The paper: Table 2, 500 epochs."
         + notes(average for some in models for average in estimates(some).values())
     )
-    return page(columns, rows, about, [run.content["training"]["settings"] for run in every])
+    return page(columns, rows, about, [settings(run) for run in every])
 
 
 def row(name: str, some: list[Run], papers: dict[str, float]) -> list[str]:

@@ -4,7 +4,6 @@ A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; this 
 TABLES. The files:
 
     results/EXPERIMENT-RECIPE-SEED.json             by loglike.py --json; several seeds of a recipe are averaged
-    results/coherence-EXPERIMENT-RECIPE-SEED.json   of the same model, by a script of earlier commits
     results/quality-EXPERIMENT-RECIPE-SEED.json     by quality.py --json
     results/{ablation,precision,reconstruct}/*      by recipes.py
     results/baselines/MODEL-EXPERIMENT-SEED.json    by baselines/run.py

@@ -19,7 +19,6 @@ import tables
 
 TRAINED = {"epoch": 25, "validation_loss": 200.0, "training_seconds": 1500.0}
 IMAGE, BOTH, LABEL = "q(z | image)", "q(z | image, text)", "accuracy of the label predicted from the image"
-COHERENCE = "coherence, label to image"
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
@@ -90,10 +89,7 @@ def root(tmp_path: Path) -> Path:
     means = {"mnist-fast-0": -90.5, "mnist-fast-1": -90.75, "mnist-paper-0": -92, "binarymnist-fast-0": -86.5}
     for name, mean in means.items():
         write(results / f"{name}.json", mnist(int(name[-1]), mean))
-    about = {"n_pictures_per_label": 200, "n_prior": 2000, "classifier": {"mean": 0.99}, "training": TRAINED}
     for seed in (0, 1):
-        command = {"command": f"python benchmarks/coherence.py mnist --seed {seed}"}
-        write(results / f"coherence-mnist-fast-{seed}.json", {**command, **about, **measured(**{COHERENCE: 0.75})})
         row = {"mean": 0.5 + 0.1 * seed, "standard_error": 0.01, "frechet": 10 + seed, "variance": 40 + seed}
         log_p = {
             name: {"mean": mean, "standard_error": 0.25} for name, mean in (("fitted prior", -85.5), ("gain", 1.5))
@@ -102,7 +98,7 @@ def root(tmp_path: Path) -> Path:
         write(
             results / f"quality-mnist-fast-{seed}.json",
             {
-                **command,
+                "command": f"python benchmarks/quality.py mnist --seed {seed}",
                 "commit": "e" * 40,
                 "training": TRAINED,
                 "drawn": drawn,
@@ -160,7 +156,6 @@ ROWS = {
         ["", "proposal distribution", "`fast`", "`paper`", "the paper"],
         ["log p(image)", IMAGE, "-90.62 ± 0.25 (seeds 0.18)", "-92.00 ± 0.25", "*-90.62*"],
         ["log p(image)", BOTH, "-92.62 ± 0.25 (seeds 0.18)*", "-94.00 ± 0.25*", ""],
-        [COHERENCE, "", "75.0 ± 0.1 (seeds 0.0) %", "–", ""],
         ["training minutes", "", "25", "25", ""],
         ["the paper's terms", "", "no", "no", "*yes*"],
     ],
@@ -199,7 +194,7 @@ def test_tables_have_the_rows(root: Path) -> None:
 
 def test_an_experiments_table_ends_in_the_commands_that_made_it(root: Path) -> None:
     text = tables.TABLES["mnist"](root)
-    for command in ("mnist/train.py --seed 1", "mnist/loglike.py MODEL", "benchmarks/coherence.py mnist --seed 1"):
+    for command in ("mnist/train.py --seed 1", "mnist/loglike.py MODEL"):
         assert f"\npython {command}" in text
     assert "10,000 test examples with 1,000 importance samples each" in text
 
@@ -231,7 +226,6 @@ def test_an_experiment_without_results_has_dashes(root: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new", "table", "said"),
     [
-        ("coherence-mnist-fast-0.json", "200.0", "201.0", "mnist", "different models"),
         ("mnist-fast-1.json", "1000,", "200,", "mnist", r"the seeds of mnist-fast differ in n_samples: \[200, 1000\]"),
         ("ablation/mnist-iw-2-1.json", "1000,", "200,", "ablation", r"the runs of ablation differ in n_samples: "),
         ("ablation/mnist-iw-2-1.csv", "-89", "x", "ablation", "can't read .*mnist-iw-2-1.csv"),
