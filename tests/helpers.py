@@ -5,6 +5,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -108,6 +109,28 @@ def run_warm(
         return subprocess.CompletedProcess(
             command(script, *arguments), process.exitcode, out.read_text(), err.read_text()
         )
+
+
+def torchruns_variables(world: int) -> list[dict[str, str]]:
+    """The environment variables of each process of a group at a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)] if world > 1 else [{}]
+
+
+def run_two(script: str, *arguments: object, cwd: Path) -> list[str]:
+    """Runs a script to its end as two processes of torchrun; what each printed."""
+    logs = [(cwd / f"out {rank}", cwd / f"err {rank}") for rank in (0, 1)]
+    both = [
+        start_warm(script, *arguments, logs=log, cwd=cwd, env=environment(**variables))
+        for log, variables in zip(logs, torchruns_variables(2), strict=True)
+    ]
+    for process in both:
+        process.join(timeout=300)
+        assert process.exitcode == 0, logs[0][1].read_text()
+    return [out.read_text() for out, _ in logs]
 
 
 LOCAL = ("datasets", "model", "setup", "transform", "watermark")

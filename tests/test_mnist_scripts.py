@@ -24,18 +24,16 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_processes import torchruns_variables
 
 from helpers import (
     ROOT,
     Trained,
     assert_ended,
     assert_refused,
-    environment,
+    run_two,
     run_warm,
     small_data,
     small_model,
-    start_warm,
     stats,
 )
 
@@ -205,19 +203,12 @@ def test_two_processes_of_torchrun_find_the_same_numbers(
     trained: Trained, digits_dir: Path, tmp_path: Path, estimated: Numbers
 ) -> None:
     words = [trained.out_dir / checkpoint.BEST, "--data-dir", digits_dir, "--json", "numbers.json", *FEW]
-    logs = [(tmp_path / f"out {rank}", tmp_path / f"err {rank}") for rank in (0, 1)]
-    both = [
-        start_warm("mnist/loglike.py", *words, logs=log, cwd=tmp_path, env=environment(**variables))
-        for log, variables in zip(logs, torchruns_variables(2), strict=True)
-    ]
-    for process in both:
-        process.join(timeout=300)
-        assert process.exitcode == 0, logs[0][1].read_text()
+    said = run_two("mnist/loglike.py", *words, cwd=tmp_path)
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert numbers["processes"] == 2
     assert numbers["log_likelihood"] == estimated[0]["log_likelihood"]
     assert numbers["measures"] == estimated[0]["measures"]
-    assert [out.read_text().count("log-likelihood in nats") for out, _ in logs] == [1, 0]
+    assert [out.count("log-likelihood in nats") for out in said] == [1, 0]
 
 
 def test_per_example_file_has_each_ones_estimates(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import itertools
 import os
 import re
 import signal
-import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,13 +28,14 @@ from helpers import (
     assert_same_run,
     at_call,
     command,
-    environment,
     run_small,
+    run_two,
     same,
     small_data,
     small_model,
     start_warm,
     stats,
+    torchruns_variables,
     without_times,
 )
 
@@ -49,15 +49,6 @@ def normed_model() -> MVAE:
     model = small_model()
     model.encoders["attrs"] = nn.Sequential(nn.BatchNorm1d(4), SmallEncoder(4))
     return model
-
-
-def torchruns_variables(world: int) -> list[dict[str, str]]:
-    """Return the environment variables of each process of a group at a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)] if world > 1 else [{}]
 
 
 def run_as(
@@ -278,22 +269,10 @@ def test_torchrun_is_stopped_and_resumed_bit_for_bit(digits_dir: Path, tmp_path:
     """In the second of two stages. Two processes that are started one by one continue; two others never stop."""
     flags = ["--data-dir", str(digits_dir), *SHORT, "--images-first", "1", "--epochs", "1", "--n-paired", "300"]
     resume = [*flags, "--out-dir", "run", "--resume"]
-    logs = [(tmp_path / f"out {rank}", tmp_path / f"err {rank}") for rank in (0, 1)]
-
-    def train(*words: str) -> None:
-        both = [
-            start_warm("mnist/train.py", *words, logs=log, cwd=tmp_path, env=environment(**variables))
-            for log, variables in zip(logs, torchruns_variables(2), strict=True)
-        ]
-        for process in both:
-            process.join(timeout=300)
-            assert process.exitcode == 0, logs[0][1].read_text()
-
-    train(*flags, "--out-dir", "straight")
-    said = logs[0][0].read_text()
+    said, of_second = run_two("mnist/train.py", *flags, "--out-dir", "straight", cwd=tmp_path)
     assert said.count("epochs of 1,000 examples") == said.count("2 x cpu (1 thread)") == 2
     assert said.count("(validation ") == 2
-    assert logs[1][0].read_text() == ""
+    assert of_second == ""
     (record,) = stats(tmp_path / "straight")
     assert record["seconds"] * record["examples_per_second"] == pytest.approx(1000)
 
@@ -309,6 +288,6 @@ def test_torchrun_is_stopped_and_resumed_bit_for_bit(digits_dir: Path, tmp_path:
     torchrun.join(timeout=300)
     (line,) = {line for line in err.read_text().splitlines() if line.startswith("train.py: ")}
     assert re.fullmatch(r"train.py: stopped in epoch 1, step \d+ of 20; the state is saved: .*", line)
-    train(*resume)
+    run_two("mnist/train.py", *resume, cwd=tmp_path)
     assert_same_run(tmp_path / "run/images", tmp_path / "straight/images")
     assert_same_run(tmp_path / "run", tmp_path / "straight")

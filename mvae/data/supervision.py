@@ -233,8 +233,8 @@ def neighbour_graph(*features: Tensor, k: int = 10) -> sparse.csr_array:
 
 
 def _mean_distance(points: np.ndarray, k: int) -> float:
-    """Return the mean distance to the k nearest others of every (N / 1000)th point: that of all takes N times as many
-    distances, as many as the graph itself."""
+    """Return the mean distance of every (N / 1000)th point to its k nearest others; all points would take as long as
+    the graph itself."""
     some = points[:: max(1, len(points) // 1000)]
     return NearestNeighbors(n_neighbors=k + 1).fit(points).kneighbors(some)[0][:, 1:].mean()
 

@@ -79,7 +79,15 @@ class Evaluation(NamedTuple):
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the estimates as plain values, a row for each quantity and proposal."""
-        return [row(quantity.name, under(proposal), *one) for (quantity, proposal), one in self.estimates.items()]
+        return [
+            {
+                "quantity": quantity.name,
+                "proposal": under(proposal),
+                **summary(one.log_p),
+                "log_weight_variance": one.log_weight_variance.mean().item(),
+            }
+            for (quantity, proposal), one in self.estimates.items()
+        ]
 
     def __str__(self) -> str:
         return table(self.rows(), self.n_examples, self.n_samples)
@@ -252,12 +260,6 @@ def shown(mean: float, error: float | None, digits: int) -> str:
 def under(proposal: Modalities) -> str:
     """Return the name of a proposal distribution."""
     return f"q(z | {listed(proposal)})" if proposal else "p(z)"
-
-
-def row(quantity: str, proposal: str, log_p: Tensor, variance: Tensor) -> dict[str, Any]:
-    """Return an estimate over (n,) examples as plain values."""
-    names = {"quantity": quantity, "proposal": proposal}
-    return {**names, **summary(log_p), "log_weight_variance": variance.mean().item()}
 
 
 def summary(values: Tensor) -> dict[str, Any]:
