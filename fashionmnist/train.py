@@ -36,9 +36,10 @@ PRESETS = {
     # The joint ELBO, which has no λ, chooses the best model: labels are memorised before the images are learnt.
     "fast": replace(SHORT, lambda_text=25, iw_samples=2, select="joint", epochs=40, annealing_epochs=14),
     "weak": replace(
-        SHORT, lambda_text=50, images_first=10, annealing_epochs=4, self_labels=0.95, pairs_per_batch=0, epochs=2
+        SHORT, lambda_text=50, images_first=10, annealing_epochs=4, self_labels=0.95, pairs_per_batch=0, epochs=3,
+        rounds=3, shift=2,
     ),
-}
+}  # fmt: skip
 
 
 def fit(config: Config, objective: Objective, train: Data, validation: Data, measure: dict, before: int = 0) -> None:
