@@ -170,7 +170,7 @@ def widget(name: str, kind: Kind) -> tuple[list[Any], Any]:
     """Return a control's parts on the page, and the inputs whose value `given` reads."""
     value = f"{name}-value"
     if isinstance(kind, Picture):
-        style = {"width": BOARD, "height": BOARD} if kind.pen else {"display": "none"}
+        style = {} if kind.pen else {"display": "none"}
         hint = "draw above, or load a file" if kind.pen else "load a file"
         parts = [
             dcc.Graph(id=f"{name}-board", figure=_board(kind), config={"displayModeBar": False}, style=style),
@@ -260,6 +260,8 @@ def _board(kind: Picture) -> dict[str, Any]:
     return {
         "data": [],
         "layout": {
+            "width": BOARD,  # without a size, Plotly fits it after it is shown, and a line drawn meanwhile is lost
+            "height": BOARD,
             "xaxis": axis,
             "yaxis": {**axis, "range": [BOARD, 0]},
             "margin": dict.fromkeys("lrtb", 0),
