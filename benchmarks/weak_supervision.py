@@ -50,7 +50,8 @@ SHIFT = {"mnist": 2, "fashionmnist": 2}
 """Pixels by which `shifted` and `graph_net` shift images, at most; of the others not at all."""
 STEPS = 10_000
 """Training steps of `shifted`; each round of `graph_net` has half as many."""
-PAPER = ["--epochs", "40", "--annealing-epochs", "16", "--pairs-per-batch", "0"]
+PAPER = ["--epochs", "12", "--annealing-epochs", "16", "--pairs-per-batch", "0"]
+"""With 10,000 of MNIST's labels, in a run of 40 epochs, the accuracy on validation's labels was highest after the 12th."""
 
 
 @dataclass(kw_only=True)
