@@ -51,7 +51,7 @@ SHIFT = {"mnist": 2, "fashionmnist": 2}
 STEPS = 10_000
 """Training steps of `shifted`; each round of `graph_net` has half as many."""
 PAPER = ["--epochs", "12", "--annealing-epochs", "16", "--pairs-per-batch", "0"]
-"""With 10,000 of MNIST's labels, in a run of 40 epochs, the accuracy on validation's labels was highest after the 12th."""
+"""With 10,000 labels of MNIST, in a run of 40 epochs, accuracy on those that validate was highest after the 12th."""
 
 
 @dataclass(kw_only=True)
