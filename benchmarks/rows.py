@@ -377,6 +377,7 @@ METHODS = {  # in the tables' order
     "spread": "label propagation on the VAE's means, transductive",
     "graph_net": "network on propagated labels, three rounds, with dropout and shifts",
     "m1": "M1: VAE, logistic regression on its means",
+    "autoencoder": "the same with β = 0: an autoencoder",
     "shifted": "supervised on all N labels, with dropout and shifts",
     "favoured": "supervised, with dropout, stopped early on all validation labels",
     "dropout": "supervised, with dropout",

@@ -42,7 +42,7 @@ from quality import EXPERIMENTS, Experiment, Where
 from recipes import call
 
 Method = Literal[
-    "weak", "spread", "pca", "pixels", "graph_net", "m1", "dropout", "shifted", "favoured", "logistic",
+    "weak", "spread", "pca", "pixels", "graph_net", "m1", "autoencoder", "dropout", "shifted", "favoured", "logistic",
     "paper", "both", "no_hold", "half", "no_labels", "no_shift", "no_rounds",
 ]  # fmt: skip
 SPLITS = ("train", "validation", "test")
@@ -60,7 +60,7 @@ class Config(Where):
 
     n: tuple[int, ...] = (20, 100, 500, 2000, 10000, 60000)  # numbers of labelled examples
     seeds: tuple[int, ...] = (0, 1, 2)  # random seeds
-    methods: tuple[Method, ...] = get_args(Method)[:11]  # methods to run
+    methods: tuple[Method, ...] = get_args(Method)[:12]  # methods to run
     limit: int | None = None  # train on the first N examples only
     runs_dir: Path = Path("runs/weak")  # folder of the runs' own folders
 
@@ -93,11 +93,12 @@ class Task(NamedTuple):
     def model(self, path: Path) -> MVAE:
         return load_model(path, self.config.experiment, self.kind.build_model, torch.device("cpu"))[0]
 
-    def first_stage(self) -> MVAE:
-        """Return the model of the images alone, trained if `weak` hasn't trained it yet."""
-        if not (self.images_dir / BEST).exists():
-            weak(self)
-        return self.model(self.images_dir / LATEST)
+    def first_stage(self, kind: str = "weak", *words: str) -> MVAE:
+        """Return the model of the images alone, trained if the recipe hasn't trained it yet."""
+        folder = self.images_dir if kind == "weak" else Path(f"{self.images_dir}-{kind}")
+        if not (folder / BEST).exists():
+            weak(self, kind, "--images-dir", str(folder), *words)
+        return self.model(folder / LATEST)
 
 
 def batches(data: Data) -> Iterator[dict[str, Tensor]]:
@@ -238,8 +239,8 @@ def logistic(task: Task) -> Tensor:
 
 
 @torch.no_grad()
-def m1(task: Task) -> Tensor:
-    model, (x, y) = task.first_stage(), task.labelled(task.train)
+def m1(task: Task, *first: str) -> Tensor:
+    model, (x, y) = task.first_stage(*first), task.labelled(task.train)
     known = torch.cat([model.fused({"image": part})[0] for part in x.split(1000)])
     return by_regression(torch.cat([known, means(model, task.test)]), y, task.kind)
 
@@ -285,6 +286,7 @@ METHODS: dict[Method, Callable[[Task], Tensor]] = {
     "pixels": functools.partial(spread_to_test, points=lambda task: pixels(task.train, task.test)),
     "graph_net": graph_net,
     "m1": m1,
+    "autoencoder": lambda task: m1(task, "autoencoder", "--beta-hold", "10", "--rounds", "1", "--epochs", "1"),
     "dropout": supervised,
     "shifted": shifted,
     "favoured": functools.partial(supervised, favoured=True),
