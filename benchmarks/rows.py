@@ -387,8 +387,6 @@ AGAINST = ("pca", "graph_net", "shifted", "dropout")  # what `weak` is compared 
 WITHOUT = {
     "no_rounds": "one round of nine epochs",
     "no_shift": "no shifts",
-    "no_hold": "β rising from the start",
-    "half": "self-labels for the most confident half",
     "no_labels": "no self-labels, a third of each batch from the pairs",
 }
 """`--preset weak` with one change each, at 100 labels of mnist."""

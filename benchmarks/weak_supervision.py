@@ -7,8 +7,7 @@ fraction of the N validates for `weak`, `paper` and `dropout`; `favoured` also t
 all validation examples. `shifted` and `graph_net` train on all N for a fixed number of steps, and shift images as
 `weak` does; `graph_net` is a classifier in `weak`'s place, which learns labels spread over a graph, of principal
 components at first and then of its own features. `spread`, `pca` and `pixels` see the test images without their labels.
-`both` hides the images of half the others; methods that begin with `no_`, and `half`, are `weak` without one of its
-parts.
+`both` hides the images of half the others; methods that begin with `no_` are `weak` without one of its parts.
 
 Each run writes results/weak/EXPERIMENT-METHOD-N-SEED.json, and is skipped if that exists.
 """
@@ -43,7 +42,7 @@ from recipes import call
 
 Method = Literal[
     "weak", "spread", "pca", "pixels", "graph_net", "m1", "autoencoder", "dropout", "shifted", "favoured", "logistic",
-    "paper", "both", "no_hold", "half", "no_labels", "no_shift", "no_rounds",
+    "paper", "both", "no_labels", "no_shift", "no_rounds",
 ]  # fmt: skip
 SPLITS = ("train", "validation", "test")
 SHIFT = {"mnist": 2, "fashionmnist": 2}
@@ -293,8 +292,6 @@ METHODS: dict[Method, Callable[[Task], Tensor]] = {
     "logistic": logistic,
     "paper": lambda task: trained(task, "paper", *PAPER, *["--lambda-text", "50"] * (not task.kind.binary)),
     "both": lambda task: weak(task, "both", "--unpaired", "both", "--images-dir", f"{task.images_dir}-both-{task.n}"),
-    "no_hold": lambda task: weak(task, "no_hold", "--beta-hold", "0", "--images-dir", f"{task.images_dir}-no-hold"),
-    "half": lambda task: weak(task, "half", "--self-labels", "0.5"),
     "no_labels": lambda task: weak(
         task, "no_labels", "--self-labels", "0", "--pairs-per-batch", "33", "--rounds", "1", "--epochs", "9"
     ),
