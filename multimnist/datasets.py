@@ -5,7 +5,6 @@ with the same --canvas-dir uses them; if they are missing, it makes the default 
 """
 
 import dataclasses
-import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from mvae.data import mnist
 from mvae.data.dataset import Data, DataDir, pictures_and_labels, split
 from mvae.errors import UsageError, UserError
 from mvae.files import write_atomically
+from mvae.run.checkpoint import digest
 from mvae.tools.controls import Kind, Picture, Value
 
 import numpy as np
@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NAME = "multimnist"
-MODALITIES = ("image", "text")
 LENGTH = 4  # symbols of a text: up to four digits, then FILL
 FILL = 10  # the symbol after the digits 0 to 9
 
@@ -177,9 +176,8 @@ def make(data_dir: Path, canvas_dir: Path, recipe: Recipe) -> None:
         rng = np.random.default_rng([recipe.seed, stream])
         image, text = draw(images, labels, n, recipe, rng, held_out=HELD_OUT if part == "train" else None)
         content |= {f"{part}_image": torch.from_numpy(image), f"{part}_text": torch.from_numpy(text)}
-    content["digest"] = _digest(content)
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save({**content, "digest": digest(content)}, buffer)
     write_atomically(canvas_dir / FILE, buffer.getvalue())
 
 
@@ -292,20 +290,11 @@ def _reading_order(corners: np.ndarray, used: np.ndarray, side: int) -> np.ndarr
     return np.where(used, lower * CANVAS + corners[..., 1], 2 * CANVAS).argsort(axis=1, kind="stable")
 
 
-def _digest(content: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the recipe and of every canvas and text."""
-    digest = hashlib.sha256(repr(content["recipe"]).encode())
-    for part in ("train", "test"):
-        for name in MODALITIES:
-            digest.update(content[f"{part}_{name}"].numpy())
-    return digest.hexdigest()
-
-
 def _read(canvas_dir: Path) -> dict[str, Any]:
     path = canvas_dir / FILE
     try:
         content = torch.load(path, weights_only=True)
-        if content["digest"] == _digest(content):
+        if content.pop("digest") == digest(content):
             return content
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror or error}") from None
