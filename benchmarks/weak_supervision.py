@@ -45,7 +45,7 @@ Method = Literal[
     "paper", "both", "no_labels", "no_shift", "no_rounds",
 ]  # fmt: skip
 SPLITS = ("train", "validation", "test")
-SHIFT = {"mnist": 2, "fashionmnist": 2}
+SHIFT = {"mnist": 2, "fashionmnist": 2, "multimnist": 2}
 """Pixels by which `shifted` and `graph_net` shift images, at most; of the others not at all."""
 STEPS = 10_000
 """Training steps of `shifted`; each round of `graph_net` has half as many."""

@@ -42,6 +42,8 @@ PRESETS = {
         self_labels_by="regression",
         pairs_per_batch=67,
         epochs=4,
+        rounds=3,
+        shift=2,
     ),
 }
 
